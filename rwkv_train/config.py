@@ -1,0 +1,235 @@
+"""Settings of a training run: typed, read from YAML and dotted flags, checked before anything heavy is loaded."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass
+class ModelConfig:
+    """The model.
+
+    Args:
+        init: checkpoint to start from (.pth, .safetensors, Hugging Face directory or runs/NAME); none starts fresh
+        n_layer: blocks of a fresh model
+        n_embd: channels of a fresh model
+        n_att: attention channels of a fresh model; n_embd if not given
+        n_ffn: hidden channels of the channel mix of a fresh model; 4 * n_embd if not given
+        vocab_size: vocabulary of a fresh model; that of the data's tokenizer if not given
+        dropout: share of each block's output that is dropped in training
+    """
+
+    init: str | None = None
+    n_layer: int | None = None
+    n_embd: int | None = None
+    n_att: int | None = None
+    n_ffn: int | None = None
+    vocab_size: int | None = None
+    dropout: float = 0.0
+
+    def __post_init__(self):
+        sizes = ("n_layer", "n_embd", "n_att", "n_ffn", "vocab_size")
+        given = [name for name in sizes if getattr(self, name) is not None]
+        if self.init and given:
+            raise ValueError(
+                f"model.init ({self.init}) and model.{given[0]} contradict each other: the checkpoint has its own "
+                "sizes; drop one of them"
+            )
+        for name in given:
+            _at_least(1, "model", self, name)
+        if not self.init and not (self.n_layer and self.n_embd):
+            raise ValueError("give model.init to start from a checkpoint, or model.n_layer and model.n_embd")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"model.dropout must be at least 0 and below 1, found {self.dropout}")
+
+
+@dataclass
+class DataConfig:
+    """The text.
+
+    Args:
+        path: token store made by `prepare`, or the prefix of existing RWKV .bin/.idx files
+        val: a second store to validate on; without it a share of path is held out
+        val_share: share of the documents held out for validation when val is not given; 0 does not validate
+        val_lanes: rows of a validation batch
+        lanes: rows of a training batch, over all devices; each reads its own endless stream of documents
+        chunk_len: tokens of a row whose activations are in memory at once
+        horizon: chunks a gradient flows back through; a step reads horizon * chunk_len tokens of every lane
+        tokenizer: world, bytes or a tokenizer JSON; only for .bin/.idx files, which do not name theirs
+    """
+
+    path: str = ""
+    val: str | None = None
+    val_share: float = 0.02
+    val_lanes: int = 8
+    lanes: int = 8
+    chunk_len: int = 512
+    horizon: int = 1
+    tokenizer: str | None = None
+
+    def __post_init__(self):
+        for name in ("lanes", "val_lanes", "chunk_len", "horizon"):
+            _at_least(1, "data", self, name)
+        if not 0 <= self.val_share < 1:
+            raise ValueError(f"data.val_share must be at least 0 and below 1, found {self.val_share}")
+
+
+@dataclass
+class OptimConfig:
+    """The optimiser and its schedule.
+
+    Args:
+        lr: peak learning rate; about 6e-4 from scratch (12 x 768), 1e-5 for fine-tuning
+        min_lr: learning rate at the end of the schedule; a tenth of lr if not given
+        schedule: how lr falls to min_lr; wsd stays at lr and falls over the last decay_share of the steps
+        warmup: optimizer steps over which the rate rises to lr
+        decay_share: share of the steps over which wsd falls
+        beta1: decay of the gradient's running mean
+        beta2: decay of the squared gradient's running mean
+        eps: added to the root of the squared gradient
+        weight_decay: pull of matrices towards 0, times the learning rate; vectors are never decayed
+        clip: largest norm of the gradient; 0 does not clip
+        z_loss: pull on each row's largest logit (RWKV-LM's L2Wrap is 1e-4); 0 is off
+    """
+
+    lr: float = 6e-4
+    min_lr: float | None = None
+    schedule: Literal["constant", "linear", "exponential", "cosine", "wsd"] = "cosine"
+    warmup: int = 10
+    decay_share: float = 0.2
+    beta1: float = 0.9
+    beta2: float = 0.99
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    z_loss: float = 1e-4
+
+    def __post_init__(self):
+        if self.lr <= 0:
+            raise ValueError(f"optim.lr must be above 0, found {self.lr}")
+        if self.min_lr is not None and not 0 <= self.min_lr <= self.lr:
+            raise ValueError(f"optim.min_lr ({self.min_lr}) must lie between 0 and optim.lr ({self.lr})")
+        if self.schedule == "constant" and self.min_lr not in (None, self.lr):
+            raise ValueError("optim.schedule: constant and optim.min_lr contradict each other; drop one of them")
+        if self.schedule == "exponential" and self.min_lr == 0:
+            raise ValueError("optim.schedule: exponential never reaches optim.min_lr: 0; set it above 0")
+        if not 0 < self.decay_share <= 1:
+            raise ValueError(f"optim.decay_share must be above 0 and at most 1, found {self.decay_share}")
+        for name in ("warmup", "weight_decay", "clip", "z_loss"):
+            _at_least(0, "optim", self, name)
+
+
+@dataclass
+class TrainConfig:
+    """The run.
+
+    Args:
+        steps: optimizer steps; give this or epochs
+        epochs: times the training text is read; give this or steps
+        accumulate: batches whose gradients make one optimizer step
+        precision: fp32, or bf16 for matrix products in bfloat16 with float32 weights
+        recompute: keep no activations inside blocks and run their forward again in the backward: less memory, slower
+        device: where to train; auto takes a GPU if there is one
+        devices: number of devices, each with its share of the lanes
+        val_every: optimizer steps between validations
+        save_every: optimizer steps between checkpoints
+        keep: newest checkpoints that are kept
+        log_every: optimizer steps between lines of metrics.jsonl
+    """
+
+    steps: int | None = None
+    epochs: float | None = None
+    accumulate: int = 1
+    precision: Literal["fp32", "bf16"] = "fp32"
+    recompute: bool = False
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    devices: int = 1
+    val_every: int = 200
+    save_every: int = 500
+    keep: int = 2
+    log_every: int = 10
+
+    def __post_init__(self):
+        if (self.steps is None) == (self.epochs is None):
+            found = "neither" if self.steps is None else "both"
+            raise ValueError(f"give exactly one of train.steps and train.epochs, found {found}")
+        if self.epochs is not None and self.epochs <= 0:
+            raise ValueError(f"train.epochs must be above 0, found {self.epochs}")
+        for name in ("accumulate", "devices", "val_every", "save_every", "keep", "log_every"):
+            _at_least(1, "train", self, name)
+        if self.steps is not None:
+            _at_least(1, "train", self, "steps")
+
+
+@dataclass
+class LogConfig:
+    """Where metrics go besides the terminal and metrics.jsonl. Nothing leaves the machine unless wandb is online.
+
+    Args:
+        tensorboard: also write TensorBoard files into the run's folder
+        wandb: also write to wandb; offline keeps everything in the run's folder, online needs WANDB_API_KEY
+        project: wandb project
+    """
+
+    tensorboard: bool = False
+    wandb: Literal["off", "offline", "online"] = "off"
+    project: str = "rwkv_train"
+
+
+@dataclass
+class SampleConfig:
+    """Texts generated at the end of the run.
+
+    Args:
+        prompts: one sample is written for each; an empty prompt starts a new document
+        tokens: most tokens of a sample
+        temperature: below 1 is safer, above 1 bolder, 0 always takes the likeliest token
+        top_p: sample from the likeliest tokens that make up this much probability
+    """
+
+    prompts: list[str] = field(default_factory=lambda: [""])
+    tokens: int = 60
+    temperature: float = 0.8
+    top_p: float = 0.9
+
+
+@dataclass
+class FitConfig:
+    """Train a model.
+
+    Args:
+        name: the run is written to runs/NAME; if that is taken, to runs/NAME-2 and so on
+        runs: folder of the runs
+        seed: of fresh weights, the order of documents, and dropout
+        model: the model
+        data: the text
+        optim: the optimiser
+        train: the run
+        log: where metrics go
+        samples: texts generated at the end
+    """
+
+    name: str
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig
+    runs: str = "runs"
+    seed: int = 0
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    samples: SampleConfig = field(default_factory=SampleConfig)
+
+    def __post_init__(self):
+        if not self.data.path:
+            raise ValueError("give data.path: a token store (make one with `python train.py prepare`)")
+        if self.data.lanes % self.train.devices:
+            raise ValueError(
+                f"data.lanes ({self.data.lanes}) must be a multiple of train.devices ({self.train.devices}), "
+                "so that every device has as many lanes"
+            )
+        if not self.name or "/" in self.name:
+            raise ValueError(f"name must be the name of a folder below {self.runs}/, found {self.name!r}")
+
+
+def _at_least(least: int, section: str, config, name: str) -> None:
+    if getattr(config, name) < least:
+        raise ValueError(f"{section}.{name} must be at least {least}, found {getattr(config, name)}")

@@ -1,0 +1,90 @@
+"""What every RWKV generation shares: token shift, initialisation helpers, the outer shape of a model."""
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from rwkv_train.state import State
+
+
+def token_shift(x: Tensor, last: Tensor, reset: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Each token's predecessor: x [B,T,C], last [B,C] the token before the first, reset [B,T] bool or None.
+
+    A document's first token has zeros before it. Returns (shifted [B,T,C], last token [B,C] in last's dtype).
+    """
+    shifted = torch.cat([last.to(x.dtype).unsqueeze(1), x[:, :-1]], 1)
+    if reset is not None:
+        shifted = shifted.masked_fill(reset.unsqueeze(-1), 0)
+    return shifted, x[:, -1].to(last.dtype)
+
+
+def orthogonal_(weight: Tensor, scale: float = 1.0) -> None:
+    """Orthogonal rows or columns times scale, with gain sqrt(out/in) where a matrix [out,in] widens."""
+    rows, columns = weight.shape
+    nn.init.orthogonal_(weight, gain=scale * max(1.0, (rows / columns) ** 0.5))
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer norm whose weights may have another dtype than its input; statistics are float32 or better."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.layer_norm(
+            x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps
+        )
+
+
+class RWKV(nn.Module):
+    """Embedding, a stack of blocks, head. Subclasses set `config`, `emb`, `blocks`, `ln_out`, `head`.
+
+    A block is called as block(x [B,T,C], shift [B,2,C], wkv [B,...], reset) and returns the same three, advanced.
+    """
+
+    def empty_state(self, batch: int) -> State:
+        """The state before a document's first token, for `batch` lanes."""
+        raise NotImplementedError
+
+    def forward(
+        self, tokens: Tensor, state: State | None = None, reset: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        """Logits of the next token at every position.
+
+        tokens [B,T] int64; state of B lanes (None: empty); reset [B,T] bool, True where a token opens a document.
+        Returns (logits [B,T,V] in the model's dtype, state after the last token).
+        """
+        x, state = self.hidden(tokens, state, reset)
+        return self.head(x), state
+
+    def hidden(
+        self, tokens: Tensor, state: State | None = None, reset: Tensor | None = None, recompute: bool = False
+    ) -> tuple[Tensor, State]:
+        """As `forward`, but stops before the head: (x [B,T,C], state). The loss needs logits only piecewise.
+
+        recompute: keep no activations inside a block; the backward runs each block's forward a second time.
+        """
+        if tokens.ndim != 2 or tokens.shape[1] == 0:
+            raise ValueError(f"tokens must be [B,T] with T >= 1, found {list(tokens.shape)}")
+        state = self.empty_state(tokens.shape[0]) if state is None else state
+        if state.shift.shape[0] != tokens.shape[0]:
+            raise ValueError(f"state has {state.shift.shape[0]} lanes and tokens {tokens.shape[0]}; they must agree")
+        x = self.emb(tokens)
+        shifts, wkvs = [], []
+        for block, shift, wkv in zip(self.blocks, state.shift.unbind(1), state.wkv.unbind(1), strict=True):
+            if recompute and torch.is_grad_enabled():
+                x, shift, wkv = checkpoint(block, x, shift, wkv, reset, use_reentrant=False)
+            else:
+                x, shift, wkv = block(x, shift, wkv, reset)
+            shifts.append(shift)
+            wkvs.append(wkv)
+        return self.ln_out(x), State(torch.stack(shifts, 1), torch.stack(wkvs, 1))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.head.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.weight.device
+
+    @property
+    def state_dtype(self) -> torch.dtype:
+        return torch.float64 if self.dtype == torch.float64 else torch.float32

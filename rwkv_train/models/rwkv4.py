@@ -1,0 +1,138 @@
+"""RWKV-4. Parameter names and shapes are those of BlinkDL's `.pth` files, so they load without a renaming table."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rwkv_train.models.common import RWKV, LayerNorm, orthogonal_, token_shift
+from rwkv_train.state import State
+from rwkv_train.wkv import wkv4
+
+
+@dataclass(frozen=True)
+class RWKV4Config:
+    """Sizes of an RWKV-4; all of them can be read off a checkpoint's shapes.
+
+    n_att and n_ffn of 0 mean n_embd and 4 * n_embd. dropout applies to each block's two residual branches.
+    """
+
+    vocab_size: int
+    n_embd: int
+    n_layer: int
+    n_att: int = 0
+    n_ffn: int = 0
+    dropout: float = 0.0
+
+    def __post_init__(self):
+        object.__setattr__(self, "n_att", self.n_att or self.n_embd)
+        object.__setattr__(self, "n_ffn", self.n_ffn or 4 * self.n_embd)
+
+
+class TimeMix(nn.Module):
+    """Attention's part: out = Wo (sigmoid(r) * wkv(k, v))."""
+
+    def __init__(self, c: RWKV4Config):
+        super().__init__()
+        self.time_decay = nn.Parameter(torch.empty(c.n_att))
+        self.time_first = nn.Parameter(torch.empty(c.n_att))
+        self.time_mix_k = nn.Parameter(torch.empty(1, 1, c.n_embd))
+        self.time_mix_v = nn.Parameter(torch.empty(1, 1, c.n_embd))
+        self.time_mix_r = nn.Parameter(torch.empty(1, 1, c.n_embd))
+        self.key = nn.Linear(c.n_embd, c.n_att, bias=False)
+        self.value = nn.Linear(c.n_embd, c.n_att, bias=False)
+        self.receptance = nn.Linear(c.n_embd, c.n_att, bias=False)
+        self.output = nn.Linear(c.n_att, c.n_embd, bias=False)
+
+    def forward(self, x: Tensor, last: Tensor, wkv: Tensor, reset: Tensor | None):
+        shifted, last = token_shift(x, last, reset)
+        k = self.key(torch.lerp(shifted, x, self.time_mix_k.to(x.dtype)))
+        v = self.value(torch.lerp(shifted, x, self.time_mix_v.to(x.dtype)))
+        r = self.receptance(torch.lerp(shifted, x, self.time_mix_r.to(x.dtype)))
+        w, u = -torch.exp(self.time_decay.to(wkv.dtype)), self.time_first.to(wkv.dtype)
+        y, wkv = wkv4(w, u, k, v, wkv, reset)
+        return self.output(torch.sigmoid(r) * y), last, wkv
+
+
+class ChannelMix(nn.Module):
+    """The feed-forward part: out = sigmoid(r) * Wv relu(k)^2."""
+
+    def __init__(self, c: RWKV4Config):
+        super().__init__()
+        self.time_mix_k = nn.Parameter(torch.empty(1, 1, c.n_embd))
+        self.time_mix_r = nn.Parameter(torch.empty(1, 1, c.n_embd))
+        self.key = nn.Linear(c.n_embd, c.n_ffn, bias=False)
+        self.receptance = nn.Linear(c.n_embd, c.n_embd, bias=False)
+        self.value = nn.Linear(c.n_ffn, c.n_embd, bias=False)
+
+    def forward(self, x: Tensor, last: Tensor, reset: Tensor | None):
+        shifted, last = token_shift(x, last, reset)
+        k = self.key(torch.lerp(shifted, x, self.time_mix_k.to(x.dtype)))
+        r = self.receptance(torch.lerp(shifted, x, self.time_mix_r.to(x.dtype)))
+        return torch.sigmoid(r) * self.value(torch.relu(k).square()), last
+
+
+class Block(nn.Module):
+    """x += Att(LN1 x); x += Ffn(LN2 x), with the embedding's norm in front of the first block."""
+
+    def __init__(self, c: RWKV4Config, first: bool):
+        super().__init__()
+        self.ln0 = LayerNorm(c.n_embd) if first else None
+        self.ln1 = LayerNorm(c.n_embd)
+        self.ln2 = LayerNorm(c.n_embd)
+        self.att = TimeMix(c)
+        self.ffn = ChannelMix(c)
+        self.dropout = c.dropout
+
+    def forward(self, x: Tensor, shift: Tensor, wkv: Tensor, reset: Tensor | None):
+        if self.ln0 is not None:
+            x = self.ln0(x)
+        out, att_last, wkv = self.att(self.ln1(x), shift[:, 0], wkv, reset)
+        x = x + F.dropout(out, self.dropout, self.training)
+        out, ffn_last = self.ffn(self.ln2(x), shift[:, 1], reset)
+        return x + F.dropout(out, self.dropout, self.training), torch.stack([att_last, ffn_last], 1), wkv
+
+
+class RWKV4(RWKV):
+    """RWKV-4 language model; see `RWKV.forward` for the call."""
+
+    def __init__(self, config: RWKV4Config):
+        super().__init__()
+        self.config = config
+        self.emb = nn.Embedding(config.vocab_size, config.n_embd)
+        self.blocks = nn.ModuleList(Block(config, first=i == 0) for i in range(config.n_layer))
+        self.ln_out = LayerNorm(config.n_embd)
+        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+
+    def empty_state(self, batch: int) -> State:
+        c, like = self.config, {"dtype": self.state_dtype, "device": self.device}
+        wkv = torch.zeros(batch, c.n_layer, 3, c.n_att, **like)
+        wkv[:, :, 2] = -1e38
+        return State(torch.zeros(batch, c.n_layer, 2, c.n_embd, **like), wkv)
+
+    @torch.no_grad()
+    def init_weights(self) -> "RWKV4":
+        """Fresh weights for training from scratch (design note models.md, after RWKV-LM's v4 trainer)."""
+        c = self.config
+        self.emb.weight.uniform_(-1e-4, 1e-4)
+        orthogonal_(self.head.weight, 0.5)
+        for i, block in enumerate(self.blocks):
+            depth = i / (c.n_layer - 1) if c.n_layer > 1 else 0.0  # 0 at the first layer, 1 at the last
+            rest = 1 - i / c.n_layer  # 1 at the first layer, towards 0
+            channel = torch.arange(c.n_embd) / c.n_embd
+            att, ffn = block.att, block.ffn
+            position = torch.arange(c.n_att) / max(c.n_att - 1, 1)
+            att.time_decay.copy_(-5 + 8 * position ** (0.7 + 1.3 * depth))
+            att.time_first.copy_(math.log(0.3) + 0.5 * ((torch.arange(c.n_att) + 1) % 3 - 1))
+            att.time_mix_k.copy_(channel**rest)
+            att.time_mix_v.copy_(channel**rest + 0.3 * depth)
+            att.time_mix_r.copy_(channel ** (0.5 * rest))
+            ffn.time_mix_k.copy_(channel**rest)
+            ffn.time_mix_r.copy_(channel**rest)
+            for zero in (att.key, att.receptance, att.output, ffn.value, ffn.receptance):
+                zero.weight.zero_()
+            orthogonal_(att.value.weight)
+            orthogonal_(ffn.key.weight)
+        return self

@@ -1,0 +1,179 @@
+"""Chunked = whole, packed documents = one at a time, sweep = plain backprop: losses, states and every gradient."""
+
+import pytest
+import torch
+from helpers import assert_close_rel, random_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rwkv_train.bptt import chunked_loss
+from rwkv_train.state import State
+
+T = 37
+
+
+def text(model, lanes=2, length=T, seed=0, resets=(9, 10, 20)):
+    """tokens, targets with gaps, a carried state, and document starts in the middle."""
+    rng = torch.Generator().manual_seed(seed)
+    v = model.config.vocab_size
+    tokens = torch.randint(0, v, (lanes, length), generator=rng)
+    targets = torch.randint(0, v, (lanes, length), generator=rng)
+    targets[0, 3:8] = -100
+    reset = torch.zeros(lanes, length, dtype=torch.bool)
+    reset[0, [r for r in resets if r < length]] = True
+    warm = torch.randint(0, v, (lanes, 5), generator=rng)
+    with torch.no_grad():
+        state = model(warm)[1]
+    return tokens, targets, State(*(s.requires_grad_() for s in state)), reset
+
+
+def gradients(model, data, state_weight=True, **kwargs):
+    """(loss, state, gradients to every parameter and to the incoming state), with cotangents on the state too."""
+    tokens, targets, state, reset = data
+    loss, _, out = chunked_loss(model, tokens, targets, state, reset, **kwargs)
+    rng = torch.Generator().manual_seed(1)
+    total = loss * 0.3
+    if state_weight:
+        for part in out:
+            total = total + (torch.randn(part.shape, generator=rng, dtype=part.dtype) * part).sum()
+    names = [n for n, _ in model.named_parameters()] + list(State._fields)
+    grads = torch.autograd.grad(total, [*model.parameters(), *state])
+    return loss, out, dict(zip(names, grads, strict=True))
+
+
+def assert_same(ours, theirs, tol):
+    assert_close_rel(ours[0], theirs[0], tol, "loss")
+    for name, a, b in zip(State._fields, ours[1], theirs[1], strict=True):
+        assert_close_rel(a, b, tol, f"state.{name}")
+    for name, g in theirs[2].items():
+        assert_close_rel(ours[2][name], g, tol, f"gradient of {name}")
+
+
+@pytest.mark.parametrize("chunk_len", [1, 7, 16, T])
+@pytest.mark.parametrize("recompute", [True, False])
+def test_chunked_is_whole(chunk_len, recompute):
+    model = random_model(dtype=torch.float64)
+    data = text(model)
+    whole = gradients(model, data, chunk_len=T, recompute=False)
+    assert_same(gradients(model, data, chunk_len=chunk_len, recompute=recompute), whole, 1e-10)
+
+
+def test_logits_in_chunks_are_the_whole_logits():
+    model = random_model(dtype=torch.float64)
+    tokens, _, state, reset = text(model)
+    whole, end = model(tokens, state, reset)
+    for chunk_len in (1, 7, 16):
+        parts, s = [], state
+        for i in range(0, T, chunk_len):
+            logits, s = model(tokens[:, i : i + chunk_len], s, reset[:, i : i + chunk_len])
+            parts.append(logits)
+        assert_close_rel(torch.cat(parts, 1), whole, 1e-10, "logits")
+        for a, b in zip(s, end, strict=True):
+            assert_close_rel(a, b, 1e-10, "state")
+
+
+def test_recompute_blocks_changes_nothing():
+    model = random_model(dtype=torch.float64)
+    data = text(model)
+    for chunk_len in (T, 8):
+        ours = gradients(model, data, chunk_len=chunk_len, recompute_blocks=True)
+        assert_same(ours, gradients(model, data, chunk_len=chunk_len), 1e-12)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=5), st.integers(1, 9), st.integers(0, 99))
+def test_packed_documents_are_the_documents_one_at_a_time(lengths, chunk_len, seed):
+    model = random_model(dtype=torch.float64)
+    rng = torch.Generator().manual_seed(seed)
+    documents = [torch.randint(0, 31, (1, n), generator=rng) for n in lengths]
+    targets = [torch.randint(0, 31, (1, n), generator=rng) for n in lengths]
+    reset = torch.cat([torch.arange(n)[None] == 0 for n in lengths], 1)
+    start = text(model, lanes=1)[2].detach()  # what an earlier document left behind, to be forgotten
+    packed, n, state = chunked_loss(model, torch.cat(documents, 1), torch.cat(targets, 1), start, reset, chunk_len)
+    packed.backward()
+    ours = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad()
+    single, last = 0, None
+    for tokens, target in zip(documents, targets, strict=True):
+        loss, _, last = chunked_loss(model, tokens, target, None, None, chunk_len=99)
+        loss.backward()
+        single += loss.detach()
+    assert n == sum(lengths)
+    assert_close_rel(packed, single, 1e-10, "loss")
+    for a, b in zip(state, last, strict=True):
+        assert_close_rel(a, b, 1e-10, "state")
+    for name, p in model.named_parameters():
+        assert_close_rel(ours[name], p.grad, 1e-10, name)
+
+
+def test_detached_steps_lose_only_the_gradient_through_the_state():
+    """Truncated BPTT is the sum of its chunks' losses, each with a detached state."""
+    model = random_model(dtype=torch.float64)
+    tokens, targets, state, _ = text(model)
+    whole, _, _ = chunked_loss(model, tokens, targets, state, None, chunk_len=8)
+    s, total = state.detach(), 0
+    for i in range(0, T, 8):
+        loss, _, s = chunked_loss(model, tokens[:, i : i + 8], targets[:, i : i + 8], s, None, chunk_len=8)
+        s = s.detach()
+        total += loss.detach()
+    assert_close_rel(total, whole, 1e-12)
+
+
+def test_dropout_and_autocast_are_the_same_in_the_recomputation():
+    """The sweep's second forward must draw the same dropout and cast the same way as its first."""
+    model = random_model(dropout=0.3).train()
+    tokens, targets, state, reset = text(model)
+    results = []
+    for recompute in (True, False):
+        torch.manual_seed(3)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            results.append(gradients(model, (tokens, targets, state, reset), chunk_len=8, recompute=recompute))
+    assert_same(results[0], results[1], 2e-2)  # bfloat16 sums the weights' gradients in another order
+    assert results[0][0] == results[1][0]  # the losses agree to the bit
+
+
+def test_autocast_leaves_no_cast_weights_behind():
+    """Weights cast during the sweep's forward, outside any graph, must not serve a later loss."""
+    model = random_model()
+    tokens, targets, _, _ = text(model, resets=())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        chunked_loss(model, tokens, targets, None, None, chunk_len=8)
+        loss, _, _ = chunked_loss(model, tokens, targets, None, None, chunk_len=T)
+    loss.backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for n, p in model.named_parameters())
+
+
+def test_hooks_fire_once_a_step():
+    """DDP and DeepSpeed count on it."""
+    model = random_model(dtype=torch.float64)
+    fired = []
+    for name, p in model.named_parameters():
+        p.register_post_accumulate_grad_hook(lambda _, name=name: fired.append(name))
+    chunked_loss(model, *text(model), chunk_len=5)[0].backward()
+    assert sorted(fired) == sorted(n for n, _ in model.named_parameters())
+
+
+def test_frozen_parameters_stay_without_gradient():
+    model = random_model(dtype=torch.float64)
+    for name, p in model.named_parameters():
+        p.requires_grad_("ffn.value" in name)
+    data = text(model)
+    chunked_loss(model, *data, chunk_len=5)[0].backward()
+    ours = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    assert set(ours) == {n for n, p in model.named_parameters() if "ffn.value" in n}
+    model.zero_grad()
+    chunked_loss(model, *data, chunk_len=T, recompute=False)[0].backward()
+    for name, p in model.named_parameters():
+        if p.grad is not None:
+            assert_close_rel(ours[name], p.grad, 1e-10, name)
+
+
+def test_clear_errors():
+    model = random_model()
+    tokens = torch.zeros(2, 4, dtype=torch.int64)
+    with pytest.raises(ValueError, match="chunk_len"):
+        chunked_loss(model, tokens, tokens, None, None, 0)
+    with pytest.raises(ValueError, match="one shape"):
+        chunked_loss(model, tokens, tokens[:, 1:], None, None, 2)
+    with pytest.raises(ValueError, match="lanes"):
+        model(tokens, model.empty_state(3))
