@@ -81,7 +81,10 @@ class _Sweep(torch.autograd.Function):
         n_state = len(State._fields)
         state, params = state_and_params[:n_state], state_and_params[n_state:]
         device = tokens.device.type
-        ctx.autocast = {"dtype": torch.get_autocast_dtype(device), "enabled": torch.is_autocast_enabled(device)}
+        ctx.autocast = {
+            "dtype": torch.get_autocast_dtype(device),
+            "enabled": torch.is_autocast_enabled(device),
+        }
         before = [s.new_empty((len(cuts), *s.shape)) for s in state]
         total = torch.zeros((), dtype=torch.float64, device=tokens.device)
         ctx.rng = []

@@ -83,4 +83,9 @@ class _HeadLoss(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
         dx, dw = ctx.saved_tensors
-        return None if dx is None else dx * g.to(dx.dtype), None if dw is None else dw * g.to(dw.dtype), None, None
+        return (
+            None if dx is None else dx * g.to(dx.dtype),
+            None if dw is None else dw * g.to(dw.dtype),
+            None,
+            None,
+        )

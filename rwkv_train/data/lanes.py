@@ -122,7 +122,7 @@ class Schedule:
 
 
 class LaneBatches(Dataset):
-    """Item n is the batch of step n for lanes [first, first + lanes) out of all_lanes over all ranks.
+    """Item n is the batch of step n: all lanes, or after `take` one rank's share of them.
 
     A document of n tokens fills n positions: inputs are the end-of-document token followed by its tokens but the
     last, targets are its tokens, so that the first token is predicted too and masks apply to targets as they are.
@@ -137,24 +137,28 @@ class LaneBatches(Dataset):
         documents: Documents,
         *,
         tokens_per_row: int,
-        all_lanes: int,
-        first: int = 0,
-        lanes: int | None = None,
-        seed: int | None = 0,
+        lanes: int,
+        seed: int = 0,
         accumulate: int = 1,
         steps: int | None = None,
-        eod: int = 0,
         vocab_size: int | None = None,
     ):
         """steps None: one pass over the documents, longest first, rows that have run out padded with -100."""
         if not documents.tokens:
             raise ValueError(f"no documents to read in this part of {store.path}; give it more text")
         self.store, self.documents, self.width = store, documents, tokens_per_row
-        self.all_lanes, self.first, self.lanes = all_lanes, first, all_lanes if lanes is None else lanes
-        self.accumulate, self.eod, self.vocab_size = accumulate, eod, vocab_size
+        self.all_lanes, self.first, self.lanes = lanes, 0, lanes
+        self.accumulate, self.vocab_size = accumulate, vocab_size
         endless = steps is not None
-        self.schedule = Schedule(documents.lengths, all_lanes, seed if endless else None, None if endless else 1)
+        self.schedule = Schedule(documents.lengths, lanes, seed if endless else None, None if endless else 1)
         self.steps = steps if endless else -(-self.schedule.length() // self.width)
+
+    def take(self, rank: int, ranks: int) -> None:
+        """Keep only the rows of one of several ranks."""
+        if self.all_lanes % ranks:
+            raise ValueError(f"{self.all_lanes} lanes cannot be shared evenly by {ranks} ranks; change data.lanes")
+        self.lanes = self.all_lanes // ranks
+        self.first = rank * self.lanes
 
     def __len__(self) -> int:
         return self.steps
@@ -163,7 +167,7 @@ class LaneBatches(Dataset):
         if not 0 <= n < self.steps:
             raise IndexError(n)
         shape = (self.lanes, self.width)
-        tokens = np.full(shape, self.eod, np.int64)
+        tokens = np.full(shape, self.store.eod, np.int64)
         targets = np.full(shape, IGNORE, np.int64)
         position = np.zeros(shape, np.int64)
         for row in range(self.lanes):
@@ -171,7 +175,7 @@ class LaneBatches(Dataset):
                 text = self.store.tokens[start : start + count].astype(np.int64)
                 self._check(text, start)
                 here = slice(at, at + count)
-                tokens[row, at] = self.store.tokens[start - 1] if offset else self.eod
+                tokens[row, at] = self.store.tokens[start - 1] if offset else self.store.eod
                 tokens[row, at + 1 : at + count] = text[:-1]
                 targets[row, here] = text
                 position[row, here] = np.arange(offset, offset + count)

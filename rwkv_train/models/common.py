@@ -43,9 +43,7 @@ class RWKV(nn.Module):
         """The state before a document's first token, for `batch` lanes."""
         raise NotImplementedError
 
-    def forward(
-        self, tokens: Tensor, state: State | None = None, reset: Tensor | None = None
-    ) -> tuple[Tensor, State]:
+    def forward(self, tokens: Tensor, state: State | None = None, reset: Tensor | None = None) -> tuple[Tensor, State]:
         """Logits of the next token at every position.
 
         tokens [B,T] int64; state of B lanes (None: empty); reset [B,T] bool, True where a token opens a document.

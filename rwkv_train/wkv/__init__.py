@@ -1,0 +1,117 @@
+"""The recurrences of RWKV, one function each, with interchangeable backends.
+
+reference.py  the specification, plain torch        fallback.py  vectorised torch, any device
+cpu.py        the C++ kernel, built at first use    wkv4.h       formulas shared by C++ and CUDA
+"""
+
+import torch
+from torch import Tensor
+
+from . import cpu, fallback, reference
+
+__all__ = ["empty_state", "wkv4"]
+
+
+def empty_state(batch: int, channels: int, *, dtype=torch.float32, device=None) -> Tensor:
+    """The WKV-4 state [B, 3, C] before any token: numerator 0, denominator 0, max exponent -1e38."""
+    state = torch.zeros(batch, 3, channels, dtype=dtype, device=device)
+    state[:, 2] = reference.EMPTY
+    return state
+
+
+def wkv4(
+    w: Tensor,
+    u: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: Tensor,
+    reset: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """The WKV-4 operator: a decaying, exponentially weighted mean of v over the past, channel by channel.
+
+        y_t = (sum_{i<t} exp((t-1-i) w + k_i) v_i + exp(u + k_t) v_t)
+            / (sum_{i<t} exp((t-1-i) w + k_i)     + exp(u + k_t))
+
+    Arguments (B lanes, T >= 1 tokens, C channels; float16, bfloat16, float32 or float64, also mixed):
+        w      [C]        log decay per token, < 0: -exp(time_decay)
+        u      [C]        bonus of the current token (time_first), a log weight
+        k, v   [B, T, C]  log weights and values
+        state  [B, 3, C]  the past: a, b, e for the sums a * exp(e) above and b * exp(e) below the fraction.
+                          Empty is (0, 0, -1e38), see `empty_state`; -1e30 does as well.
+        reset  [B, T]     bool or None; True empties the state before that token, which opens a document
+        backend           "auto": the C++ kernel on a CPU if it can be built, otherwise "torch"
+                          "reference": the plain loop; "cpu": the C++ kernel; "torch": vectorised torch, any
+                          device; "cuda": not part of this version
+
+    Returns:
+        y      [B, T, C]  in the dtype of k
+        state  [B, 3, C]  after the last token, in the dtype of the arithmetic: float64 if any argument is
+                          float64, otherwise float32, whatever autocast says
+
+    Gradients flow to w, u, k, v and state from both results; once, not twice.
+
+    Raises ValueError for a wrong argument, RuntimeError when backend="cpu" and the kernel cannot be built.
+
+    Source: Peng et al., "RWKV: Reinventing RNNs for the Transformer Era" (arXiv:2305.13048), equation 16 and
+    appendix D (the shifted exponent).
+    """
+    dtype = _check(w, u, k, v, state, reset)
+    run = _pick(backend, k.device)
+    y, state = run(*(_cast(x, dtype) for x in (w, u, k, v, state)), reset)
+    return _cast(y, k.dtype), state
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x if x.dtype == dtype else x.to(dtype)  # a `to` with nothing to do still costs 2 us
+
+
+def _pick(backend: str, device: torch.device):
+    """The implementation of wkv4 behind a backend's name."""
+    if backend == "auto":
+        # the room for cuda.py: device.type == "cuda" and cuda.available() -> "cuda"
+        backend = "cpu" if device.type == "cpu" and cpu.available() else "torch"
+    if backend == "cpu":
+        if device.type != "cpu":
+            raise ValueError(f'wkv4: backend "cpu" needs tensors on the CPU, found {device}; use "auto"')
+        return cpu.wkv4
+    if backend == "torch":
+        return fallback.wkv4
+    if backend == "reference":
+        return reference.wkv4
+    if backend == "cuda":
+        raise ValueError('wkv4: the CUDA kernel is not part of this version yet; use backend "auto"')
+    raise ValueError(
+        f'wkv4: unknown backend {backend!r}, expected "auto", "reference", "cpu", "torch" or "cuda"'
+    )
+
+
+def _check(w, u, k, v, state, reset) -> torch.dtype:
+    """Refuse wrong shapes, dtypes and devices by the argument's name; return the dtype to compute in."""
+    if k.dim() != 3 or k.shape[1] < 1:
+        raise ValueError(f"wkv4: k has shape {list(k.shape)}, expected [B, T, C] with T >= 1")
+    B, T, C = k.shape
+    dtype = torch.float32
+    for name, x, axes, shape in (
+        ("w", w, "[C]", (C,)),
+        ("u", u, "[C]", (C,)),
+        ("k", k, "[B, T, C]", (B, T, C)),
+        ("v", v, "[B, T, C]", (B, T, C)),
+        ("state", state, "[B, 3, C]", (B, 3, C)),
+    ):
+        if x.shape != shape:
+            raise ValueError(f"wkv4: {name} has shape {list(x.shape)}, expected {axes} = {list(shape)}")
+        if not x.is_floating_point():
+            raise ValueError(f"wkv4: {name} is {x.dtype}, expected a floating dtype")
+        if x.device != k.device:
+            raise ValueError(f"wkv4: {name} is on {x.device}, expected {k.device}, where k is")
+        if x.dtype == torch.float64:
+            dtype = torch.float64
+    if reset is not None:
+        if reset.shape != (B, T):
+            raise ValueError(f"wkv4: reset has shape {list(reset.shape)}, expected [B, T] = {[B, T]}")
+        if reset.dtype != torch.bool:
+            raise ValueError(f"wkv4: reset is {reset.dtype}, expected torch.bool")
+        if reset.device != k.device:
+            raise ValueError(f"wkv4: reset is on {reset.device}, expected {k.device}, where k is")
+    return dtype

@@ -1,0 +1,114 @@
+"""The short commands: validate, generate, export."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import yaml
+from tqdm import tqdm
+
+from rwkv_train.checkpoint import load_model, save_model
+from rwkv_train.cli import ExportConfig, GenerateConfig, ValidateConfig
+from rwkv_train.data.lanes import LaneBatches, split
+from rwkv_train.data.store import Store
+from rwkv_train.evaluate import Score, Scorer, byte_lengths, position_table
+from rwkv_train.generate import Sampling, generate_text
+from rwkv_train.tokenizer import Tokenizer, load_tokenizer
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def validate(config: ValidateConfig) -> None:
+    """Print a model's scores on a store, by position in the document, with and without carried state."""
+    data, val_share = config.data, config.val_share
+    if data is None:
+        data, val_share = _held_out(Path(config.model))
+    store = Store.open(data)
+    model = load_model(config.model)
+    training, held_out = split(store, val_share)
+    documents = held_out if val_share else training
+    batches = LaneBatches(
+        store,
+        documents,
+        tokens_per_row=config.chunk_len,
+        lanes=min(config.lanes, len(documents)),
+        vocab_size=model.config.vocab_size,
+    )
+    tokenizer = store.tokenizer() or (load_tokenizer(config.tokenizer) if config.tokenizer else None)
+    score = _score(model, batches, tokenizer, forget=False)
+    forgotten = _score(model, batches, tokenizer, forget=True) if config.compare else None
+    bits = "unknown (no tokenizer)" if score.bits_per_byte is None else f"{score.bits_per_byte:.4f}"
+    print(f"{data}: {len(documents):,} documents, {score.tokens:,} tokens scored\n")
+    print(f"loss            {score.loss:.4f}\nperplexity      {score.perplexity:.3f}\nbits per byte   {bits}\n")
+    print(position_table(score, forgotten, config.chunk_len))
+    if config.json:
+        scores = {"carried": score, "dropped": forgotten}
+        found = {name: _figures(s) for name, s in scores.items() if s}
+        Path(config.json).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+def _held_out(run: Path) -> tuple[str, float]:
+    """(store, share) that a run's training held out."""
+    file = run / "config.yaml"
+    if not file.is_file():
+        raise ValueError(f"{run} is no run folder, so say what to score it on with --data STORE")
+    data = yaml.safe_load(file.read_text(encoding="utf-8"))["data"]
+    if not data["val"] and not data["val_share"]:
+        raise ValueError(f"the run {run} held nothing out; say what to score it on with --data STORE")
+    return (data["val"], 0.0) if data["val"] else (data["path"], data["val_share"])
+
+
+def _score(model, batches: LaneBatches, tokenizer: Tokenizer | None, forget: bool) -> Score:
+    scorer = Scorer(model, byte_lengths(tokenizer, model.config.vocab_size), forget)
+    for n in tqdm(range(len(batches)), desc="state dropped" if forget else "state carried", unit="batch", leave=False):
+        scorer.add(batches[n])
+    return scorer.score()
+
+
+def _figures(score: Score) -> dict:
+    return {
+        "loss": score.loss,
+        "perplexity": score.perplexity,
+        "bits_per_byte": score.bits_per_byte,
+        "tokens": score.tokens,
+        "by_position": score.by_position(),
+    }
+
+
+def generate(config: GenerateConfig) -> None:
+    """Print a prompt and its continuation as it is written."""
+    sampling = Sampling(config.temperature, config.top_p, config.top_k)
+    model = load_model(config.model, device=config.device)
+    tokenizer = tokenizer_of(config.model, config.tokenizer, model.config.vocab_size)
+    prompt = config.prompt.replace("\\n", "\n")
+    sys.stdout.write(prompt)
+    for piece in generate_text(model, tokenizer, prompt, sampling, config.tokens, config.seed):
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    print()
+
+
+def export(config: ExportConfig) -> None:
+    """Write a model in another format."""
+    model = load_model(config.model)
+    folder = not Path(config.out).suffix or config.out.endswith("/")
+    tokenizer = Path(config.model) / "tokenizer.json"
+    save_model(
+        model,
+        config.out,
+        DTYPES[config.dtype] if config.dtype else None,
+        load_tokenizer(tokenizer) if folder and tokenizer.is_file() else None,
+    )
+    c = model.config
+    print(f"{config.out}: RWKV-4, {c.n_layer} layers x {c.n_embd} channels, vocabulary {c.vocab_size}")
+
+
+def tokenizer_of(model: str, given: str | None, vocab_size: int) -> Tokenizer:
+    """The tokenizer given, or that of a run or Hugging Face folder, or World for its vocabulary of 65,536."""
+    beside = Path(model) / "tokenizer.json"
+    if given or beside.is_file():
+        return load_tokenizer(given or beside)
+    if vocab_size == 65536:
+        return load_tokenizer("world")
+    raise ValueError(f"{model} does not say which tokenizer it was trained with; give --tokenizer (JSON file or bytes)")

@@ -1,0 +1,218 @@
+"""`prepare`: texts, chats and pairs from any source to a token store, on all cores, in order."""
+
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from rwkv_train.data.encode import Encoded, Encoder, encode
+from rwkv_train.data.records import Raw, Source, Split, read, resolve
+from rwkv_train.data.store import Store, StoreWriter, check_free
+from rwkv_train.data.templates import Columns, Template
+from rwkv_train.tokenizer import Tokenizer, load_tokenizer, train_bpe
+
+LISTED = 10  # bad records that the summary names
+
+
+@dataclass
+class PrepareConfig:
+    """What `prepare` reads, and how it becomes tokens.
+
+    Args:
+        sources: Files (.txt .jsonl .json .csv .tsv .parquet), folders, globs, "corpus:chatterbot",
+            "corpus:python-topics", or data sets of the Hugging Face hub as "hub:NAME[@CONFIG][:SPLIT]".
+        out: Folder of the token store to make.
+        tokenizer: "world" (the default), "bytes", or the path of a tokenizers JSON or of a folder with one.
+        train_bpe: Learn a byte-level BPE of this many ids from the sources instead; 0 = do not.
+        kind: What records are: texts, prompt and completion pairs, chat messages; "auto" looks at each one.
+        text_field: Column that holds a text.
+        prompt_field: Column of a pair's prompt, not trained; several ("instruction,input") are joined by
+            newlines.
+        completion_field: Column of a pair's completion, trained.
+        messages_field: Column that holds the list of a chat's messages.
+        template: YAML file that says how chats are written; without it, as RWKV's World models expect them
+            ("User: ...", blank line, "Assistant: ...", blank line).
+        train_roles: Roles whose messages are trained, instead of the template's (assistant).
+        split: What is one document of a .txt file: the file, a paragraph (blank lines between), or a line.
+        limit: Read only this many records; 0 = all.
+        skip_bad: Count and leave out records that cannot be read, instead of stopping at the first.
+        workers: Processes that tokenise; 0 = one a core. The store is the same for any number.
+        overwrite: Replace the store at `out`.
+    """
+
+    sources: list[str]
+    out: str
+    tokenizer: str | None = None
+    train_bpe: int = 0
+    kind: Literal["auto", "text", "pairs", "messages"] = "auto"
+    text_field: str = "text"
+    prompt_field: str = "prompt"
+    completion_field: str = "completion"
+    messages_field: str = "messages"
+    template: str | None = None
+    train_roles: list[str] | None = None
+    split: Split = "file"
+    limit: int = 0
+    skip_bad: bool = False
+    workers: int = 0
+    overwrite: bool = False
+
+
+def prepare(config: PrepareConfig) -> Store:
+    """Make the token store that `config` asks for, or return it if it is there and its sources are unchanged.
+
+    Raises ValueError for contradictions, missing files, bad records ("file:line: what"), a different store
+    at `out`, and sources without anything to train.
+    """
+    _check(config)
+    out, sources = Path(config.out).expanduser(), resolve(config.sources)
+    template = Template.load(config.template) if config.template else Template()
+    if config.train_roles is not None:
+        template = Template(template.roles, config.train_roles, template.collapse_blank_lines)
+    columns = Columns(config.text_field, config.prompt_field, config.completion_field, config.messages_field)
+    tokenizer = None if config.train_bpe else load_tokenizer(config.tokenizer or "world")
+    request = _request(config, sources, template, columns, tokenizer)
+    if not config.overwrite and (store := _up_to_date(out, request)):
+        return store
+    check_free(out, config.overwrite)
+
+    encoder = Encoder(tokenizer, config.kind, template, columns)
+    if tokenizer is None:
+        print(f"Learning a tokenizer of {config.train_bpe} ids ...", flush=True)
+        tokenizer = train_bpe(_texts(config, sources, encoder), config.train_bpe)
+        encoder = Encoder(tokenizer, config.kind, template, columns)
+    with StoreWriter(out, tokenizer, config.overwrite) as writer:
+        bad, listed = _write(config, sources, encoder, writer)
+        if not writer.documents:
+            first = f" The first one: {listed[0]}." if bad else ""
+            raise ValueError(f"{', '.join(config.sources)}: no usable record, {bad} bad ones.{first}")
+        if not writer.trained_tokens:
+            roles = ", ".join(template.train_roles) or "none"
+            raise ValueError(
+                f"Nothing to train: no message of the trained roles ({roles}). See --train_roles."
+            )
+        writer.manifest = {"sources": list(config.sources), "bad_records": bad, "request": request}
+    store = Store.open(out)
+    _print_summary(config.out, store, listed)
+    return store
+
+
+def _check(config: PrepareConfig) -> None:
+    if not config.sources:
+        raise ValueError("There is nothing to read. Give files, folders or data sets with --sources.")
+    if config.tokenizer is not None and config.train_bpe:
+        given = f"--tokenizer {config.tokenizer} and --train_bpe {config.train_bpe}"
+        raise ValueError(f"{given} contradict each other: use a tokenizer or learn one.")
+    for name in ("train_bpe", "limit", "workers"):
+        if getattr(config, name) < 0:
+            raise ValueError(f"--{name} is {getattr(config, name)}, it must not be negative.")
+
+
+def _request(
+    config: PrepareConfig,
+    sources: list[Source],
+    template: Template,
+    columns: Columns,
+    tokenizer: Tokenizer | None,
+) -> dict:
+    """Everything the store's content depends on, as plain JSON."""
+    return {
+        "sources": [source.signature() for source in sources],
+        "tokenizer": tokenizer.fingerprint if tokenizer else f"train_bpe {config.train_bpe}",
+        "kind": config.kind,
+        "columns": asdict(columns),
+        "template": template.as_dict(),
+        **{name: getattr(config, name) for name in ("split", "limit", "skip_bad")},
+    }
+
+
+def _up_to_date(out: Path, request: dict) -> Store | None:
+    """The store at `out` if `request` made it, None if there is none; ValueError for a different one."""
+    if not (out / "manifest.json").is_file():
+        return None
+    try:
+        store = Store.open(out)
+    except ValueError as error:
+        raise ValueError(f"{error} Replace it with --overwrite.") from None
+    made_by = store.manifest.get("request") or {}
+    different = [key for key in request if made_by.get(key) != request[key]]
+    if different:
+        hint = "Choose another --out, or replace it with --overwrite."
+        raise ValueError(f"{out} was made from something else (different: {', '.join(different)}). {hint}")
+    print(f"{out} is up to date: {len(store):,} documents, {len(store.tokens):,} tokens.")
+    return store
+
+
+def _records(config: PrepareConfig, sources: list[Source]) -> Iterator[Raw]:
+    done = 0
+    for source in sources:
+        for raw in read(source, config.split):
+            yield raw
+            done += raw.last
+            if config.limit and done >= config.limit:
+                return
+
+
+def _texts(config: PrepareConfig, sources: list[Source], encoder: Encoder) -> Iterator[str]:
+    for raw in _records(config, sources):
+        try:
+            yield "".join(text for text, _ in encoder.segments(raw))
+        except ValueError as error:
+            if not config.skip_bad:
+                raise _bad_record(raw, str(error)) from None
+
+
+def _bad_record(raw: Raw, error: str) -> ValueError:
+    return ValueError(f"{raw.where}: {error}. Correct it, or leave such records out with --skip_bad.")
+
+
+def _write(
+    config: PrepareConfig, sources: list[Source], encoder: Encoder, writer: StoreWriter
+) -> tuple[int, list[str]]:
+    """Write all records; returns the number of bad ones, and "where: what" of the first of them."""
+    from tqdm import tqdm
+
+    sizes = [source.size for source in sources]
+    known = all(size is not None for size in sizes) and not config.limit
+    bar = {"total": sum(sizes), "unit": "B"} if known else {"unit": " documents"}
+    bad, listed = 0, []
+    results = encode(encoder, _records(config, sources), config.workers)
+    # Closing the generator at once, also on an error, ends its processes before the store is put in place.
+    with tqdm(desc="prepare", unit_scale=True, disable=None, **bar) as progress, closing(results):
+        for encoded in results:
+            raw = encoded.raw
+            if encoded.error is not None:
+                if not (config.skip_bad and raw.first and raw.last):
+                    raise _bad_record(raw, encoded.error)
+                bad += 1
+                if len(listed) < LISTED:
+                    listed.append(f"{raw.where}: {encoded.error}")
+            else:
+                _write_one(encoded, writer)
+            progress.update(raw.size if known else raw.last)
+    return bad, listed
+
+
+def _write_one(encoded: Encoded, writer: StoreWriter) -> None:
+    try:
+        writer.append(encoded.ids, encoded.mask, encoded.text_bytes)
+        if encoded.ends is not None:
+            writer.end_document(encoded.ends)
+    except ValueError as error:
+        raise ValueError(f"{encoded.raw.where}: {error}") from None
+
+
+def _print_summary(out: str, store: Store, listed: list[str]) -> None:
+    m = store.manifest
+    size = sum(file.stat().st_size for file in store.path.iterdir())
+    if listed:
+        print(f"{m['bad_records']:,} bad records left out:", *listed, sep="\n  ")
+        if m["bad_records"] > len(listed):
+            print("  ...")
+    print(f"{store.path}: {size / 1e6:,.1f} MB, tokenizer {m['tokenizer']['name']}")
+    print(f"  documents       {m['documents']:>15,}")
+    print(f"  tokens          {m['tokens']:>15,}")
+    print(f"  trained tokens  {m['trained_tokens']:>15,}  ({m['trained_tokens'] / m['tokens']:.0%})")
+    print(f"  bytes per token {m['text_bytes'] / max(1, m['tokens'] - m['documents']):>15.2f}")
+    print(f"Next: python train.py fit --data.path {out}")

@@ -1,0 +1,114 @@
+"""What a person sees of a run, and the same as data: the progress line and metrics.jsonl."""
+
+import json
+import math
+import resource
+import sys
+import time
+from pathlib import Path
+
+import torch
+import yaml
+from tqdm import tqdm
+
+QUIET = 10.0  # seconds between lines where there is no terminal to draw a bar on
+
+
+def new_run(runs: str, name: str) -> Path:
+    """Make runs/NAME, or runs/NAME-2, -3, ... where that is taken."""
+    number = 1
+    while True:
+        path = Path(runs) / (name if number == 1 else f"{name}-{number}")
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            number += 1
+        else:
+            (path / "checkpoints").mkdir()
+            return path
+
+
+def write_config(path: Path, config: dict) -> None:
+    """runs/NAME/config.yaml, which `fit --config` reads again."""
+    header = f"# The settings of this run. Continue it with: python train.py fit --config {path} --resume\n"
+    path.write_text(header + yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Most memory held so far: of the process, or of the GPU if that is where the model is."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s"
+
+
+class RunLog:
+    """Appends records to metrics.jsonl and keeps one line on the terminal up to date.
+
+    Where stderr is no terminal, a plain line is printed every few seconds instead.
+    """
+
+    def __init__(self, path: Path, name: str, steps: int, done: int = 0):
+        self.steps = steps
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
+        self._bar = tqdm(
+            total=steps,
+            initial=done,
+            desc=name,
+            unit="step",
+            dynamic_ncols=True,
+            disable=not sys.stderr.isatty(),
+            bar_format="{desc} {percentage:3.0f}%|{bar:12}| {n}/{total}{postfix} [{elapsed}<{remaining}]",
+        )
+        self._printed = time.monotonic() - QUIET  # the first record is printed at once
+
+    def train(self, record: dict) -> None:
+        """One training record: step, loss, perplexity, lr, tokens_per_s, memory_mb, eta_s and more."""
+        self._write(record)
+        line = (
+            f"loss {record['loss']:.3f}, ppl {record['perplexity']:.1f}, lr {record['lr']:.2g}, "
+            f"{record['tokens_per_s']:,.0f} tok/s, {record['memory_mb']:,.0f} MB"
+        )
+        if not self._bar.disable:
+            self._bar.set_postfix_str(line, refresh=False)
+            self._bar.n = record["step"]
+            self._bar.refresh()
+        elif time.monotonic() - self._printed >= QUIET or record["step"] == self.steps:
+            self._printed = time.monotonic()
+            self.say(f"step {record['step']}/{self.steps}: {line}, {duration(record['eta_s'])} left")
+
+    def step(self) -> None:
+        """One optimizer step done."""
+        self._bar.update()
+
+    def validation(self, record: dict) -> None:
+        self._write(record)
+        bpb = record["val_bits_per_byte"]
+        bits = "" if bpb is None else f", {bpb:.3f} bits per byte"
+        self.say(
+            f"step {record['step']}/{self.steps}: validation loss {record['val_loss']:.4f}, "
+            f"perplexity {record['val_perplexity']:.2f}{bits}"
+        )
+
+    def say(self, line: str) -> None:
+        """A line above the progress line."""
+        self._bar.write(line, file=sys.stderr)
+
+    def close(self) -> None:
+        self._bar.close()
+        self._file.close()
+
+    def _write(self, record: dict) -> None:
+        self._file.write(json.dumps({k: _rounded(v) for k, v in record.items()}) + "\n")
+        self._file.flush()
+
+
+def _rounded(value):
+    if isinstance(value, float):
+        return float(f"{value:.7g}") if math.isfinite(value) else str(value)
+    return value

@@ -1,0 +1,192 @@
+"""The C++ kernel: built with the system's compiler at first use, kept in the user's cache, called by ctypes.
+
+Nothing happens at import. `available` decides for backend "auto", and says why when the answer is no, once.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import platformdirs
+import torch
+from torch.autograd.function import once_differentiable
+
+SOURCE = Path(__file__).with_name("wkv4_cpu.cpp")
+HEADER = Path(__file__).with_name("wkv4.h")
+COMPILERS = ("c++", "g++", "clang++")
+# No -ffast-math: it would reorder the operations that split an exponent into an integer and a small rest.
+FLAGS = (
+    *("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math"),
+    *("-std=c++17", "-shared", "-fPIC", "-pthread"),
+)
+
+
+class _Inputs(ctypes.Structure):  # this and the next two as in wkv4_cpu.cpp
+    _fields_ = [(n, ctypes.c_int64) for n in ("B", "T", "C")] + [
+        (n, ctypes.c_void_p) for n in ("w", "u", "k", "v", "state", "reset")
+    ]
+
+
+class _Results(ctypes.Structure):
+    _fields_ = [(n, ctypes.c_void_p) for n in ("y", "state", "lse", "last")]
+
+
+class _Gradients(ctypes.Structure):
+    _fields_ = [
+        (n, ctypes.c_void_p)
+        for n in ("y", "lse", "state", "gy", "gstate", "last", "w", "u", "k", "v", "initial")
+    ]
+
+
+def wkv4(w, u, k, v, state, reset=None):
+    """WKV-4 by the C++ kernel; see `rwkv_train.wkv.wkv4`. CPU tensors, all float32 or all float64."""
+    library, why_not = load()
+    if library is None:
+        raise RuntimeError(f'wkv4: backend "cpu" is not available: {why_not}')
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (w, u, k, v, state)):
+        return _WKV4.apply(w, u, k, v, state, reset)
+    y, state, _, _ = _forward(w, u, k, v, state, reset, save=False)
+    return y, state
+
+
+def available() -> bool:
+    """Whether the kernel is there or can be built; the first time it is not, one line on stderr says why."""
+    library, why_not = load()
+    if library is None:
+        _notice_once(f"{why_not} Until then WKV runs in torch, about ten times slower.")
+    return library is not None
+
+
+@functools.cache
+def load() -> tuple[ctypes.CDLL | None, str]:
+    """The library, from the cache or built now; or None and one line: what is missing and what to do."""
+    compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
+    if compiler is None:
+        return None, (
+            f"no C++ compiler found ({', '.join(COMPILERS)}). Install one: apt install g++ (Debian, Ubuntu), "
+            "dnf install gcc-c++ (Fedora), xcode-select --install (macOS)."
+        )
+    cache = Path(platformdirs.user_cache_dir("rwkv_train"))
+    try:
+        stem = f"wkv4-{_key(compiler)}"
+        return _find(cache, stem) or _build(compiler, cache, stem), ""
+    except subprocess.CalledProcessError as error:
+        lines = [line for line in error.stderr.splitlines() if "error" in line] or error.stderr.splitlines()
+        reason = lines[0] if lines else f"exit status {error.returncode}"
+        return (
+            None,
+            f"{compiler} could not build the CPU kernel ({reason}). Install a current g++ or clang++.",
+        )
+    except OSError as error:
+        return None, (
+            f"the CPU kernel could not be built or loaded ({error}). Make {cache} writable, "
+            "or set XDG_CACHE_HOME to a folder that is, and check that the C++ compiler fits this Python."
+        )
+
+
+def _key(compiler: str) -> str:
+    """Whatever the machine code depends on: sources, flags, compiler, and the CPU as the compiler sees it."""
+    # The predefined macros name the compiler's version and, under -march=native, every extension of this CPU.
+    macros = _run(compiler, *FLAGS, "-x", "c++", "-dM", "-E", os.devnull)
+    parts = [SOURCE.read_bytes(), HEADER.read_bytes(), " ".join(FLAGS).encode(), macros.encode()]
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+
+
+def _find(cache: Path, stem: str) -> ctypes.CDLL | None:
+    """A cached library that is whole: its name ends in its digest, for a truncated one could kill Python."""
+    for path in cache.glob(f"{stem}-*.so"):
+        if path.stem == f"{stem}-{_digest(path)}":
+            try:
+                return _bind(path)
+            except OSError:
+                continue
+    return None
+
+
+def _build(compiler: str, cache: Path, stem: str) -> ctypes.CDLL:
+    """Compile under a name of our own, then rename: other processes may be doing the same at this moment."""
+    print("rwkv_train: building the CPU kernel (once, a few seconds) ...", file=sys.stderr, flush=True)
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as folder:
+        built = Path(folder) / "wkv4.so"
+        _run(compiler, *FLAGS, "-o", str(built), str(SOURCE))
+        path = cache / f"{stem}-{_digest(built)}.so"
+        os.replace(built, path)
+    return _bind(path)
+
+
+def _run(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, errors="replace", check=True).stdout
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+def _bind(path: Path) -> ctypes.CDLL:
+    library = ctypes.CDLL(str(path))
+    for dtype in ("f32", "f64"):
+        for name, second in (("forward", _Results), ("backward", _Gradients)):
+            function = getattr(library, f"wkv4_{name}_{dtype}")
+            function.argtypes = (ctypes.POINTER(_Inputs), ctypes.POINTER(second), ctypes.c_int)
+            function.restype = None
+    return library
+
+
+@functools.cache
+def _notice_once(text: str) -> None:
+    print(f"rwkv_train: {text}", file=sys.stderr, flush=True)
+
+
+def _kernel(name: str, dtype: torch.dtype):
+    return getattr(load()[0], f"wkv4_{name}_{'f64' if dtype == torch.float64 else 'f32'}")
+
+
+def _inputs(w, u, k, v, state, reset) -> _Inputs:
+    """Addresses of contiguous tensors, which the caller keeps alive."""
+    pointers = [x.data_ptr() for x in (w, u, k, v, state)]
+    return _Inputs(*k.shape, *pointers, None if reset is None else reset.data_ptr())
+
+
+def _forward(w, u, k, v, state, reset, save: bool):
+    """y, the state, and with `save` what the backward needs, lse [B, T, C] and last [B, C] (see _Results)."""
+    w, u, k, v, state = (x.contiguous() for x in (w, u, k, v, state))
+    reset = None if reset is None else reset.contiguous()
+    y, out = torch.empty_like(k), torch.empty_like(state)
+    lse = last = None
+    if save:
+        lse, last = torch.empty_like(k), k.new_empty(k.shape[0], k.shape[2], dtype=torch.int32)
+    results = _Results(*(None if x is None else x.data_ptr() for x in (y, out, lse, last)))
+    _kernel("forward", k.dtype)(_inputs(w, u, k, v, state, reset), results, torch.get_num_threads())
+    return y, out, lse, last
+
+
+class _WKV4(torch.autograd.Function):
+    """The kernel with its hand-written gradient, from the formulas in wkv4.h."""
+
+    @staticmethod
+    def forward(ctx, w, u, k, v, state, reset):
+        y, out, lse, last = _forward(w, u, k, v, state, reset, save=True)
+        ctx.save_for_backward(w, u, k, v, state, reset, y, out, lse, last)
+        return y, out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gy, gstate):
+        w, u, k, v, state, reset, y, out, lse, last = (
+            None if x is None else x.contiguous() for x in ctx.saved_tensors
+        )
+        gy, gstate = gy.contiguous(), gstate.contiguous()
+        gw, gu = w.new_empty(2, k.shape[0], k.shape[2])
+        gk, gv, initial = torch.empty_like(k), torch.empty_like(v), torch.empty_like(state)
+        gradients = _Gradients(
+            *(x.data_ptr() for x in (y, lse, out, gy, gstate, last, gw, gu, gk, gv, initial))
+        )
+        _kernel("backward", k.dtype)(_inputs(w, u, k, v, state, reset), gradients, torch.get_num_threads())
+        return gw.sum(0), gu.sum(0), gk, gv, initial, None

@@ -1,0 +1,72 @@
+"""What several tests need: a model with random weights everywhere, comparisons, expected failures."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from rwkv_train import load_model
+from rwkv_train.models.rwkv4 import RWKV4, RWKV4Config
+
+
+def random_model(
+    n_embd: int = 16,
+    n_layer: int = 2,
+    vocab_size: int = 31,
+    n_att: int = 0,
+    n_ffn: int = 0,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    **config,
+) -> RWKV4:
+    """An RWKV-4 in eval mode whose every parameter matters (`init_weights` leaves whole matrices at zero)."""
+    rng = torch.Generator().manual_seed(seed)
+    model = RWKV4(RWKV4Config(vocab_size, n_embd, n_layer, n_att, n_ffn, **config))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith("time_decay"):
+                p.uniform_(-5, 2, generator=rng)
+            elif "time_mix" in name:
+                p.uniform_(0, 1, generator=rng)
+            elif p.ndim == 1:  # layer norms around 1 and 0, time_first around 0
+                p.normal_(1.0 if "ln" in name and name.endswith("weight") else 0.0, 0.2, generator=rng)
+            else:
+                p.normal_(0, 0.25, generator=rng)
+    return model.to(dtype).eval()
+
+
+def assert_close_rel(a: Tensor, b: Tensor, tol: float, name: str = "tensor") -> float:
+    """Fail unless |a - b| <= tol * |b| in the 2-norm (b is the reference); returns the relative error.
+
+    Shapes must agree exactly and both must be finite; all-zero references compare absolutely.
+    """
+    assert a.shape == b.shape, f"{name}: shape {list(a.shape)}, expected {list(b.shape)}"
+    a, b = a.detach().double().cpu(), b.detach().double().cpu()
+    assert a.isfinite().all(), f"{name}: not finite"
+    assert b.isfinite().all(), f"{name}: reference not finite"
+    norm = b.norm().item()
+    error = (a - b).norm().item() / (norm if norm > 0 else 1.0)
+    assert error <= tol, f"{name}: relative error {error:.3g}, allowed {tol:.3g}"
+    return error
+
+
+def small_weights(**changes):
+    """A small model's tensors, some replaced (a value of None: removed); '__' in a name stands for '.'."""
+    tensors = dict(random_model(n_embd=8, n_layer=2, vocab_size=11).state_dict())
+    for name, value in changes.items():
+        name = name.replace("__", ".")
+        tensors.pop(name, None)
+        if value is not None:
+            tensors[name] = value
+    return tensors
+
+
+def fails_to_load(path, *parts, error=ValueError):
+    """load_model(path) raises one line that holds the path's name and all the parts."""
+    with pytest.raises(error) as caught:
+        load_model(path)
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in (Path(path).name, *parts):
+        assert part in message, f"{part!r} is not in: {message}"

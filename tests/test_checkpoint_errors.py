@@ -1,0 +1,136 @@
+"""What is no model gives one clear line: what, where, and what to do."""
+
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import fails_to_load, random_model, small_weights
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from rwkv_train import load_model, save_model
+from rwkv_train.hf import to_hf_name
+
+
+def written(path, **changes):
+    torch.save(small_weights(**changes), path)
+    return path
+
+
+def test_nothing_there(tmp_path):
+    fails_to_load(tmp_path / "m.pth", "no such file", error=FileNotFoundError)
+    fails_to_load("RWKV/rwkv-4-169m-pile", "downloaded", error=FileNotFoundError)
+    fails_to_load(tmp_path, "config.json", "checkpoints/step=N.ckpt")
+    written(tmp_path / "a.pth")
+    fails_to_load(tmp_path, "a.pth")
+    (tmp_path / "config.json").write_text('{"model_type": "rwkv"}')
+    fails_to_load(tmp_path, "no weights", "pytorch_model.bin")
+    for text, part in (("{", "JSON"), ("[]", "list"), ("{}", "None"), ('{"model_type": "rwkv7"}', "rwkv7")):
+        (tmp_path / "config.json").write_text(text)
+        fails_to_load(tmp_path, "config.json", part)
+    (tmp_path / "config.json").write_text('{"model_type": "rwkv", "layer_norm_epsilon": 1e-6}')
+    fails_to_load(tmp_path, "layer_norm_epsilon", "1e-06")
+
+
+class Code:
+    def __reduce__(self):
+        return os.system, ("echo must not run > must_not_run",)
+
+
+def test_files_that_are_no_checkpoints(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = written(tmp_path / "m.pth")
+    good = path.read_bytes()
+    cases = [
+        (b"", "is empty"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "git lfs pull"),
+        (b"<!DOCTYPE html><html>", "is no checkpoint"),
+        (b"hello\n", "is no checkpoint"),
+        (good[: len(good) // 2], "truncated or damaged"),
+        (good[:-1], "truncated or damaged"),
+        (b"\x80\x02" + bytes(range(100, 250)), "truncated or damaged"),
+        (pickle.dumps({"emb.weight": Code()}, protocol=2), "not opened for safety"),
+        (b"\x10\0\0\0\0\0\0\0{}", "truncated or damaged"),
+        (b"\xff" * 8 + b"{}", "truncated or damaged"),
+    ]
+    for content, part in cases:
+        path.write_bytes(content)
+        fails_to_load(path, part)
+    for content in ({"emb.weight": Code()}, {"a": torch.nn.Linear(2, 2)}, {"a": Path("x")}):
+        torch.save(content, path)
+        fails_to_load(path, "not opened for safety")
+    torch.save([torch.zeros(2)], path)
+    fails_to_load(path, "list", "expected a dict")
+    assert not (tmp_path / "must_not_run").exists()
+
+
+MATRIX = torch.zeros(8, 8)
+WRONG = [
+    ({"head__weight": None}, ["head.weight is missing"]),
+    ({"emb__weight": None}, ["emb.weight is missing"]),
+    ({"blocks__1__ln2__bias": None}, ["blocks.1.ln2.bias is missing"]),
+    ({"blocks__0__ln0__weight": None}, ["blocks.0.ln0.weight is missing"]),
+    ({"blocks__7__ln1__weight": torch.ones(8)}, ["blocks.2.ln1.weight is missing"]),
+    ({"extra": MATRIX}, ["unexpected: extra", "1 keys"]),
+    ({"head__weight": torch.zeros(12, 8)}, ["head.weight has shape [12, 8], expected [11, 8]"]),
+    ({"emb__weight": torch.zeros(8)}, ["emb.weight has shape [8], expected a matrix"]),
+    ({"emb__weight": torch.zeros(0, 8)}, ["emb.weight has shape [0, 8]"]),
+    ({"blocks__1__att__time_mix_k": torch.zeros(1, 1, 9)}, ["k has shape [1, 1, 9], expected [1, 1, 8]"]),
+    ({"blocks__1__att__time_mix_k": torch.zeros(2, 4)}, ["time_mix_k has shape [2, 4], expected [1, 1, 8]"]),
+    ({"blocks__0__ffn__key__weight": torch.zeros(8, 32)}, ["has shape", "expected"]),  # transposed
+    ({"blocks__0__att__time_decay": 3.0}, ["time_decay is of type float, expected a tensor"]),
+    ({"_strategy": "cuda fp16i8"}, ["_strategy is of type str"]),
+    ({"head__weight": torch.zeros(11, 8, dtype=torch.int8)}, ["head.weight is torch.int8", "quantised"]),
+    ({"head__weight": torch.zeros(11, 8, dtype=torch.complex64)}, ["torch.complex64"]),
+    ({"head__weight": torch.zeros(11, 8).to_sparse()}, ["torch.sparse_coo"]),
+    ({"head__weight": torch.zeros(11, 8, device="meta")}, ["meta"]),
+    ({"rwkv.head.weight": MATRIX, "head.weight": MATRIX}, ["both", "rwkv.head.weight"]),
+    ({"blocks__0__att__r_k": torch.zeros(1, 8)}, ["att.r_k", "RWKV-7 is not supported by this version yet"]),
+    ({"blocks__0__att__r_k": MATRIX, "blocks__0__att__ln_x__weight": MATRIX}, ["RWKV-7 is not"]),
+    ({"blocks__0__att__time_maa_x": MATRIX}, ["time_maa_x", "RWKV-6 is not"]),
+    ({"blocks__0__att__ln_x__weight": MATRIX}, ["ln_x", "RWKV-5"]),
+    ({"blocks__0__att__key__lora_A": MATRIX}, ["lora_A", "merge"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("changes, parts", WRONG)
+def test_wrong_contents(tmp_path, changes, parts):
+    fails_to_load(written(tmp_path / "m.pth", **changes), *parts)
+
+
+def test_messages_spell_keys_as_the_file_does(tmp_path):
+    save_model(random_model(), tmp_path / "hf")
+    tensors = {to_hf_name(k): v for k, v in small_weights(blocks__1__att__time_mix_k=None).items()}
+    save_file(tensors, tmp_path / "hf/model.safetensors")
+    fails_to_load(tmp_path / "hf/model.safetensors", "rwkv.blocks.1.attention.time_mix_key is missing")
+    torch.save({"model.embed_tokens.weight": MATRIX}, tmp_path / "llama.pth")
+    fails_to_load(tmp_path / "llama.pth", "emb.weight is missing", "model.embed_tokens.weight")
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+@pytest.mark.parametrize("name", ["m.pth", "legacy.pth", "m.safetensors"])
+def test_damaged_files_fail_in_one_way(tmp_path_factory, name, data):
+    path = tmp_path_factory.getbasetemp() / f"damaged-{name}"
+    tensors = dict(random_model(n_embd=4, n_layer=1, vocab_size=5).state_dict())
+    if name == "m.safetensors":
+        save_file(tensors, path)
+    else:
+        torch.save(tensors, path, _use_new_zipfile_serialization=name == "m.pth")
+    content = bytearray(path.read_bytes())
+    if data.draw(st.booleans(), label="truncate"):
+        content = content[: data.draw(st.integers(0, len(content) - 1), label="length")]
+    else:
+        for _ in range(data.draw(st.integers(1, 4), label="flips")):
+            content[data.draw(st.integers(0, len(content) - 1), label="at")] ^= data.draw(st.integers(1, 255))
+    path.write_bytes(content)
+    try:
+        model = load_model(path)
+    except ValueError as e:
+        assert path.name in str(e)
+    else:
+        assert {k: v.shape for k, v in model.state_dict().items()} == {k: v.shape for k, v in tensors.items()}
