@@ -143,10 +143,12 @@ class _Found:
 
 def _sort_keys(source: Path, content: dict[str, object]) -> _Found:
     """Rename to our names, and refuse what is not a plain tensor of floats."""
-    _refuse_other_models(source, list(content))
+    _refuse_other_models(source, [key for key in content if key.isprintable()])
     is_hf = any(key.startswith("rwkv.") or ".attention." in key for key in content)
     found = _Found(source, {}, {}, is_hf)
     for key, value in content.items():
+        if not key.isprintable():  # nothing a message should repeat
+            raise ValueError(f"{source} is damaged: it names a tensor {key!r}; download or save it again")
         name = from_hf_name(key) if is_hf else key
         if name in found.keys:
             raise ValueError(f"{source} holds both {found.keys[name]} and {key}, the same weight; remove one")

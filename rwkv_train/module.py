@@ -70,12 +70,10 @@ class OnlineTrainer(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def train_dataloader(self) -> DataLoader:
-        return DataLoader(
-            self.train_batches, batch_size=None, sampler=_From(self.batches_done, len(self.train_batches))
-        )
+        return _loader(self.train_batches, sampler=_From(self.batches_done, len(self.train_batches)))
 
     def val_dataloader(self) -> DataLoader | list:
-        return [] if self.val_batches is None else DataLoader(self.val_batches, batch_size=None)
+        return [] if self.val_batches is None else _loader(self.val_batches)
 
     def on_train_start(self) -> None:
         if self._resumed_rng is not None:
@@ -113,6 +111,11 @@ class OnlineTrainer(L.LightningModule):
     def _gather(self, x: Tensor) -> Tensor:
         """Rows of all ranks, in order, on the CPU."""
         return self.all_gather(x).flatten(0, 1).cpu() if self.trainer.world_size > 1 else x.cpu()
+
+
+def _loader(batches: LaneBatches, **kwargs) -> DataLoader:
+    """A loader with random numbers of its own: it draws some, and a validation must not change the dropout after it."""
+    return DataLoader(batches, batch_size=None, generator=torch.Generator(), **kwargs)
 
 
 class _From(Sampler):

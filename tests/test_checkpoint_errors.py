@@ -74,6 +74,7 @@ WRONG = [
     ({"blocks__1__ln2__bias": None}, ["blocks.1.ln2.bias is missing"]),
     ({"blocks__0__ln0__weight": None}, ["blocks.0.ln0.weight is missing"]),
     ({"blocks__7__ln1__weight": torch.ones(8)}, ["blocks.2.ln1.weight is missing"]),
+    ({"a\x1b[2J\nb": MATRIX}, ["is damaged"]),
     ({"extra": MATRIX}, ["unexpected: extra", "1 keys"]),
     ({"head__weight": torch.zeros(12, 8)}, ["head.weight has shape [12, 8], expected [11, 8]"]),
     ({"emb__weight": torch.zeros(8)}, ["emb.weight has shape [8], expected a matrix"]),

@@ -180,6 +180,12 @@ def test_messages_train_the_roles_asked_for(tmp_path, roles, trained):
 def test_generation_prompt_is_what_training_saw():
     template = Template()
     segments = template.segments(CHAT)
+    assert [trained for _, trained in segments] == [
+        False,
+        True,
+        False,
+        True,
+    ]  # joined as generation reads them
     assert segments[-1] == (" See\nyou.\n\n", True)
     assert template.prompt(CHAT[:4]) == "".join(text for text, _ in segments[:-1])
     assert template.prompt([]) == "Assistant:"
@@ -187,8 +193,7 @@ def test_generation_prompt_is_what_training_saw():
 
 def test_template_file(tmp_path):
     (tmp_path / "t.yaml").write_text(
-        'roles: {user: "<u>{content}</u>", bot: "<b> {content}</b>"}\n'
-        "train_roles: [bot]\ncollapse_blank_lines: false\n"
+        'roles: {user: "<u>{content}</u>", bot: "<b> {content}</b>"}\ntrain_roles: [bot]\ncollapse_blank_lines: false\n'
     )
     messages = [{"role": "user", "content": "a\n\n{content}"}, {"role": "bot", "content": "b"}]
     source = jsonl(tmp_path / "x.jsonl", [{"chat": messages}])

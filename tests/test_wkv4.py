@@ -50,9 +50,7 @@ def run(backend, args, reset, gy, gstate, splits=()):
 def assert_close(got, want, tolerance, floor=1e-30, **loose):
     """Tensor by tensor, the norm of the difference over the norm."""
     for name in NAMES:
-        error = (got[name].double() - want[name].double()).norm() / want[name].double().norm().clamp(
-            min=floor
-        )
+        error = (got[name].double() - want[name].double()).norm() / want[name].double().norm().clamp(min=floor)
         limit = loose.get(name, tolerance)
         assert error <= limit, f"{name}: relative error {error:.1e}, allowed {limit:.0e}"
 
@@ -152,9 +150,7 @@ def test_mixed_dtypes_and_layouts(backend):
     assert want_y.dtype == want_state.dtype == torch.float64
     scattered = torch.stack((k, k), -1)[..., 1]
     turned = v.float().transpose(0, 2).contiguous().transpose(0, 2)
-    y, after = wkv4(
-        w, u, scattered, turned, state.transpose(1, 2).contiguous().transpose(1, 2), backend=backend
-    )
+    y, after = wkv4(w, u, scattered, turned, state.transpose(1, 2).contiguous().transpose(1, 2), backend=backend)
     assert not scattered.is_contiguous() and torch.equal(y, want_y) and torch.equal(after, want_state)
     y, after = wkv4(w, u, k.bfloat16(), v, state.float(), backend=backend)
     assert y.dtype == torch.bfloat16 and after.dtype == torch.float64
@@ -212,9 +208,7 @@ def test_a_gradient_on_one_result_only(backend):
     gy, gstate = cotangents(2, 9, 3)
     k.requires_grad_()
     y, after = wkv4(w, u, k, v, state, backend=backend)
-    only_y, only_state = (
-        torch.autograd.grad(out, k, g, retain_graph=True)[0] for out, g in ((y, gy), (after, gstate))
-    )
+    only_y, only_state = (torch.autograd.grad(out, k, g, retain_graph=True)[0] for out, g in ((y, gy), (after, gstate)))
     both = torch.autograd.grad((y, after), k, (gy, gstate))[0]
     torch.testing.assert_close(only_y + only_state, both, rtol=1e-12, atol=1e-12)
 

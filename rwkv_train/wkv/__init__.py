@@ -81,9 +81,7 @@ def _pick(backend: str, device: torch.device):
         return reference.wkv4
     if backend == "cuda":
         raise ValueError('wkv4: the CUDA kernel is not part of this version yet; use backend "auto"')
-    raise ValueError(
-        f'wkv4: unknown backend {backend!r}, expected "auto", "reference", "cpu", "torch" or "cuda"'
-    )
+    raise ValueError(f'wkv4: unknown backend {backend!r}, expected "auto", "reference", "cpu", "torch" or "cuda"')
 
 
 def _check(w, u, k, v, state, reset) -> torch.dtype:

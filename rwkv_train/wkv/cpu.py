@@ -39,8 +39,7 @@ class _Results(ctypes.Structure):
 
 class _Gradients(ctypes.Structure):
     _fields_ = [
-        (n, ctypes.c_void_p)
-        for n in ("y", "lse", "state", "gy", "gstate", "last", "w", "u", "k", "v", "initial")
+        (n, ctypes.c_void_p) for n in ("y", "lse", "state", "gy", "gstate", "last", "w", "u", "k", "v", "initial")
     ]
 
 
@@ -179,14 +178,10 @@ class _WKV4(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, gy, gstate):
-        w, u, k, v, state, reset, y, out, lse, last = (
-            None if x is None else x.contiguous() for x in ctx.saved_tensors
-        )
+        w, u, k, v, state, reset, y, out, lse, last = (None if x is None else x.contiguous() for x in ctx.saved_tensors)
         gy, gstate = gy.contiguous(), gstate.contiguous()
         gw, gu = w.new_empty(2, k.shape[0], k.shape[2])
         gk, gv, initial = torch.empty_like(k), torch.empty_like(v), torch.empty_like(state)
-        gradients = _Gradients(
-            *(x.data_ptr() for x in (y, lse, out, gy, gstate, last, gw, gu, gk, gv, initial))
-        )
+        gradients = _Gradients(*(x.data_ptr() for x in (y, lse, out, gy, gstate, last, gw, gu, gk, gv, initial)))
         _kernel("backward", k.dtype)(_inputs(w, u, k, v, state, reset), gradients, torch.get_num_threads())
         return gw.sum(0), gu.sum(0), gk, gv, initial, None

@@ -51,8 +51,8 @@ template <class R> WKV_FN R from_bits(typename Format<R>::Bits bits) {
     return x;
 }
 
-// COEFFICIENT(i) x^i for i = FIRST, FIRST + STEP, ... <= LAST, summed and divided by x^FIRST, given power = x^STEP. Even
-// and odd terms apart: that makes for short chains of dependent operations, and the processor does several at once.
+// COEFFICIENT(i) x^i for i = FIRST, FIRST + STEP, ... <= LAST, summed and divided by x^FIRST, given power = x^STEP.
+// Even and odd terms apart: that makes short chains of dependent operations, and the processor does several at once.
 template <double COEFFICIENT(int), int FIRST, int LAST, int STEP = 1, class R> WKV_FN R series(R power) {
     if constexpr (FIRST + STEP > LAST) {
         constexpr R coefficient = R(COEFFICIENT(FIRST));
@@ -77,7 +77,7 @@ template <class R> WKV_FN R wkv_exp(R x) {
     return x < F::lowest ? R(0) : scaled;
 }
 
-// log(x) = n log(2) + 2 atanh((m - 1) / (m + 1)) with m between sqrt(1/2) and sqrt(2), so that |(m - 1) / (m + 1)| < 0.172
+// log(x) = n log(2) + 2 atanh(s), s = (m - 1) / (m + 1), with m between sqrt(1/2) and sqrt(2), so that |s| < 0.172
 template <class R> WKV_FN R wkv_log(R x) {
     using F = Format<R>;
     using Bits = typename F::Bits;
@@ -228,8 +228,16 @@ template <class R> static void run_backward(const Inputs<R>* in, const Gradients
 }
 
 extern "C" {
-void wkv4_forward_f32(const Inputs<float>* i, const Results<float>* o, int threads) { run_forward(i, o, threads); }
-void wkv4_forward_f64(const Inputs<double>* i, const Results<double>* o, int threads) { run_forward(i, o, threads); }
-void wkv4_backward_f32(const Inputs<float>* i, const Gradients<float>* g, int threads) { run_backward(i, g, threads); }
-void wkv4_backward_f64(const Inputs<double>* i, const Gradients<double>* g, int threads) { run_backward(i, g, threads); }
+void wkv4_forward_f32(const Inputs<float>* in, const Results<float>* out, int threads) {
+    run_forward(in, out, threads);
+}
+void wkv4_forward_f64(const Inputs<double>* in, const Results<double>* out, int threads) {
+    run_forward(in, out, threads);
+}
+void wkv4_backward_f32(const Inputs<float>* in, const Gradients<float>* g, int threads) {
+    run_backward(in, g, threads);
+}
+void wkv4_backward_f64(const Inputs<double>* in, const Gradients<double>* g, int threads) {
+    run_backward(in, g, threads);
+}
 }
