@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from rwkv_train.hf import from_hf_name, hf_files, save_hf, to_hf_name
 from rwkv_train.models.rwkv4 import RWKV4, RWKV4Config
@@ -35,7 +36,7 @@ def load_model(path: str | Path, dtype: torch.dtype | None = None, device: str |
         content |= read_weights(file)
     found = _sort_keys(files[0] if len(files) == 1 else path, content)
     del content  # so that `_own` frees each of the file's tensors as it goes
-    with torch.device("meta"):  # no memory, no initialisation: every weight is assigned
+    with torch.device("meta"), _NoInit():  # no memory, no initialisation: every weight is assigned
         model = RWKV4(_rwkv4_config(found))
     tensors = {name: found.fitted(name, t.shape) for name, t in model.state_dict().items()}
     if extra := [key for name, key in found.keys.items() if name not in tensors]:
@@ -190,6 +191,16 @@ def _rwkv4_config(found: _Found) -> RWKV4Config:
     # Counted, not the highest number: a damaged name must not ask for a million blocks.
     blocks = {match[1] for name in found.tensors if (match := re.match(r"blocks\.([0-9]+)\.", name))}
     return RWKV4Config(*sizes[0], len(blocks), n_att=sizes[1][0], n_ffn=sizes[2][0])
+
+
+class _NoInit(TorchFunctionMode):
+    """Passes over torch.nn.init: initialising meta tensors has no effect but importing the compiler, a second."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
 
 
 def _own(tensors: dict[str, Tensor], dtype: torch.dtype | None, device) -> dict[str, Tensor]:

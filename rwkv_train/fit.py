@@ -226,7 +226,7 @@ class Monitor(L.Callback):
     def __init__(self, config: FitConfig, run: Path):
         self.every, self.config, self.run = config.train.log_every, config, run
         self.scores, self.validated_at = [], None
-        self.grad_norm, self.started = 0.0, time.monotonic()
+        self.started = time.monotonic()
         self.runlog: RunLog | None = None
 
     @property
@@ -248,11 +248,6 @@ class Monitor(L.Callback):
         now = time.monotonic()
         self.waited += now - self.mark
         self.mark = now
-
-    def on_before_optimizer_step(self, trainer, module, optimizer):
-        if (trainer.global_step + 1) % self.every == 0:
-            gradients = [p.grad for p in module.parameters() if p.grad is not None]
-            self.grad_norm = float(torch.nn.utils.get_total_norm(gradients))
 
     def on_train_batch_end(self, trainer, module, outputs, batch, n):
         now = time.monotonic()
@@ -279,7 +274,7 @@ class Monitor(L.Callback):
             "loss": loss,
             "perplexity": perplexity(loss),
             "lr": trainer.optimizers[0].param_groups[0]["lr"],
-            "grad_norm": self.grad_norm,
+            "grad_norm": float(module.grad_norm),
             "tokens_per_s": read / seconds,
             "memory_mb": peak_memory_mb(module.device),
             "data_wait": self.waited / (self.busy + self.waited),

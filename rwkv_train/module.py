@@ -32,6 +32,7 @@ class OnlineTrainer(L.LightningModule):
         self.batches_done = 0
         self.scorer: Scorer | None = None
         self.last_score: Score | None = None
+        self.grad_norm = torch.zeros(())
         self._resumed_rng: Tensor | None = None
         self.reset_sums()
 
@@ -68,6 +69,13 @@ class OnlineTrainer(L.LightningModule):
     def configure_optimizers(self):
         optimizer, scheduler = make_optimizer(self.model, self.config.optim, self.trainer.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
+        """Clip, and keep the norm before it. (Lightning's own clipping refuses fused optimizers under bfloat16.)"""
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        self.grad_norm = torch.nn.utils.get_total_norm(gradients)
+        if gradient_clip_val:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters(), gradient_clip_val, self.grad_norm)
 
     def train_dataloader(self) -> DataLoader:
         return _loader(self.train_batches, sampler=_From(self.batches_done, len(self.train_batches)))

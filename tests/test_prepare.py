@@ -127,9 +127,7 @@ def test_long_texts_come_in_pieces(tmp_path_factory, text, block):
 
 
 def test_pieces_make_one_document(tmp_path, monkeypatch):
-    (tmp_path / "x.txt").write_text(
-        "".join(f"  line {n} {'#' * (n % 30)}\n" * 2 + f"{n}\n\n" for n in range(99))
-    )
+    (tmp_path / "x.txt").write_text("".join(f"  line {n} {'#' * (n % 30)}\n" * 2 + f"{n}\n\n" for n in range(99)))
     whole = make(tmp_path, tmp_path / "x.txt", tokenizer="world", out="whole")
     monkeypatch.setattr(records_module, "BLOCK", 100)
     found = [raw.data for raw in records_module.read(records_module.Source("file", str(tmp_path / "x.txt")))]

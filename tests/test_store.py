@@ -67,9 +67,7 @@ def test_written_is_read(tmp_path_factory, documents):
     store = write(folder / "s", documents)
     tokens = [[t for piece, _ in d for t in piece] + [0] for d in documents]
     mask = [m for d in documents for piece, trained in [*d, ([0], d[-1][1])] for m in [trained] * len(piece)]
-    assert [
-        list(store.tokens[o : o + n]) for o, n in zip(store.offsets, store.lengths, strict=True)
-    ] == tokens
+    assert [list(store.tokens[o : o + n]) for o, n in zip(store.offsets, store.lengths, strict=True)] == tokens
     assert list(store.mask if store.mask is not None else [1] * len(store.tokens)) == mask
     assert (store.mask is None) == all(mask) == (not (folder / "s" / "tokens.mask").exists())
     assert read_binidx_like_rwkv_lm(folder / "s" / "tokens") == tokens

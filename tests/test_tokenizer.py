@@ -12,9 +12,7 @@ from hypothesis import strategies as st
 from rwkv_train.tokenizer import StreamDecoder, load_tokenizer, train_bpe
 
 SAMPLE = ["the cat sat on the mat, the cat sat\n", "naïve café 你好 🤖 <|endoftext|> the end\n\n"] * 20
-TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=60) | st.text(
-    "aé你🤖👩‍👩‍👧 \n\x00", max_size=30
-)
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=60) | st.text("aé你🤖👩‍👩‍👧 \n\x00", max_size=30)
 
 
 @pytest.fixture(scope="module")
@@ -127,9 +125,7 @@ def test_any_tokenizers_json(tmp_path):
     assert list(tokenizer.byte_lengths()) == [0, 0, 0, 1, 4, 1]
 
 
-@pytest.mark.parametrize(
-    "content", ["{", "[]", "{}", '{"rwkv_train_tokenizer": "x"}', "\xff", '{"model": 3}']
-)
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"rwkv_train_tokenizer": "x"}', "\xff", '{"model": 3}'])
 def test_damaged_json_is_a_clear_error(tmp_path, content):
     (tmp_path / "bad.json").write_bytes(content.encode("latin-1"))
     with pytest.raises(ValueError, match=r"bad\.json"):

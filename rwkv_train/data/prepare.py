@@ -89,9 +89,7 @@ def prepare(config: PrepareConfig) -> Store:
             raise ValueError(f"{', '.join(config.sources)}: no usable record, {bad} bad ones.{first}")
         if not writer.trained_tokens:
             roles = ", ".join(template.train_roles) or "none"
-            raise ValueError(
-                f"Nothing to train: no message of the trained roles ({roles}). See --train_roles."
-            )
+            raise ValueError(f"Nothing to train: no message of the trained roles ({roles}). See --train_roles.")
         writer.manifest = {"sources": list(config.sources), "bad_records": bad, "request": request}
     store = Store.open(out)
     _print_summary(config.out, store, listed)

@@ -75,25 +75,19 @@ def _resolve(name: str) -> list[Source]:
     if path.is_file():
         if path.suffix.lower() not in SUFFIXES:
             known = ", ".join(SUFFIXES)
-            raise ValueError(
-                f"{name}: files ending in {path.suffix!r} are unknown; convert it to one of {known}."
-            )
+            raise ValueError(f"{name}: files ending in {path.suffix!r} are unknown; convert it to one of {known}.")
         return [Source("file", str(path))]
     if path.is_dir():
         found = [p for p in path.rglob("*") if not any(s.startswith(".") for s in p.relative_to(path).parts)]
     elif glob.has_magic(name):
         found = [Path(p) for p in glob.glob(str(path), recursive=True)]
     elif path.suffix.lower() in SUFFIXES or name.startswith(("/", "~", ".")) or name.count("/") > 1:
-        raise ValueError(
-            f"There is no file or folder {name}. Correct the path; it is relative to {Path.cwd()}."
-        )
+        raise ValueError(f"There is no file or folder {name}. Correct the path; it is relative to {Path.cwd()}.")
     else:
         return [Source("hub", name)]
     files = sorted(str(p) for p in found if p.suffix.lower() in SUFFIXES and p.is_file())
     if not files:
-        raise ValueError(
-            f"{name} holds no {', '.join(SUFFIXES)} file. Correct the path, or convert the files."
-        )
+        raise ValueError(f"{name} holds no {', '.join(SUFFIXES)} file. Correct the path, or convert the files.")
     return [Source("file", file) for file in files]
 
 

@@ -164,9 +164,7 @@ class StoreWriter:
         self._bin = open(self._temp / "tokens.bin", "wb")
         return self
 
-    def append(
-        self, ids: np.ndarray | list[int], mask: np.ndarray | bool = True, text_bytes: int = 0
-    ) -> None:
+    def append(self, ids: np.ndarray | list[int], mask: np.ndarray | bool = True, text_bytes: int = 0) -> None:
         """Add tokens to the current document. `mask` [len(ids)] or one value: trained as a target?"""
         if self._length + len(ids) > MAX_DOCUMENT_TOKENS:
             most = f"more than {MAX_DOCUMENT_TOKENS} tokens, the most a store can index"
@@ -201,9 +199,7 @@ class StoreWriter:
             if kind is None:
                 assert self._length == 0, "the last document was not ended"
                 if not self.documents:
-                    raise ValueError(
-                        f"Nothing was written to {self.path}: a store needs at least one document."
-                    )
+                    raise ValueError(f"Nothing was written to {self.path}: a store needs at least one document.")
                 self._finish()
         finally:
             self._close()

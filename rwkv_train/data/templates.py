@@ -52,9 +52,7 @@ class Template:
             raise ValueError(f"Template {path}: expected the keys {', '.join(types)}, found {values!r:.200}.")
         for key, value in values.items():
             if not isinstance(value, types[key]):
-                raise ValueError(
-                    f"Template {path}: {key} must be a {types[key].__name__}, not {value!r:.200}."
-                )
+                raise ValueError(f"Template {path}: {key} must be a {types[key].__name__}, not {value!r:.200}.")
         return cls(**values)
 
     def segments(self, messages: Sequence[dict]) -> list[Segment]:
@@ -125,9 +123,7 @@ class Columns:
             return "text"
         expected = f'"{self.text}", "{self.prompt}" with "{self.completion}", or "{self.messages}"'
         flags = "--text_field, --prompt_field and --completion_field, or --messages_field"
-        raise ValueError(
-            f"no known column: expected {expected}, found {_names(record)}; name yours with {flags}"
-        )
+        raise ValueError(f"no known column: expected {expected}, found {_names(record)}; name yours with {flags}")
 
 
 def render(record: object, kind: str, template: Template, columns: Columns) -> list[Segment]:
