@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from rwkv_train.files import replace_file
 from rwkv_train.hf import from_hf_name, hf_files, save_hf, to_hf_name
 from rwkv_train.models.rwkv4 import RWKV4, RWKV4Config
-from rwkv_train.weightfile import read_weights, replace_file, write_pth, write_safetensors
+from rwkv_train.weightfile import read_weights, write_pth, write_safetensors
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

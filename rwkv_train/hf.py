@@ -7,8 +7,9 @@ from pathlib import Path
 
 from torch import Tensor
 
+from rwkv_train.files import sync, temporary_beside
 from rwkv_train.models.rwkv4 import RWKV4Config
-from rwkv_train.weightfile import sync, temporary_beside, write_safetensors
+from rwkv_train.weightfile import write_safetensors
 
 # BlinkDL's word for a part of the model, and Hugging Face's.
 HF_WORDS = {

@@ -1,6 +1,5 @@
 """The LightningModule: lanes in, one loss a step, the detached state carried to the next step."""
 
-import os
 from pathlib import Path
 
 import lightning as L
@@ -13,6 +12,7 @@ from rwkv_train.bptt import chunked_loss
 from rwkv_train.config import FitConfig
 from rwkv_train.data.lanes import LaneBatches
 from rwkv_train.evaluate import Score, Scorer
+from rwkv_train.files import replace_file
 from rwkv_train.models.common import RWKV
 from rwkv_train.optim import make_optimizer
 from rwkv_train.state import State
@@ -145,17 +145,4 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint, path, storage_options=None) -> None:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            with open(temporary, "wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        replace_file(path, lambda temporary: torch.save(checkpoint, temporary))

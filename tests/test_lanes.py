@@ -1,5 +1,6 @@
 """Lanes: every document whole and in order, the batch of step n a pure function of n, the same on any ranks."""
 
+import itertools
 from types import SimpleNamespace
 
 import numpy as np
@@ -47,7 +48,7 @@ def test_lanes_are_whole_documents_end_to_end(lengths, lanes, width, seed):
         inputs, targets, reset = lane_text(batches, row, steps)
         starts = [i for i, r in enumerate(reset) if r] + [len(targets)]
         assert starts[0] == 0
-        for a, b in zip(starts[:-1], starts[1:-1], strict=False):  # the last document may be unfinished
+        for a, b in itertools.pairwise(starts[:-1]):  # the last document may be unfinished
             assert tuple(targets[a:b]) in texts
             assert inputs[a:b] == [EOD, *targets[a : b - 1]]
 

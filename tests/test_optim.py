@@ -25,7 +25,9 @@ def test_schedules_halfway():
     }
     expected = {"linear": 0.505, "exponential": 0.1, "cosine": 0.505, "wsd": 1.0}
     assert half == pytest.approx(expected)
-    assert rate(OptimConfig(lr=1.0, min_lr=0.0, schedule="wsd", warmup=0, decay_share=0.5), 75, 101) == pytest.approx(0.5)
+    assert rate(OptimConfig(lr=1.0, min_lr=0.0, schedule="wsd", warmup=0, decay_share=0.5), 75, 101) == pytest.approx(
+        0.5
+    )
 
 
 def test_groups_of_the_recipe():

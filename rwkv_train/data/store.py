@@ -9,25 +9,20 @@ A store is a folder:
 Each document ends with the tokenizer's end-of-document id. D documents, N tokens.
 """
 
-import contextlib
+import glob
 import json
-import os
 import shutil
-import uuid
 from array import array
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 from rwkv_train.data.binidx import REMAKE, map_file, read_binidx, token_dtype, write_index
+from rwkv_train.files import sync, temporary_beside
 from rwkv_train.tokenizer import Tokenizer, load_tokenizer
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 FORMAT_VERSION = 1
 MAX_DOCUMENT_TOKENS = 2**31 - 1  # the index counts tokens in int32
@@ -158,9 +153,10 @@ class StoreWriter:
     def __enter__(self) -> "StoreWriter":
         self.path.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(self.path)
-        self._temp = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex[:12]}.tmp")
+        self._temp = temporary_beside(self.path)
+        self._lock = _lock_of(self._temp)
+        self._lock.acquire()
         self._temp.mkdir()
-        self._lock = _lock(self._temp)
         self._bin = open(self._temp / "tokens.bin", "wb")
         return self
 
@@ -204,7 +200,8 @@ class StoreWriter:
         finally:
             self._close()
             shutil.rmtree(self._temp, ignore_errors=True)  # gone already if it was renamed
-            _unlock(self._lock)
+            self._lock.release()
+            self._temp.with_suffix(".lock").unlink(missing_ok=True)
 
     def _close(self) -> None:
         for file in (self._bin, self._mask_file):
@@ -227,10 +224,10 @@ class StoreWriter:
         text = json.dumps(manifest, indent=2, ensure_ascii=False)
         (self._temp / "manifest.json").write_text(text + "\n", encoding="utf-8")
         for file in self._temp.iterdir():
-            _fsync(file)
-        _fsync(self._temp)
+            sync(file)
+        sync(self._temp)
         _put_in_place(self._temp, self.path)
-        _fsync(self.path.parent)
+        sync(self.path.parent)
 
 
 def check_free(path: Path, overwrite: bool) -> None:
@@ -254,51 +251,23 @@ def _put_in_place(temp: Path, path: Path) -> None:
 
 def _remove_leftovers(path: Path) -> None:
     """Remove temporary folders for `path` whose writer is dead."""
-    for folder in path.parent.iterdir():
-        if folder.name.startswith(f".{path.name}.") and folder.suffix == ".tmp" and _abandoned(folder):
+    for folder in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        if _abandoned(folder):
             shutil.rmtree(folder, ignore_errors=True)
+            folder.with_suffix(".lock").unlink(missing_ok=True)
 
 
-def _lock(folder: Path) -> int | None:
-    """Hold a lock on the folder for as long as this process lives (the kernel frees it, even on SIGKILL)."""
-    if fcntl is None:
-        return None
-    lock = os.open(folder, os.O_RDONLY)
-    with contextlib.suppress(OSError):  # some network file systems have no locks
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    return lock
-
-
-def _unlock(lock: int | None) -> None:
-    if lock is not None:
-        os.close(lock)
+def _lock_of(folder: Path) -> FileLock:
+    """Held by a folder's writer for as long as it lives: the system frees it, even on SIGKILL."""
+    return FileLock(folder.with_suffix(".lock"))
 
 
 def _abandoned(folder: Path) -> bool:
-    if fcntl is None:  # Windows refuses to delete a file that a live writer holds open
-        try:
-            (folder / "tokens.bin").unlink(missing_ok=True)
-        except PermissionError:
-            return False
-        return True
-    lock = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+        with _lock_of(folder).acquire(timeout=0):
+            return True
+    except Timeout:
         return False
-    finally:
-        os.close(lock)
-    return True
-
-
-def _fsync(path: Path) -> None:
-    if path.is_dir() and os.name == "nt":
-        return  # Windows cannot open folders
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _write_ones(file: BinaryIO, count: int, block: int = 1 << 20) -> None:
