@@ -71,7 +71,7 @@ class _ChunkLoss(nn.Module):
 class _Sweep(torch.autograd.Function):
     """Forward without activations, keeping the state before each chunk; backward chunk by chunk from the end.
 
-    Boundary states lie in one buffer each: many small tensors pinned between large freed ones would fragment
+    States at the boundaries lie in one buffer each: many small tensors pinned between large freed ones would fragment
     the heap and let memory grow with the text. The backward differentiates detached aliases of the parameters,
     so that hooks on the parameters (DDP's) fire once a step and not once a chunk.
     """
@@ -85,15 +85,14 @@ class _Sweep(torch.autograd.Function):
             "dtype": torch.get_autocast_dtype(device),
             "enabled": torch.is_autocast_enabled(device),
         }
-        before = [s.new_empty((len(cuts), *s.shape)) for s in state]
+        before = [_rows(len(cuts), s) for s in state]
+        ctx.rng = [_rows(len(cuts), s) for s in _rng_states(tokens.device)]
         total = torch.zeros((), dtype=torch.float64, device=tokens.device)
-        ctx.rng = []
         # Without autocast's cache: it would keep weights cast here, outside the graph, for later use inside one.
         with torch.autocast(device, cache_enabled=False, **ctx.autocast):
             for i, cut in enumerate(cuts):
-                for buffer, s in zip(before, state, strict=True):
+                for buffer, s in zip(before + ctx.rng, [*state, *_rng_states(tokens.device)], strict=True):
                     buffer[i].copy_(s)
-                ctx.rng.append(_rng_state(tokens.device))
                 loss, *state = chunk(*_cut(cut, tokens, targets, reset), *state)
                 total += loss
         ctx.chunk, ctx.cuts = chunk, cuts
@@ -112,7 +111,7 @@ class _Sweep(torch.autograd.Function):
         device = tokens.device
         with torch.random.fork_rng([device] if device.type == "cuda" else [], device_type=device.type):
             for i in reversed(range(len(ctx.cuts))):
-                _set_rng_state(ctx.rng[i], device)
+                _set_rng_states([buffer[i].clone() for buffer in ctx.rng], device)
                 state = [buffer[i].detach().requires_grad_() for buffer in before]
                 inputs = *_cut(ctx.cuts[i], tokens, targets, reset), *state
                 with torch.enable_grad(), torch.autocast(device.type, **ctx.autocast):
@@ -123,12 +122,15 @@ class _Sweep(torch.autograd.Function):
         return None, None, None, None, None, *g_state, *[p.grad for p in leaves]
 
 
-def _rng_state(device: torch.device) -> tuple[Tensor, ...]:
-    cpu = torch.get_rng_state()
-    return (cpu, torch.cuda.get_rng_state(device)) if device.type == "cuda" else (cpu,)
+def _rows(count: int, like: Tensor) -> Tensor:
+    return like.new_empty((count, *like.shape))
 
 
-def _set_rng_state(states: tuple[Tensor, ...], device: torch.device) -> None:
+def _rng_states(device: torch.device) -> list[Tensor]:
+    return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
+
+
+def _set_rng_states(states: list[Tensor], device: torch.device) -> None:
     torch.set_rng_state(states[0])
     if device.type == "cuda":
         torch.cuda.set_rng_state(states[1], device)

@@ -1,5 +1,9 @@
 """Chunked = whole, packed documents = one at a time, sweep = plain backprop: losses, states and every gradient."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from helpers import assert_close_rel, random_model
@@ -177,3 +181,10 @@ def test_clear_errors():
         chunked_loss(model, tokens, tokens[:, 1:], None, None, 2)
     with pytest.raises(ValueError, match="lanes"):
         model(tokens, model.empty_state(3))
+
+
+def test_peak_memory_is_that_of_one_chunk():
+    """256 x 4 layers, chunks of 512: a horizon of 65,536 tokens takes at most 1.05 times the memory of 2,048."""
+    script = Path(__file__).with_name("peak_memory.py")
+    peaks = [float(subprocess.check_output([sys.executable, script, str(n)], timeout=300)) for n in (2048, 65536)]
+    assert peaks[1] <= 1.05 * peaks[0]
