@@ -227,7 +227,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> JsonTokenizer:
     The same texts give the same tokenizer. Raises ValueError below 257 ids (256 bytes and the end).
     """
     if vocab_size < 257:
-        raise ValueError(f"A byte-level BPE needs at least 257 ids, not {vocab_size}. Raise --train_bpe.")
+        raise ValueError(f"A byte-level BPE needs at least 257 ids, not {vocab_size}. Raise --train-bpe.")
     from tokenizers import Tokenizer as Library
     from tokenizers import decoders, models, pre_tokenizers, trainers
 

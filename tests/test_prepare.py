@@ -206,7 +206,7 @@ def test_template_file(tmp_path):
 
 BAD = {
     b'{"text": "a}': "bad JSON",
-    b'{"txt": "a"}': 'no known column: expected "text".*found "txt".*--text_field',
+    b'{"txt": "a"}': 'no known column: expected "text".*found "txt".*--text-field',
     b'{"text": 1}': '"text" must be text',
     b'{"text": " \\n"}': '"text" is empty',
     b'["text"]': "expected an object",
@@ -225,7 +225,7 @@ BAD = {
 @pytest.mark.parametrize("line", BAD, ids=range(len(BAD)))
 def test_bad_line(tmp_path, capsys, line):
     (tmp_path / "x.jsonl").write_bytes(b'{"text": "good"}\n\n' + line + b'\n{"text": "also good"}\n')
-    with pytest.raises(ValueError, match=rf"x\.jsonl:3: .*({BAD[line]}).*--skip_bad"):
+    with pytest.raises(ValueError, match=rf"x\.jsonl:3: .*({BAD[line]}).*--skip-bad"):
         make(tmp_path, tmp_path / "x.jsonl")
     assert os.listdir(tmp_path) == ["x.jsonl"]
     store = make(tmp_path, tmp_path / "x.jsonl", skip_bad=True)
@@ -278,14 +278,14 @@ def test_bad_text_among_long_ones(tmp_path, monkeypatch):
         (
             "corpus:chatterbot",
             {"tokenizer": "world", "train_bpe": 300},
-            "--tokenizer world and --train_bpe 300",
+            "--tokenizer world and --train-bpe 300",
         ),
         ("corpus:chatterbot", {"tokenizer": "wrold"}, "unknown"),
         ("corpus:chatterbot", {"limit": -1}, "--limit is -1"),
         ("corpus:chatterbot", {"train_roles": ["robot"]}, "role 'robot' is unknown"),
-        ("corpus:chatterbot", {"train_roles": []}, "Nothing to train.*--train_roles"),
+        ("corpus:chatterbot", {"train_roles": []}, "Nothing to train.*--train-roles"),
         ("corpus:chatterbot", {"kind": "text", "skip_bad": True}, "no usable record, 2025 bad ones.*ai.yml"),
-        ("corpus:chatterbot", {"prompt_field": "a,,b"}, "--prompt_field 'a,,b'"),
+        ("corpus:chatterbot", {"prompt_field": "a,,b"}, "--prompt-field 'a,,b'"),
     ],
 )
 def test_wrong_request(tmp_path, source, options, words):

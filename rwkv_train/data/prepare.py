@@ -89,7 +89,7 @@ def prepare(config: PrepareConfig) -> Store:
             raise ValueError(f"{', '.join(config.sources)}: no usable record, {bad} bad ones.{first}")
         if not writer.trained_tokens:
             roles = ", ".join(template.train_roles) or "none"
-            raise ValueError(f"Nothing to train: no message of the trained roles ({roles}). See --train_roles.")
+            raise ValueError(f"Nothing to train: no message of the trained roles ({roles}). See --train-roles.")
         writer.manifest = {"sources": list(config.sources), "bad_records": bad, "request": request}
     store = Store.open(out)
     _print_summary(config.out, store, listed)
@@ -100,11 +100,11 @@ def _check(config: PrepareConfig) -> None:
     if not config.sources:
         raise ValueError("There is nothing to read. Give files, folders or data sets with --sources.")
     if config.tokenizer is not None and config.train_bpe:
-        given = f"--tokenizer {config.tokenizer} and --train_bpe {config.train_bpe}"
+        given = f"--tokenizer {config.tokenizer} and --train-bpe {config.train_bpe}"
         raise ValueError(f"{given} contradict each other: use a tokenizer or learn one.")
     for name in ("train_bpe", "limit", "workers"):
         if getattr(config, name) < 0:
-            raise ValueError(f"--{name} is {getattr(config, name)}, it must not be negative.")
+            raise ValueError(f"--{name.replace(chr(95), chr(45))} is {getattr(config, name)}, it must not be negative.")
 
 
 def _request(
@@ -162,7 +162,7 @@ def _texts(config: PrepareConfig, sources: list[Source], encoder: Encoder) -> It
 
 
 def _bad_record(raw: Raw, error: str) -> ValueError:
-    return ValueError(f"{raw.where}: {error}. Correct it, or leave such records out with --skip_bad.")
+    return ValueError(f"{raw.where}: {error}. Correct it, or leave such records out with --skip-bad.")
 
 
 def _write(
@@ -213,4 +213,4 @@ def _print_summary(out: str, store: Store, listed: list[str]) -> None:
     print(f"  tokens          {m['tokens']:>15,}")
     print(f"  trained tokens  {m['trained_tokens']:>15,}  ({m['trained_tokens'] / m['tokens']:.0%})")
     print(f"  bytes per token {m['text_bytes'] / max(1, m['tokens'] - m['documents']):>15.2f}")
-    print(f"Next: python train.py fit --data.path {out}")
+    print(f"Next: python train.py fit --config configs/quickstart.yaml --data.path {out}")

@@ -107,7 +107,7 @@ class Columns:
     def __post_init__(self) -> None:
         for f in fields(self):
             if not all(name.strip() for name in getattr(self, f.name).split(",")):
-                raise ValueError(f"--{f.name}_field {getattr(self, f.name)!r} holds an empty column name.")
+                raise ValueError(f"--{f.name}-field {getattr(self, f.name)!r} holds an empty column name.")
 
     @property
     def prompts(self) -> list[str]:
@@ -122,7 +122,7 @@ class Columns:
         if self.text in record:
             return "text"
         expected = f'"{self.text}", "{self.prompt}" with "{self.completion}", or "{self.messages}"'
-        flags = "--text_field, --prompt_field and --completion_field, or --messages_field"
+        flags = "--text-field, --prompt-field and --completion-field, or --messages-field"
         raise ValueError(f"no known column: expected {expected}, found {_names(record)}; name yours with {flags}")
 
 
@@ -153,7 +153,7 @@ def _messages(record: dict, columns: Columns) -> list[dict]:
     if name == "messages" and name not in record and "conversations" in record:
         name = "conversations"
     if name not in record:
-        raise ValueError(f'no column "{name}", found {_names(record)}; name yours with --messages_field')
+        raise ValueError(f'no column "{name}", found {_names(record)}; name yours with --messages-field')
     if not isinstance(record[name], list) or not record[name]:
         raise ValueError(f'"{name}" must be a list of messages, found {record[name]!r:.60}')
     return record[name]

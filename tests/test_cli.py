@@ -1,0 +1,115 @@
+"""The command line: overview, help, one clear line for every mistake, and the short commands end to end."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import random_model
+
+from rwkv_train import cli, load_model, save_model
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*argv, capsys) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr) of one command, run in this process."""
+    with pytest.raises(SystemExit) as stop:
+        cli.main([str(a) for a in argv])
+    out, err = capsys.readouterr()
+    return stop.value.code, out, err
+
+
+def test_overview_and_help(capsys):
+    code, out, _ = run("--help", capsys=capsys)
+    assert code == 0 and all(name in out for name in cli.COMMANDS)
+    assert run(capsys=capsys)[0] == 2
+    code, _, err = run("fti", capsys=capsys)
+    assert code == 2 and "'fti'" in err and "fit" in err
+    for name in cli.COMMANDS:
+        code, out, _ = run(name, "--help", capsys=capsys)
+        assert code == 0 and "--config" in out and "_" not in "".join(w for w in out.split() if w.startswith("--"))
+
+
+def test_every_setting_is_explained(capsys):
+    for name in cli.COMMANDS:
+        out = run(name, "--help", capsys=capsys)[1]
+        for flag in out.split("\n  --")[1:]:
+            words = flag.split("(type")[0].split()
+            assert len(words) > 2, f"{name} --{words[0]} has no explanation"
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "message"),
+    [
+        (["fit", "--name=x", "--train.step=3"], 2, "train.step"),
+        (["fit", "--name=x", "--train.steps=many"], 2, "train.steps"),
+        (["fit", "--config=nothing.yaml"], 2, "nothing.yaml"),
+        (["fit", "--name=x", "--data.path=d", "--train.steps=3"], 1, "model.init"),
+        (["prepare", "nothing.txt", "--out=o"], 1, "nothing.txt"),
+        (["prepare"], 2, "out"),
+        (["generate", "--model=nothing.pth"], 1, "nothing.pth"),
+        (["generate", "--model=nothing.pth", "--top-p=2"], 1, "top_p"),
+        (["export", "--model=nothing.pth", "--out=x.pth", "--dtype=int8"], 2, "dtype"),
+        (["validate", "--model=nothing.pth"], 1, "--data"),
+    ],
+)
+def test_mistakes_get_one_line(argv, code, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found, _, err = run(*argv, capsys=capsys)
+    assert found == code and message in err, err
+    assert err.count("\n") == 1 and "Traceback" not in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_config_files_and_flags(tmp_path):
+    """Flags beat the file, in any order of keys; a contradiction between the two is told."""
+    file = tmp_path / "a.yaml"
+    file.write_text("name: a\ndata: {path: d}\nmodel: {n_layer: 1, n_embd: 8}\ntrain: {steps: 5}\n")
+    config, _ = cli.parse("fit", ["--config", str(file), "--train.val-every=7", "--optim.schedule", "wsd"])
+    assert (config.train.steps, config.train.val_every, config.optim.schedule) == (5, 7, "wsd")
+    with pytest.raises(ValueError, match=r"train\.steps and train\.epochs, found both"):
+        cli.parse("fit", ["--config", str(file), "--train.epochs=1"])
+
+
+def test_installed_command_is_the_script():
+    script = subprocess.run([sys.executable, "train.py", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert script.returncode == 0 and "fit" in script.stdout
+
+
+@pytest.fixture
+def model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_model(random_model(vocab_size=257), "model.pth")
+    return "model.pth"
+
+
+def test_generate_is_repeatable(model, capsys):
+    argv = ["generate", "--model", model, "--tokenizer=bytes", "--prompt=a\\nb", "--tokens=20", "--seed=1"]
+    first, second = run(*argv, capsys=capsys), run(*argv, capsys=capsys)
+    assert first == second and first[0] == 0 and first[1].startswith("a\nb")
+    assert "--tokenizer" in run("generate", "--model", model, capsys=capsys)[2]
+
+
+@pytest.mark.parametrize("out", ["o.pth", "o.safetensors", "folder/"])
+def test_export_and_back(model, out, capsys):
+    code, text, _ = run("export", "--model", model, "--out", out, "--dtype=bf16", capsys=capsys)
+    assert code == 0 and "RWKV-4, 2 layers x 16 channels" in text
+    ours, theirs = load_model(out).state_dict(), load_model(model, dtype=torch.bfloat16).state_dict()
+    assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
+
+
+def test_validate_reports_every_figure(model, tmp_path, capsys):
+    lines = [json.dumps({"text": "some text of one document " * (i + 1)}) for i in range(20)]
+    (tmp_path / "t.jsonl").write_text("\n".join(lines))
+    assert run("prepare", "t.jsonl", "--tokenizer=bytes", "--out=store", capsys=capsys)[0] == 0
+    argv = ["--model", model, "--data=store", "--chunk-len=32", "--json=scores.json"]
+    code, out, _ = run("validate", *argv, capsys=capsys)
+    assert code == 0 and "bits per byte" in out and "state dropped every 32" in out
+    figures = json.loads((tmp_path / "scores.json").read_text())
+    assert figures["carried"]["tokens"] == figures["dropped"]["tokens"] == sum(26 * (i + 1) + 1 for i in range(20))
+    assert figures["carried"]["by_position"][0][:2] == [0, 15]
+    binidx = ["--model", model, "--data=store/tokens.bin", "--chunk-len=500", "--no-compare"]
+    assert run("validate", *binidx, capsys=capsys)[0] in (0, 2)
