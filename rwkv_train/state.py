@@ -6,8 +6,10 @@ Nothing remembers a state but the caller. Tensors are float32 (float64 in a floa
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
+
+from rwkv_train.files import replace_file
+from rwkv_train.weightfile import read_weights, write_pth
 
 
 class State(NamedTuple):
@@ -34,14 +36,16 @@ class State(NamedTuple):
         return State(*(t.to(*args, **kwargs) for t in self))
 
     def save(self, path: str | Path) -> None:
-        """Write to a file that `State.load` reads."""
-        torch.save(dict(zip(self._fields, self.to("cpu"), strict=True)), path)
+        """Write to a file that `State.load` reads; a crash leaves the old file or the new one."""
+        tensors = dict(zip(self._fields, self.to("cpu"), strict=True))
+        replace_file(Path(path), lambda temporary: write_pth(tensors, temporary))
 
     @classmethod
     def load(cls, path: str | Path) -> "State":
         """Read what `save` wrote. Raises ValueError for a file that is something else."""
-        try:
-            found = torch.load(path, map_location="cpu", weights_only=True)
-            return cls(**found)
-        except (RuntimeError, TypeError, EOFError, OSError, ValueError) as e:
-            raise ValueError(f"{path} is not a saved RWKV state: {e}") from e
+        found = read_weights(Path(path))
+        if found.keys() != set(cls._fields):
+            raise ValueError(
+                f"{path} is no saved state: it holds {', '.join(found)}, expected {', '.join(cls._fields)}"
+            )
+        return cls(**found)

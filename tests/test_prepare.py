@@ -297,7 +297,7 @@ def test_wrong_request(tmp_path, source, options, words):
 def test_same_request_again(tmp_path, capsys):
     source = jsonl(tmp_path / "x.jsonl", [{"text": "a"}, {"text": "b"}])
     first = make(tmp_path, source, train_bpe=300, tokenizer=None)
-    assert f"fit --data.path {tmp_path / 'store'}" in capsys.readouterr().out
+    assert f"--data.path {tmp_path / 'store'}" in capsys.readouterr().out
     stamp = (first.path / "tokens.bin").stat().st_mtime_ns
     again = make(tmp_path, source, train_bpe=300, tokenizer=None, workers=2)
     assert (again.path / "tokens.bin").stat().st_mtime_ns == stamp and files(again) == files(first)

@@ -21,9 +21,9 @@ MODULES = sorted((ROOT / "rwkv_train").rglob("*.py"))
 
 # Layers from the bottom up: a module may import from its own layer and those before it.
 LAYERS = [
-    ["__init__", "files", "config", "wkv", "tokenizer", "state"],
+    ["__init__", "files", "weightfile", "config", "wkv", "tokenizer", "state"],
     ["models"],
-    ["loss", "weightfile", "hf", "checkpoint"],
+    ["loss", "hf", "checkpoint"],
     ["bptt", "optim", "data"],
     ["evaluate", "generate", "runlog", "module"],
     ["fit", "commands", "cli"],
@@ -62,7 +62,7 @@ def layer(name: str) -> int:
 def test_imports_go_one_way(path):
     for top, name in imports(path):
         if top == "rwkv_train" and room(path) != "__init__":
-            imported = (name.split(".") + ["__init__"])[1]
+            imported = [*name.split("."), "__init__"][1]
             assert layer(imported) <= layer(room(path)), f"{path.name} imports {name}"
         assert room(path) in HEAVY.get(top, {room(path)}), f"{path.name} imports {top}"
 
@@ -132,6 +132,13 @@ def test_readme_commands_run(newcomer, capsys):
         assert stop.value.code == 0, f"{argv}: {capsys.readouterr().err}"
         ran.append(argv[0])
     assert set(ran) == set(cli.COMMANDS)
+
+
+def test_readme_library_example_runs(newcomer):
+    (code,) = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    tokens = torch.randint(0, 200, (2, 1100))
+    names = {"tokens": tokens, "targets": tokens, "reset": torch.zeros_like(tokens, dtype=torch.bool)}
+    exec(code, names)
 
 
 def test_the_tree_in_the_readme_names_every_file():

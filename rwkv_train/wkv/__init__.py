@@ -7,7 +7,7 @@ cpu.py        the C++ kernel, built at first use    wkv4.h       formulas shared
 import torch
 from torch import Tensor
 
-from . import cpu, fallback, reference
+from rwkv_train.wkv import cpu, fallback, reference
 
 __all__ = ["empty_state", "wkv4"]
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from .reference import EMPTY, wkv4_out, wkv4_step
+from rwkv_train.wkv.reference import EMPTY, wkv4_out, wkv4_step
 
 
 def wkv4(w, u, k, v, state, reset=None):
