@@ -2,8 +2,6 @@
 
 import logging
 import os
-import signal
-import time
 import warnings
 from dataclasses import asdict
 from pathlib import Path
@@ -15,14 +13,12 @@ from rwkv_train.checkpoint import load_model, newest_checkpoint
 from rwkv_train.config import DataConfig, FitConfig, LogConfig, ModelConfig
 from rwkv_train.data.lanes import Documents, LaneBatches, split
 from rwkv_train.data.store import Store
-from rwkv_train.evaluate import byte_lengths, perplexity
+from rwkv_train.evaluate import byte_lengths
 from rwkv_train.generate import Sampling, generate_text
 from rwkv_train.models.rwkv4 import RWKV4, RWKV4Config
-from rwkv_train.module import AtomicCheckpointIO, OnlineTrainer
-from rwkv_train.runlog import RunLog, duration, new_run, peak_memory_mb, write_config
+from rwkv_train.module import SIGNALS, AtomicCheckpointIO, Monitor, OnlineTrainer, Saver
+from rwkv_train.runlog import duration, new_run, write_config
 from rwkv_train.tokenizer import Tokenizer, load_tokenizer
-
-SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143}  # and the exit codes that tell a shell of them
 
 
 def fit(config: FitConfig, resume: str | None = None) -> int:
@@ -45,10 +41,8 @@ def fit(config: FitConfig, resume: str | None = None) -> int:
     else:
         run = Path(config.runs) / config.name  # only rank 0 writes
     module = OnlineTrainer(model, config, train, val, byte_lengths(tokenizer, model.config.vocab_size))
-    monitor, saver = (
-        Monitor(config, run),
-        Saver(run / "checkpoints", config.train.save_every, config.train.keep),
-    )
+    monitor = Monitor(config, run)
+    saver = Saver(run / "checkpoints", config.train.save_every, config.train.keep)
     trainer = make_trainer(config, len(train) // config.train.accumulate, run, [monitor, saver])
     if rank == 0:
         parameters = sum(p.numel() for p in model.parameters())
@@ -218,133 +212,3 @@ def _farewell(config, run, step, monitor, model, tokenizer, stopped) -> None:
     print(f"\nThe run is in {run}: config.yaml, metrics.jsonl, checkpoints/.\nNext:")
     print(f'  python train.py generate --model {run} --prompt "Once"')
     print(f"  python train.py validate --model {run}\n  python train.py export --model {run} --out model.pth")
-
-
-class Monitor(L.Callback):
-    """Speed, memory and losses to the terminal, metrics.jsonl and the loggers, every `log_every` steps."""
-
-    def __init__(self, config: FitConfig, run: Path):
-        self.every, self.config, self.run = config.train.log_every, config, run
-        self.scores, self.validated_at = [], None
-        self.started = time.monotonic()
-        self.runlog: RunLog | None = None
-
-    @property
-    def elapsed(self) -> float:
-        return time.monotonic() - self.started
-
-    def setup(self, trainer, module, stage):
-        if trainer.is_global_zero and self.runlog is None:
-            self.runlog = RunLog(self.run / "metrics.jsonl", self.run.name, trainer.max_steps, trainer.global_step)
-
-    def on_train_start(self, trainer, module):
-        self._window()
-
-    def _window(self):
-        """Begin a new stretch of measured steps."""
-        self.steps, self.busy, self.waited, self.mark = 0, 0.0, 0.0, time.monotonic()
-
-    def on_train_batch_start(self, trainer, module, batch, n):
-        now = time.monotonic()
-        self.waited += now - self.mark
-        self.mark = now
-
-    def on_train_batch_end(self, trainer, module, outputs, batch, n):
-        now = time.monotonic()
-        self.busy += now - self.mark
-        self.mark = now
-        if (n + 1) % trainer.accumulate_grad_batches:
-            return
-        self.steps += 1
-        if self.runlog:
-            self.runlog.step()
-        if trainer.global_step % self.every == 0 or trainer.global_step == trainer.max_steps:
-            self._record(trainer, module)
-            self._window()
-
-    def _record(self, trainer, module):
-        nats, tokens = module.add_over_ranks(module.sums).tolist()
-        module.reset_sums()
-        seconds = (self.busy + self.waited) / self.steps
-        read = self.config.data.lanes * module.train_batches.width * trainer.accumulate_grad_batches
-        loss = nats / max(tokens, 1)
-        record = {
-            "step": trainer.global_step,
-            "tokens": trainer.global_step * read,
-            "loss": loss,
-            "perplexity": perplexity(loss),
-            "lr": trainer.optimizers[0].param_groups[0]["lr"],
-            "grad_norm": float(module.grad_norm),
-            "tokens_per_s": read / seconds,
-            "memory_mb": peak_memory_mb(module.device),
-            "data_wait": self.waited / (self.busy + self.waited),
-            "eta_s": seconds * (trainer.max_steps - trainer.global_step),
-            "seconds": self.elapsed,
-        }
-        if self.runlog:
-            self.runlog.train(record)
-            self._send(trainer, record)
-
-    def on_validation_end(self, trainer, module):
-        score, step = module.last_score, trainer.global_step
-        self.scores.append(score)
-        self.validated_at = step
-        record = {
-            "step": step,
-            "val_loss": score.loss,
-            "val_perplexity": score.perplexity,
-            "val_bits_per_byte": score.bits_per_byte,
-            "val_tokens": score.tokens,
-        }
-        if self.runlog:
-            self.runlog.validation(record | {"val_by_position": score.by_position()})
-            self._send(trainer, record)
-        self.mark = time.monotonic()
-
-    def _send(self, trainer, record):
-        for logger in trainer.loggers:
-            logger.log_metrics({k: v for k, v in record.items() if v is not None and k != "step"}, record["step"])
-
-    def close(self):
-        if self.runlog:
-            self.runlog.close()
-
-
-class Saver(L.Callback):
-    """Checkpoints every so many steps, at the end, and when a signal asks the run to stop.
-
-    Signals set a flag; the run stops between two optimizer steps, all ranks at the same one. A second Ctrl-C
-    interrupts at once.
-    """
-
-    def __init__(self, folder: Path, every: int, keep: int):
-        self.folder, self.every, self.keep = folder, every, keep
-        self.signal: int | None = None
-        self._old = {}
-
-    def on_train_start(self, trainer, module):
-        for number in SIGNALS:
-            self._old[number] = signal.signal(number, self._on_signal)
-
-    def _on_signal(self, number, frame):
-        if self.signal is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.signal = number
-
-    def on_train_batch_end(self, trainer, module, outputs, batch, n):
-        if (n + 1) % trainer.accumulate_grad_batches:
-            return  # gradients of a half-accumulated step would be lost
-        step = trainer.global_step
-        stop = trainer.strategy.reduce_boolean_decision(self.signal is not None, all=False)
-        if stop and self.signal is None:
-            self.signal = signal.SIGTERM  # another rank was asked to stop
-        if stop or step % self.every == 0 or step == trainer.max_steps:
-            trainer.save_checkpoint(self.folder / f"step={step:08d}.ckpt")
-            if trainer.is_global_zero:
-                for old in sorted(self.folder.glob("step=*.ckpt"))[: -self.keep]:
-                    old.unlink()
-        trainer.should_stop = trainer.should_stop or stop
-
-    def on_train_end(self, trainer, module):
-        for number, handler in self._old.items():
-            signal.signal(number, handler)

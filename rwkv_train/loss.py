@@ -15,6 +15,8 @@ def head_loss(x: Tensor, weight: Tensor, targets: Tensor, z_loss: float = 0.0) -
     z_loss adds z_loss * max(logits) to the gradient at each row's largest logit, which keeps logits from
     drifting; it scales with the incoming gradient and does not change the returned value.
     """
+    if not torch.is_grad_enabled():
+        return token_nll(x, weight, targets).sum(dtype=torch.float64).to(_wide(x))
     x, targets = _trained(x, targets)
     return _HeadLoss.apply(x, weight, targets, z_loss)
 

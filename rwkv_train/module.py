@@ -1,5 +1,7 @@
-"""The LightningModule: lanes in, one loss a step, the detached state carried to the next step."""
+"""The LightningModule: lanes in, one loss a step, the detached state carried on; and what watches and saves it."""
 
+import signal
+import time
 from pathlib import Path
 
 import lightning as L
@@ -11,11 +13,14 @@ from torch.utils.data import DataLoader, Sampler
 from rwkv_train.bptt import chunked_loss
 from rwkv_train.config import FitConfig
 from rwkv_train.data.lanes import LaneBatches
-from rwkv_train.evaluate import Score, Scorer
+from rwkv_train.evaluate import Score, Scorer, perplexity
 from rwkv_train.files import replace_file
 from rwkv_train.models.common import RWKV
 from rwkv_train.optim import make_optimizer
+from rwkv_train.runlog import RunLog, peak_memory_mb
 from rwkv_train.state import State
+
+SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143}  # and the exit codes that tell a shell of them
 
 
 class OnlineTrainer(L.LightningModule):
@@ -146,3 +151,135 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, lambda temporary: torch.save(checkpoint, temporary))
+
+
+class Monitor(L.Callback):
+    """Speed, memory and losses to the terminal, metrics.jsonl and the loggers, every `log_every` steps."""
+
+    def __init__(self, config: FitConfig, run: Path):
+        self.every, self.config, self.run = config.train.log_every, config, run
+        self.scores, self.validated_at = [], None
+        self.started = time.monotonic()
+        self.runlog: RunLog | None = None
+
+    @property
+    def elapsed(self) -> float:
+        return time.monotonic() - self.started
+
+    def setup(self, trainer, module, stage):
+        if trainer.is_global_zero and self.runlog is None:
+            self.runlog = RunLog(self.run / "metrics.jsonl", self.run.name, trainer.max_steps)
+
+    def on_train_start(self, trainer, module):
+        if self.runlog:
+            self.runlog.start_at(trainer.global_step)
+        self._window()
+
+    def _window(self):
+        """Begin a new stretch of measured steps."""
+        self.steps, self.busy, self.waited, self.mark = 0, 0.0, 0.0, time.monotonic()
+
+    def on_train_batch_start(self, trainer, module, batch, n):
+        now = time.monotonic()
+        self.waited += now - self.mark
+        self.mark = now
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, n):
+        now = time.monotonic()
+        self.busy += now - self.mark
+        self.mark = now
+        if (n + 1) % trainer.accumulate_grad_batches:
+            return
+        self.steps += 1
+        if self.runlog:
+            self.runlog.step()
+        if trainer.global_step % self.every == 0 or trainer.global_step == trainer.max_steps:
+            self._record(trainer, module)
+            self._window()
+
+    def _record(self, trainer, module):
+        nats, tokens = module.add_over_ranks(module.sums).tolist()
+        module.reset_sums()
+        seconds = (self.busy + self.waited) / self.steps
+        read = self.config.data.lanes * module.train_batches.width * trainer.accumulate_grad_batches
+        loss = nats / max(tokens, 1)
+        record = {
+            "step": trainer.global_step,
+            "tokens": trainer.global_step * read,
+            "loss": loss,
+            "perplexity": perplexity(loss),
+            "lr": trainer.optimizers[0].param_groups[0]["lr"],
+            "grad_norm": float(module.grad_norm),
+            "tokens_per_s": read / seconds,
+            "memory_mb": peak_memory_mb(module.device),
+            "data_wait": self.waited / (self.busy + self.waited),
+            "eta_s": seconds * (trainer.max_steps - trainer.global_step),
+            "seconds": self.elapsed,
+        }
+        if self.runlog:
+            self.runlog.train(record)
+            self._send(trainer, record)
+
+    def on_validation_end(self, trainer, module):
+        score, step = module.last_score, trainer.global_step
+        self.scores.append(score)
+        self.validated_at = step
+        record = {
+            "step": step,
+            "val_loss": score.loss,
+            "val_perplexity": score.perplexity,
+            "val_bits_per_byte": score.bits_per_byte,
+            "val_tokens": score.tokens,
+        }
+        if self.runlog:
+            self.runlog.validation(record | {"val_by_position": score.by_position()})
+            self._send(trainer, record)
+        self.mark = time.monotonic()
+
+    def _send(self, trainer, record):
+        for logger in trainer.loggers:
+            logger.log_metrics({k: v for k, v in record.items() if v is not None and k != "step"}, record["step"])
+
+    def close(self):
+        if self.runlog:
+            self.runlog.close()
+
+
+class Saver(L.Callback):
+    """Checkpoints every so many steps, at the end, and when a signal asks the run to stop.
+
+    Signals set a flag; the run stops between two optimizer steps, all ranks at the same one. A second Ctrl-C
+    interrupts at once.
+    """
+
+    def __init__(self, folder: Path, every: int, keep: int):
+        self.folder, self.every, self.keep = folder, every, keep
+        self.signal: int | None = None
+        self._old = {}
+
+    def on_train_start(self, trainer, module):
+        for number in SIGNALS:
+            self._old[number] = signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number, frame):
+        if self.signal is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = number
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, n):
+        if (n + 1) % trainer.accumulate_grad_batches:
+            return  # gradients of a half-accumulated step would be lost
+        step = trainer.global_step
+        stop = trainer.strategy.reduce_boolean_decision(self.signal is not None, all=False)
+        if stop and self.signal is None:
+            self.signal = signal.SIGTERM  # another rank was asked to stop
+        if stop or step % self.every == 0 or step == trainer.max_steps:
+            trainer.save_checkpoint(self.folder / f"step={step:08d}.ckpt")
+            if trainer.is_global_zero:
+                for old in sorted(self.folder.glob("step=*.ckpt"))[: -self.keep]:
+                    old.unlink()
+        trainer.should_stop = trainer.should_stop or stop
+
+    def on_train_end(self, trainer, module):
+        for number, handler in self._old.items():
+            signal.signal(number, handler)

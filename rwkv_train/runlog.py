@@ -5,6 +5,7 @@ import math
 import resource
 import sys
 import time
+from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -53,12 +54,11 @@ class RunLog:
     Where stderr is no terminal, a plain line is printed every few seconds instead.
     """
 
-    def __init__(self, path: Path, name: str, steps: int, done: int = 0):
-        self.steps = steps
+    def __init__(self, path: Path, name: str, steps: int):
+        self.steps, self._path = steps, path
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
         self._bar = tqdm(
             total=steps,
-            initial=done,
             desc=name,
             unit="step",
             dynamic_ncols=True,
@@ -66,6 +66,12 @@ class RunLog:
             bar_format="{desc} {percentage:3.0f}%|{bar:12}| {n}/{total}{postfix} [{elapsed}<{remaining}]",
         )
         self._printed = time.monotonic() - QUIET  # the first record is printed at once
+
+    def start_at(self, step: int) -> None:
+        """Go on from a checkpoint: what an earlier try recorded after it is about to happen again."""
+        lines = self._path.read_bytes().splitlines(keepends=True)
+        self._file.truncate(sum(map(len, takewhile(lambda line: _step(line) <= step, lines))))
+        self._bar.n = self._bar.last_print_n = self._bar.initial = step
 
     def train(self, record: dict) -> None:
         """One training record: step, loss, perplexity, lr, tokens_per_s, memory_mb, eta_s and more."""
@@ -106,6 +112,14 @@ class RunLog:
     def _write(self, record: dict) -> None:
         self._file.write(json.dumps({k: _rounded(v) for k, v in record.items()}) + "\n")
         self._file.flush()
+
+
+def _step(line: bytes) -> float:
+    """The step of a record; infinite for a line that a crash left unfinished."""
+    try:
+        return json.loads(line)["step"]
+    except ValueError:
+        return math.inf
 
 
 def _rounded(value):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -55,6 +56,10 @@ def metrics(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+def losses_of(run: Path) -> list[tuple[int, float]]:
+    return [(r["step"], r["loss"]) for r in metrics(run) if "loss" in r]
+
+
 @pytest.fixture(scope="module")
 def finished(store, tmp_path_factory):
     """An uninterrupted run."""
@@ -105,8 +110,20 @@ def test_interrupted_and_resumed_is_uninterrupted(finished, store, tmp_path, mon
     assert fit(config, resume="newest") == 0
     ours, theirs = weights(run), weights(finished)
     assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
-    losses = [{r["step"]: r["loss"] for r in metrics(p) if "loss" in r} for p in (run, finished)]
-    assert losses[0] == losses[1]
+    assert losses_of(run) == losses_of(finished)
+
+
+def test_resuming_from_an_older_checkpoint_repeats_what_came_after(finished, store, tmp_path):
+    """As after a crash; metrics.jsonl tells each step once."""
+    copy = tmp_path / "run"
+    shutil.copytree(finished, copy)
+    (copy / "checkpoints" / "step=00000008.ckpt").unlink()
+    with open(copy / "metrics.jsonl", "a") as file:
+        file.write('{"step": 8, "lo')  # a line that was being written
+    assert fit(config_of(store, tmp_path), resume="newest") == 0
+    assert losses_of(copy) == losses_of(finished)
+    ours, theirs = weights(copy), weights(finished)
+    assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
 
 
 def test_two_processes_are_one(store, tmp_path):
@@ -129,17 +146,17 @@ def test_two_processes_are_one(store, tmp_path):
     ours, theirs = weights(tmp_path / "two"), weights(tmp_path / "run")
     for name, w in theirs.items():
         assert_close_rel(ours[name], w, 1e-4, name)
-    losses = [[r["loss"] for r in metrics(tmp_path / n) if "loss" in r] for n in ("two", "run")]
+    losses = [[loss for _, loss in losses_of(tmp_path / name)] for name in ("two", "run")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_precision_and_recompute_change_the_figures_little(finished, store, tmp_path):
-    want = [r["loss"] for r in metrics(finished) if "loss" in r]
+    want = [loss for _, loss in losses_of(finished)]
     base = TrainConfig(steps=8, accumulate=2, log_every=1, device="cpu")
     fit(config_of(store, tmp_path, train=replace(base, recompute=True)))
-    assert [r["loss"] for r in metrics(tmp_path / "run") if "loss" in r] == pytest.approx(want, rel=1e-4)
+    assert [loss for _, loss in losses_of(tmp_path / "run")] == pytest.approx(want, rel=1e-4)
     fit(config_of(store, tmp_path, name="bf16", train=replace(base, precision="bf16")))
-    assert [r["loss"] for r in metrics(tmp_path / "bf16") if "loss" in r] == pytest.approx(want, rel=5e-2)
+    assert [loss for _, loss in losses_of(tmp_path / "bf16")] == pytest.approx(want, rel=5e-2)
 
 
 def test_tensorboard_and_wandb_write_offline(store, tmp_path, monkeypatch):
