@@ -25,7 +25,7 @@ LAYERS = [
     ["models"],
     ["loss", "hf", "checkpoint"],
     ["bptt", "optim", "data"],
-    ["evaluate", "generate", "runlog", "module"],
+    ["evaluate", "generate", "runlog", "module", "feedback"],
     ["fit", "commands", "cli"],
 ]
 HEAVY = {

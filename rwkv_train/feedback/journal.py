@@ -1,0 +1,68 @@
+"""The journal of a profile: what was asked of the model, in order, never lost and never rewritten.
+
+One JSON record a line, each with a checksum of itself. A record is on the disk before `append` returns. A last line
+that a crash left unfinished was never acknowledged and is dropped with a notice; any other damage is an error.
+"""
+
+import hashlib
+import json
+import os
+import sys
+from pathlib import Path
+
+
+class Journal:
+    """An append-only file of records: dicts of plain JSON, numbered by "id" from 1."""
+
+    def __init__(self, path: str | Path):
+        """Open or create. Raises ValueError, naming file and line, for a damaged journal."""
+        self.path = Path(path)
+        self.records: list[dict] = []
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(self.path, "a+b")  # noqa: SIM115
+        self._file.seek(0)
+        self._read(self._file.read())
+
+    def append(self, kind: str, **content) -> dict:
+        """Write one record {"id", "kind", ...content} and wait until it is on the disk."""
+        record = {"id": len(self.records) + 1, "kind": kind, **content}
+        self._file.write(_line(record))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self.records.append(record)
+        return record
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _read(self, data: bytes) -> None:
+        *lines, rest = data.split(b"\n")
+        for number, line in enumerate(lines, 1):
+            record = _parse(line)
+            if record is None or record["id"] != number:
+                raise ValueError(
+                    f"{self.path}, line {number} is damaged; restore the file from a backup, or move it away to start "
+                    "again from the base model"
+                )
+            self.records.append(record)
+        if rest:
+            print(f"{self.path}: dropped an unfinished last record", file=sys.stderr)
+            self._file.truncate(len(data) - len(rest))
+
+
+def _line(record: dict) -> bytes:
+    text = json.dumps(record, ensure_ascii=False, sort_keys=True)
+    return f"{_checksum(text)} {text}\n".encode()
+
+
+def _parse(line: bytes) -> dict | None:
+    """The record of a line without its end; None if the line is not what `_line` wrote."""
+    try:
+        checksum, text = line.decode().split(" ", 1)
+        return json.loads(text) if checksum == _checksum(text) else None
+    except ValueError:
+        return None
+
+
+def _checksum(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
