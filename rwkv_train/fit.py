@@ -3,7 +3,7 @@
 import logging
 import os
 import warnings
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import lightning as L
@@ -35,7 +35,7 @@ def fit(config: FitConfig, resume: str | None = None) -> int:
         run = checkpoint.parent.parent
     elif rank == 0:
         run = new_run(config.runs, config.name)
-        write_config(run / "config.yaml", asdict(config))
+        write_config(run / "config.yaml", asdict(replace(config, name=run.name)))
         if tokenizer:
             tokenizer.save(run / "tokenizer.json")
     else:

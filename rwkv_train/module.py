@@ -91,6 +91,8 @@ class OnlineTrainer(L.LightningModule):
     def on_train_start(self) -> None:
         if self._resumed_rng is not None:
             torch.set_rng_state(self._resumed_rng)
+        elif self.global_rank:  # every rank its own dropout
+            torch.manual_seed(self.config.seed + self.global_rank)
 
     def on_validation_epoch_start(self) -> None:
         self.scorer = Scorer(self.model, self.byte_lengths)
@@ -108,6 +110,7 @@ class OnlineTrainer(L.LightningModule):
         """Lane states and random state of all ranks go with the weights; only rank 0's dict is written."""
         state = None if self.lane_state is None else [self._gather(s) for s in self.lane_state]
         checkpoint["rwkv_train"] = {
+            "order": self._order(),
             "batches_done": self.batches_done,
             "lane_state": state,
             "rng": self._gather(torch.get_rng_state()[None]),
@@ -115,11 +118,28 @@ class OnlineTrainer(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         saved = checkpoint["rwkv_train"]
+        for name, value in self._order().items():
+            if value != (then := saved["order"][name]):
+                raise ValueError(
+                    f"{name} is {value}, and was {then} when the checkpoint was written, so its batches were others; "
+                    "resume with the old value, or start a new run with model.init"
+                )
         self.batches_done = saved["batches_done"]
         if saved["lane_state"] is not None:
             rows = slice(self.train_batches.first, self.train_batches.first + self.train_batches.lanes)
             self.lane_state = State(*saved["lane_state"]).select(rows).to(self.device)
         self._resumed_rng = saved["rng"][min(self.global_rank, len(saved["rng"]) - 1)]
+
+    def _order(self) -> dict[str, int]:
+        """The settings that decide what batch n is."""
+        data, train = self.config.data, self.train_batches
+        return {
+            "seed": self.config.seed,
+            "data.lanes": data.lanes,
+            "data.chunk_len * data.horizon": train.width,
+            "the number of training documents": len(train.documents),
+            "the number of training tokens": train.documents.tokens,
+        }
 
     def _gather(self, x: Tensor) -> Tensor:
         """Rows of all ranks, in order, on the CPU."""

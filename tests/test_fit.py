@@ -15,6 +15,7 @@ import yaml
 from helpers import assert_close_rel
 
 from rwkv_train import load_model
+from rwkv_train.cli import parse
 from rwkv_train.config import DataConfig, FitConfig, LogConfig, ModelConfig, OptimConfig, SampleConfig, TrainConfig
 from rwkv_train.data.lanes import LaneBatches
 from rwkv_train.data.prepare import PrepareConfig, prepare
@@ -88,6 +89,8 @@ def test_a_second_run_of_the_same_name_gets_a_number(store, tmp_path):
     for _ in range(2):
         fit(config_of(store, tmp_path, train=small))
     assert {p.name for p in tmp_path.iterdir()} == {"run", "run-2"}
+    config, _ = parse("fit", ["--config", str(tmp_path / "run-2" / "config.yaml"), "--resume"])
+    assert config == config_of(store, tmp_path, train=small, name="run-2")
 
 
 def test_interrupted_and_resumed_is_uninterrupted(finished, store, tmp_path, monkeypatch, capsys):
@@ -124,6 +127,13 @@ def test_resuming_from_an_older_checkpoint_repeats_what_came_after(finished, sto
     assert losses_of(copy) == losses_of(finished)
     ours, theirs = weights(copy), weights(finished)
     assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
+
+
+def test_resuming_with_other_batches_is_refused(finished, store, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    config = config_of(store, tmp_path)
+    with pytest.raises(ValueError, match=r"data\.lanes is 2, and was 4"):
+        fit(replace(config, data=replace(config.data, lanes=2)), resume="newest")
 
 
 def test_two_processes_are_one(store, tmp_path):

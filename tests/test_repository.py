@@ -25,8 +25,8 @@ LAYERS = [
     ["models"],
     ["loss", "hf", "checkpoint"],
     ["bptt", "optim", "data"],
-    ["evaluate", "generate", "runlog", "module", "feedback"],
-    ["fit", "commands", "cli"],
+    ["evaluate", "generate", "dialogue", "room", "runlog", "module", "feedback"],
+    ["fit", "commands", "chat", "cli"],
 ]
 HEAVY = {
     "lightning": {"module", "fit"},
