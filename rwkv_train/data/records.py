@@ -273,8 +273,12 @@ def _parquet(path: str) -> Iterator[Raw]:
 
 def _hub(name: str) -> Iterator[Raw]:
     """NAME[@CONFIG][:SPLIT], the split "train" unless named."""
+    import logging
+
     import datasets
 
+    print(f"Asking the Hugging Face hub for {name} ...", flush=True)
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # what it tries again is told once, below
     repository, _, split = name.partition(":")
     repository, _, config = repository.partition("@")
     try:
