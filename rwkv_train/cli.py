@@ -3,7 +3,7 @@
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from importlib import import_module
 from typing import Literal
 
@@ -63,6 +63,107 @@ class GenerateConfig:
 
 
 @dataclass
+class ChatConfig:
+    """Talk to a model in the terminal; /help there lists what else can be typed.
+
+    Args:
+        model: checkpoint, runs/NAME, or a folder with model.pth; the small one that comes along if not given
+        tokenizer: world, bytes or a tokenizer JSON; known where tokenizer.json lies with the model
+        template: YAML file that says how chats are written; template.yaml with the model, or RWKV World's if not given
+        system: a system message to begin with
+        temperature: below 1 is safer, above 1 bolder, 0 always takes the likeliest token
+        top_p: sample from the likeliest tokens that make up this much probability
+        top_k: sample from this many of the likeliest tokens; 0 is all
+        presence_penalty: taken from the logit of every token that the reply so far holds
+        frequency_penalty: the same, once for each time the token is in the reply
+        seed: the same seed and the same messages give the same replies
+        tokens: most tokens of a reply
+        plain: one line in, one block of plain text out; on by itself where standard input is no terminal
+        room: read lines "user: text" of a live chat from standard input and answer them in one shared dialogue
+        prefix: room: only messages that begin with it are taken; "" takes all
+        pick: room: which of the waiting messages is answered next
+        queue: room: messages that wait at most
+        per_user: room: messages of one user that wait at most
+        rate: room: messages of one user that are taken in a minute at most
+        operators: room: users who may give commands ("!/help"), separated by commas
+        folder: where typed lines, saved dialogues and corrections are kept; the user's data folder if not given
+        profile: corrections are kept in FOLDER/profiles/PROFILE; the model's name if not given
+        device: cpu, cuda or cuda:N
+        dtype: number format of the weights in memory; corrections need fp32
+    """
+
+    model: str | None = None
+    tokenizer: str | None = None
+    template: str | None = None
+    system: str = ""
+    temperature: float = 0.8
+    top_p: float = 0.5
+    top_k: int = 0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int = 0
+    tokens: int = 500
+    plain: bool = False
+    room: bool = False
+    prefix: str = "!"
+    pick: Literal["fifo", "random", "newest"] = "fifo"
+    queue: int = 50
+    per_user: int = 3
+    rate: int = 10
+    operators: str = ""
+    folder: str | None = None
+    profile: str | None = None
+    device: str = "cpu"
+    dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
+
+
+@dataclass
+class FeedbackFileConfig:
+    """Learn a file of corrections, one after another.
+
+    Args:
+        model: checkpoint, runs/NAME, or a folder with model.pth
+        file: jsonl with one correction a line, as {"question": "...", "answer": "..."}
+        tokenizer: world, bytes or a tokenizer JSON; known where tokenizer.json lies with the model
+        folder: where corrections are kept; the user's data folder if not given
+        profile: corrections are kept in FOLDER/profiles/PROFILE; the model's name if not given
+    """
+
+    model: str
+    file: str
+    tokenizer: str | None = None
+    folder: str | None = None
+    profile: str | None = None
+
+
+@dataclass
+class BenchConfig:
+    """Measure the program.
+
+    Args:
+        what: "feedback" measures corrections: are they learnt, kept, understood, and is all else left alone?
+        model: checkpoint, runs/NAME, or a folder with model.pth
+        cases: jsonl, one correction a line, as {"question", "answer", "paraphrases", "neighbours", "same_subject"}
+        unrelated: file of questions, one a line, whose answers must stay
+        heldout: file of text on which the loss must stay
+        tokenizer: world, bytes or a tokenizer JSON; known where tokenizer.json lies with the model
+        counts: corrections one after another
+        seeds: runs of each recipe, with other draws of cases
+        json: also write the figures to this file
+    """
+
+    what: list[str]
+    model: str
+    cases: str
+    unrelated: str
+    heldout: str
+    tokenizer: str | None = None
+    counts: list[int] = field(default_factory=lambda: [1, 10, 100])
+    seeds: int = 3
+    json: str | None = None
+
+
+@dataclass
 class ExportConfig:
     """Write a model in another format.
 
@@ -113,6 +214,13 @@ COMMANDS = {
     ),
     "generate": Command(
         "write a continuation of a prompt", "rwkv_train.cli:GenerateConfig", "rwkv_train.commands:generate"
+    ),
+    "chat": Command("talk to a model in the terminal", "rwkv_train.cli:ChatConfig", "rwkv_train.chat:chat"),
+    "feedback": Command(
+        "learn a file of corrections", "rwkv_train.cli:FeedbackFileConfig", "rwkv_train.corrections:feedback"
+    ),
+    "bench": Command(
+        "measure the program", "rwkv_train.cli:BenchConfig", "rwkv_train.corrections:bench", positional="what"
     ),
     "export": Command(
         "write a model as .pth, .safetensors or a Hugging Face folder",
@@ -169,7 +277,7 @@ def parse(name: str, argv: list[str]) -> tuple[object, dict]:
     parser.add_class_arguments(config, as_group=False, skip={command.positional} - {None})
     if command.positional:
         parser.add_argument(command.positional, nargs="+", type=str, help=_phrase(config, command.positional))
-    found = vars(parser.instantiate(parser.parse_args([_underscored(a) for a in argv])))
+    found = vars(parser.instantiate(parser.parse_args(_spelled_out(config, argv))))
     settings = {field: found.pop(field) for field in config.__dataclass_fields__}
     found.pop("config")
     return config(**settings), found
@@ -184,6 +292,13 @@ class _Parser(ArgumentParser):
 
     def format_help(self):
         return re.sub(r"--[a-z][a-z_.]*", lambda flag: flag[0].replace("_", "-"), super().format_help())
+
+
+def _spelled_out(config: type, argv: list[str]) -> list[str]:
+    """Flags as the parser knows them: with underscores, and a yes-or-no flag on its own as --plain=true."""
+    argv, switches = [_underscored(a) for a in argv], {f.name for f in fields(config) if f.type is bool}
+    bare = [a[2:] in switches and n not in ("true", "false") for a, n in zip(argv, [*argv, ""][1:], strict=True)]
+    return [a + "=true" * alone for a, alone in zip(argv, bare, strict=True)]
 
 
 def _underscored(argument: str) -> str:

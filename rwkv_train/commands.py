@@ -105,8 +105,9 @@ def export(config: ExportConfig) -> None:
 
 
 def tokenizer_of(model: str, given: str | None, vocab_size: int) -> Tokenizer:
-    """The tokenizer given, or that of a run or Hugging Face folder, or World for its vocabulary of 65,536."""
-    beside = Path(model) / "tokenizer.json"
+    """The tokenizer given, or tokenizer.json in a model's folder or beside its file, or World for 65,536 tokens."""
+    path = Path(model).expanduser()
+    beside = (path.parent if path.is_file() else path) / "tokenizer.json"
     if given or beside.is_file():
         return load_tokenizer(given or beside)
     if vocab_size == 65536:

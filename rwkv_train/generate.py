@@ -1,7 +1,9 @@
 """Sampling from a state: constant memory and time per token, however long the text before."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -21,13 +23,20 @@ class Sampling:
         temperature: below 1 is safer, above 1 bolder, 0 always takes the likeliest token
         top_p: sample from the likeliest tokens that make up this much probability
         top_k: sample from this many of the likeliest tokens; 0 is all
+        presence_penalty: taken from the logit of every token that the reply so far holds; below 0 invites repeats
+        frequency_penalty: the same, once for each time the token is in the reply
     """
 
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
 
     def __post_init__(self):
+        for f in fields(self):
+            if not math.isfinite(getattr(self, f.name)):
+                raise ValueError(f"{f.name} must be a finite number, found {getattr(self, f.name)}")
         if self.temperature < 0:
             raise ValueError(f"temperature must not be negative, found {self.temperature}")
         if not 0 < self.top_p <= 1:
@@ -35,8 +44,14 @@ class Sampling:
         if self.top_k < 0:
             raise ValueError(f"top_k must not be negative, found {self.top_k}")
 
-    def __call__(self, logits: Tensor, rng: torch.Generator | None = None) -> int:
-        """One token id from logits [V]."""
+    def __call__(
+        self, logits: Tensor, rng: torch.Generator | None = None, used: Mapping[int, int] | None = None
+    ) -> int:
+        """One token id from logits [V]; used: how often each token is in the reply so far, for the penalties."""
+        if used and (self.presence_penalty or self.frequency_penalty):
+            logits = logits.to(torch.float32, copy=True)
+            counts = torch.tensor(list(used.values()), device=logits.device)
+            logits[list(used)] -= self.presence_penalty + self.frequency_penalty * counts
         if self.temperature == 0:
             return int(logits.argmax())
         values, ids = (logits.float() / self.temperature).sort(descending=True)
@@ -57,6 +72,29 @@ def prefill(model: RWKV, tokens: list[int], state: State | None = None) -> tuple
     return model.head(x[0, -1]), state
 
 
+def steps(
+    model: RWKV,
+    logits: Tensor,
+    state: State,
+    sampling: Sampling,
+    most: int,
+    stop: frozenset[int] = frozenset(),
+    rng: torch.Generator | None = None,
+) -> Iterator[tuple[int, State]]:
+    """Up to `most` tokens sampled from `logits` and what follows, each with the state after it.
+
+    Ends before a token in `stop`. The penalties count the tokens of this call.
+    """
+    used: Counter[int] = Counter()
+    for _ in range(most):
+        token = sampling(logits, rng, used)
+        if token in stop:
+            return
+        used[token] += 1
+        logits, state = prefill(model, [token], state)
+        yield token, state
+
+
 def stream(
     model: RWKV,
     logits: Tensor,
@@ -66,13 +104,9 @@ def stream(
     stop: frozenset[int] = frozenset(),
     rng: torch.Generator | None = None,
 ) -> Iterator[int]:
-    """Up to `most` tokens sampled from `logits` and what follows; ends before a token in `stop`."""
-    for _ in range(most):
-        token = sampling(logits, rng)
-        if token in stop:
-            return
+    """The tokens of `steps`, without the states."""
+    for token, _ in steps(model, logits, state, sampling, most, stop, rng):
         yield token
-        logits, state = prefill(model, [token], state)
 
 
 def generate_text(

@@ -27,8 +27,9 @@ CONFIG = FeedbackConfig(rate=0.5, steps=200, loss=0.1, pull=0.01, budget=1e9, ne
 QUICK = [Correction("sun?", "hot"), Correction("ice?", "cold"), Correction("sea?", "wet")]
 
 
-def learner(folder, config=CONFIG, guards=GUARDS, seed=0) -> Learner:
+def learner(folder, config=CONFIG, seed=0) -> Learner:
     model = random_model(n_embd=48, vocab_size=257, seed=seed)
+    guards = Guards(model, [BYTES.encode(text) for text in GUARDS], BYTES.eod)
     return Learner(model, BYTES, folder / "profile", guards, config)
 
 
@@ -212,5 +213,8 @@ def test_guards_pull_to_the_base_and_know_their_neighbours():
     alone = [divergence(other, guards, [i]).item() * (len(GUARDS[i]) + 1) for i in (0, 3)]
     together = divergence(other, guards, [0, 3]).item() * sum(len(GUARDS[i]) + 1 for i in (0, 3))
     assert together == pytest.approx(sum(alone), rel=1e-4) and together > 0
+    own = Guards.of_model(model, BYTES.encode("User:"), 0, count=5, length=7)
+    again = Guards.of_model(model, BYTES.encode("User:"), 0, count=5, length=7)
+    assert len(own) == 5 and torch.equal(own.draw([1, 4])[0], again.draw([1, 4])[0])
     with pytest.raises(ValueError, match="guard text is empty"):
         Guards(model, [], 0)

@@ -1,9 +1,16 @@
 """Text that installed packages carry, so that the quickstart needs no download: `corpus:NAME` sources."""
 
 from collections.abc import Iterator
+from itertools import cycle, groupby, islice
 from pathlib import Path
 
-CORPORA = ("chatterbot", "python-topics")
+CORPORA = ("chatterbot", "python-topics", "facts", "chitchat")
+ROLES = ("user", "assistant")
+PACKAGES = {
+    "chatterbot": ("chatterbot-corpus",),
+    "facts": ("rwkv_train", "countryinfo", "babel", "chatterbot-corpus"),
+    "chitchat": ("chitchat-dataset",),
+}
 
 
 def corpus_version(name: str) -> str:
@@ -13,21 +20,30 @@ def corpus_version(name: str) -> str:
 
     if name == "python-topics":
         return f"python {platform.python_version()}"
-    return f"chatterbot-corpus {version('chatterbot-corpus')}"
+    return ", ".join(f"{package} {version(package)}" for package in PACKAGES[name.partition("/")[0]])
 
 
 def read_corpus(name: str) -> Iterator[tuple[str, dict]]:
     """Yield (where, record) of a built-in corpus; ValueError for an unknown one.
 
     "chatterbot" or "chatterbot/LANGUAGE": short dialogues, {"messages": [...]}, user and assistant in turn
-    (English unless named). "python-topics": the Python language reference, {"text": ...} a topic.
+    (English unless named). "python-topics": the Python language reference, {"text": ...} a topic. "facts": chats
+    about countries, see facts.py. "chitchat" or "chitchat/NUMBER": (the first so many) talks of two strangers. The
+    last two need `pip install "rwkv_train[starter]"`.
     """
     if name == "python-topics":
         return _python_topics()
-    family, _, language = name.partition("/")
-    if family != "chatterbot":
-        raise ValueError(f"corpus:{name} is unknown. There are: {', '.join(f'corpus:{c}' for c in CORPORA)}.")
-    return _chatterbot(_chatterbot_files(language or "english"))
+    family, _, part = name.partition("/")
+    if family == "chatterbot":
+        return _chatterbot(_chatterbot_files(part or "english"))
+    if family == "chitchat" and (part.isdecimal() or not part):
+        return islice(_chitchat(_chitchat_talks()), int(part) if part else None)
+    if name == "facts":
+        from rwkv_train.data.facts import fact_chats, facts
+
+        facts()  # a missing package is said at once
+        return fact_chats()
+    raise ValueError(f"corpus:{name} is unknown. There are: {', '.join(f'corpus:{c}' for c in CORPORA)}.")
 
 
 def _python_topics() -> Iterator[tuple[str, dict]]:
@@ -58,6 +74,24 @@ def _chatterbot(files: list[Path]) -> Iterator[tuple[str, dict]]:
             turns = [str(turn).strip() for turn in row] if isinstance(row, list) else []
             if len(turns) < 2 or not all(turns):
                 continue
-            roles = ("user", "assistant") * len(turns)
-            messages = [{"role": r, "content": t} for r, t in zip(roles, turns, strict=False)]
+            messages = [{"role": r, "content": t} for r, t in zip(cycle(ROLES), turns, strict=False)]
             yield f"chatterbot/{file.parent.name}/{file.name}: conversation {number}", {"messages": messages}
+
+
+def _chitchat_talks() -> dict:
+    try:
+        from chitchat_dataset import Dataset
+    except ImportError:
+        raise ValueError('corpus:chitchat needs chitchat_dataset: pip install "rwkv_train[starter]"') from None
+    return Dataset()
+
+
+def _chitchat(talks: dict) -> Iterator[tuple[str, dict]]:
+    """The talks in which both spoke. Who begins is the user; what one writes in a row is one turn."""
+    for key, talk in talks.items():
+        lines = [line for block in talk["messages"] for line in block if line["text"].strip()]
+        messages = []
+        for role, (_, turn) in zip(cycle(ROLES), groupby(lines, lambda line: line["sender"]), strict=False):
+            messages.append({"role": role, "content": "\n".join(line["text"].strip() for line in turn)})
+        if len(messages) > 1:
+            yield f"chitchat/{key}", {"messages": messages}

@@ -14,6 +14,7 @@ from statistics import mean
 import torch
 
 from rwkv_train.feedback.decode import greedy
+from rwkv_train.feedback.guards import Guards
 from rwkv_train.feedback.learner import Correction, Learner
 from rwkv_train.feedback.steps import FeedbackConfig
 from rwkv_train.generate import prefill
@@ -74,10 +75,9 @@ class Protocol:
         cases: list[Case],
         unrelated: list[str],
         heldout: str,
-        guard_texts: list[str],
     ):
         self.base, self.tokenizer, self.cases, self.unrelated = base.eval(), tokenizer, cases, unrelated
-        self.guard_texts = guard_texts
+        self.guards = Guards.of_model(base, tokenizer.encode("User:"), tokenizer.eod)
         ids = tokenizer.encode(heldout)
         self.heldout, self.stranger = ids[200:], [tokenizer.eod, *ids[:200]]
         self.before = self._answers(base, unrelated)
@@ -91,7 +91,7 @@ class Protocol:
         seconds, accepted = [], 0
         context = self._context(seed)
         with tempfile.TemporaryDirectory() as folder:
-            learner = Learner(self.base, self.tokenizer, folder, self.guard_texts, replace(config, budget=math.inf))
+            learner = Learner(self.base, self.tokenizer, folder, self.guards, replace(config, budget=math.inf))
             for case in cases:
                 old_state = self._state(learner.model, [self.tokenizer.eod, *context])
                 begun = time.perf_counter()
@@ -106,7 +106,7 @@ class Protocol:
             learner.close()
         found = {name: mean(right) for name, right in newest.items()}
         found |= self._after(model, cases)
-        return found | {"accepted": accepted / count, "seconds": sorted(seconds)[len(seconds) // 2]}
+        return found | {"accepted": accepted / len(cases), "seconds": sorted(seconds)[len(seconds) // 2]}
 
     def _after(self, model: RWKV, cases: list[Case]) -> dict[str, float]:
         right = [a == c.answer for a, c in zip(self._answers(model, [c.question for c in cases]), cases, strict=True)]

@@ -25,6 +25,22 @@ class Guards:
         self._words = [frozenset(row[1:]) for row in rows]
         self._logits: dict[int, Tensor] = {}
 
+    @classmethod
+    @torch.no_grad()
+    def of_model(cls, base: RWKV, begin: list[int], eod: int, count: int = 512, length: int = 48) -> "Guards":
+        """What a model says by itself after `begin`: it covers what the model knows, and needs no data set.
+
+        The same model gives the same `count` rows of `length` tokens.
+        """
+        rng = torch.Generator().manual_seed(0)
+        tokens = torch.tensor([[eod, *begin]]).expand(count, -1)
+        rows, state = [tokens[:, 1:]], None
+        for _ in range(length):
+            x, state = base.hidden(tokens, state)
+            tokens = torch.multinomial(base.head(x[:, -1]).float().softmax(-1), 1, generator=rng)
+            rows.append(tokens)
+        return cls(base, torch.cat(rows, 1).tolist(), eod)
+
     def __len__(self) -> int:
         return len(self._rows)
 

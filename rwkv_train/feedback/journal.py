@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import sys
+import threading
 from pathlib import Path
 
 
@@ -18,18 +19,20 @@ class Journal:
         """Open or create. Raises ValueError, naming file and line, for a damaged journal."""
         self.path = Path(path)
         self.records: list[dict] = []
+        self._lock = threading.Lock()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open(self.path, "a+b")  # noqa: SIM115
         self._file.seek(0)
         self._read(self._file.read())
 
     def append(self, kind: str, **content) -> dict:
-        """Write one record {"id", "kind", ...content} and wait until it is on the disk."""
-        record = {"id": len(self.records) + 1, "kind": kind, **content}
-        self._file.write(_line(record))
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self.records.append(record)
+        """Write one record {"id", "kind", ...content} and wait until it is on the disk; from any thread."""
+        with self._lock:
+            record = {"id": len(self.records) + 1, "kind": kind, **content}
+            self._file.write(_line(record))
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self.records.append(record)
         return record
 
     def close(self) -> None:

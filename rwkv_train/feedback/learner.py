@@ -78,14 +78,14 @@ class Learner:
         base: RWKV,
         tokenizer: Tokenizer,
         folder: str | Path,
-        guard_texts: list[str],
+        guards: Guards | None = None,
         config: FeedbackConfig | None = None,
         template: Template | None = None,
     ):
+        """guards: text on which `base` must be kept; None lets it write some itself when it is first needed."""
         self.base, self.tokenizer = base.eval().requires_grad_(False), tokenizer
         self.folder, self.config, self.template = Path(folder), config or FeedbackConfig(), template or Template()
-        self.guards = Guards(base, [tokenizer.encode(text) for text in guard_texts], tokenizer.eod)
-        self.watched = list(range(0, len(self.guards), max(1, len(self.guards) // WATCHED)))[:WATCHED]
+        self._guards = guards
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(self.folder / "lock")
         try:
@@ -97,6 +97,14 @@ class Learner:
         self.model = base
         self.replay()
 
+    @property
+    def guards(self) -> Guards:
+        """What must not change. Made late, since that can take seconds."""
+        if self._guards is None:
+            begin = self.template.roles["user"].split("{content}")[0].rstrip()
+            self._guards = Guards.of_model(self.base, self.tokenizer.encode(begin), self.tokenizer.eod)
+        return self._guards
+
     def close(self) -> None:
         self.journal.close()
         self._lock.release()
@@ -107,14 +115,25 @@ class Learner:
         received: Callable[[int], None] = lambda number: None,
         tick: Callable[[int, float], None] = lambda step, loss: None,
     ) -> Outcome:
-        """Learn one correction. Raises ValueError, before anything is recorded, for one that cannot be learnt.
+        """Learn one correction: `receive` and `commit` in one.
 
         received(id) is called as soon as the correction cannot be lost any more; tick(step, loss) at every step.
         """
+        number = self.receive(correction)
+        received(number)
+        return self.commit(number, tick)
+
+    def receive(self, correction: Correction) -> int:
+        """Record a correction, at once and from any thread; returns its number.
+
+        Raises ValueError, before anything is recorded, for one that cannot be learnt.
+        """
         self._row(correction)
-        record = self.journal.append("received", **asdict(correction))
-        received(record["id"])
-        return self._commit(record, tick)
+        return self.journal.append("received", **asdict(correction))["id"]
+
+    def commit(self, number: int, tick: Callable[[int, float], None] = lambda step, loss: None) -> Outcome:
+        """Learn a received correction. Corrections are committed in the order in which they were received."""
+        return self._commit(self.journal.records[number - 1], tick)
 
     def undo(self, count: int = 1) -> list[int]:
         """Take back the last `count` corrections; returns their ids. The weights before the last are exact."""
@@ -229,7 +248,8 @@ class Learner:
 
     def _drift(self, model: RWKV) -> float:
         with torch.no_grad():
-            return float(divergence(model, self.guards, self.watched))
+            watched = range(0, len(self.guards), max(1, len(self.guards) // WATCHED))
+            return float(divergence(model, self.guards, list(watched)[:WATCHED]))
 
     def _prompt(self, question: str) -> str:
         return self.template.prompt([{"role": "user", "content": question}])
