@@ -142,10 +142,11 @@ class BenchConfig:
 
     Args:
         what: "feedback" measures corrections: are they learnt, kept, understood, and is all else left alone?
-        model: checkpoint, runs/NAME, or a folder with model.pth
-        cases: jsonl, one correction a line, as {"question", "answer", "paraphrases", "neighbours", "same_subject"}
-        unrelated: file of questions, one a line, whose answers must stay
-        heldout: file of text on which the loss must stay
+        model: checkpoint, runs/NAME, or a folder with model.pth; the small one that comes along if not given
+        cases: jsonl, one correction a line, as {"question", "answer", "paraphrases", "neighbours", "same_subject"};
+            false facts about countries, made for the starter model, if not given
+        unrelated: file of questions, one a line, whose answers must stay; small talk if not given
+        heldout: file of text on which the loss must stay; talks of strangers if not given
         tokenizer: world, bytes or a tokenizer JSON; known where tokenizer.json lies with the model
         counts: corrections one after another
         seeds: runs of each recipe, with other draws of cases
@@ -153,10 +154,10 @@ class BenchConfig:
     """
 
     what: list[str]
-    model: str
-    cases: str
-    unrelated: str
-    heldout: str
+    model: str | None = None
+    cases: str | None = None
+    unrelated: str | None = None
+    heldout: str | None = None
     tokenizer: str | None = None
     counts: list[int] = field(default_factory=lambda: [1, 10, 100])
     seeds: int = 3

@@ -8,14 +8,17 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from rwkv_train.chat import Chat, Command, data_folder, weights_in
+from rwkv_train.chat import STARTER, Chat, Command, data_folder, weights_in
 from rwkv_train.checkpoint import load_model
 from rwkv_train.cli import BenchConfig, FeedbackFileConfig
 from rwkv_train.commands import tokenizer_of
 from rwkv_train.feedback import Correction, Learner, Outcome
 from rwkv_train.feedback.background import Background
 from rwkv_train.feedback.bench import CONTROLS, Protocol, load_cases, table
+from rwkv_train.feedback.cases import fact_cases, small_talk, strangers_talk
 from rwkv_train.feedback.steps import FeedbackConfig
+
+SINGLES = 10  # runs of a single correction for every seed
 
 
 class Teacher:
@@ -121,7 +124,7 @@ def profile_folder(folder: Path, profile: str | None, model: str | Path) -> Path
     return folder / "profiles" / (profile or (path.parent.name if path.stem == "model" else path.stem))
 
 
-def _open(model: str, given: str | None):
+def _open(model: str | Path, given: str | None):
     """(model in float32, tokenizer)."""
     path = weights_in(model)
     found = load_model(path, dtype=torch.float32)
@@ -162,17 +165,21 @@ def bench(config: BenchConfig) -> None:
     """Run the protocol on a model and cases, with its controls, and print the table beside its targets."""
     if config.what != ["feedback"]:
         raise ValueError(f"there is no benchmark {' '.join(config.what)!r}; there is: feedback")
-    model, tokenizer = _open(config.model, config.tokenizer)
-    heldout = Path(config.heldout).read_text(encoding="utf-8")
-    protocol = Protocol(model, tokenizer, load_cases(config.cases), _lines(config.unrelated), heldout)
+    cases = load_cases(config.cases) if config.cases else fact_cases()
+    unrelated = _lines(config.unrelated) if config.unrelated else small_talk()
+    heldout = Path(config.heldout).read_text(encoding="utf-8") if config.heldout else strangers_talk()
+    model, tokenizer = _open(config.model or STARTER, config.tokenizer)
+    protocol = Protocol(model, tokenizer, cases, unrelated, heldout)
     columns = {f"N={n}": (FeedbackConfig(), n) for n in config.counts}
     most = max(config.counts)
     columns |= {f"{name} N={most}": (FeedbackConfig(**changes), most) for name, changes in CONTROLS.items()}
     results: dict[str, dict] = {}
-    total = sum(n for _, n in columns.values()) * config.seeds
+    # A run of one correction says little: more of them.
+    repeats = {name: config.seeds * (SINGLES if count == 1 else 1) for name, (_, count) in columns.items()}
+    total = sum(count * repeats[name] for name, (_, count) in columns.items())
     with tqdm(total=total, desc="bench feedback", unit="correction", file=sys.stderr) as bar:
         for name, (recipe, count) in columns.items():
-            runs = [protocol.run(recipe, count, seed, tick=bar.update) for seed in range(config.seeds)]
+            runs = [protocol.run(recipe, count, seed, tick=bar.update) for seed in range(repeats[name])]
             results[name] = {key: sum(r[key] for r in runs) / len(runs) for key in runs[0]}
             results[name + " runs"] = runs
     shown = {name: r for name, r in results.items() if not name.endswith(" runs")}

@@ -12,8 +12,10 @@ from test_feedback import CONFIG
 
 import rwkv_train.feedback.learner as learner_module
 from rwkv_train import save_model
+from rwkv_train.data.facts import facts
 from rwkv_train.feedback import FeedbackConfig
 from rwkv_train.feedback.bench import TARGETS, load_cases
+from rwkv_train.feedback.cases import fact_cases, small_talk, strangers_talk
 from rwkv_train.feedback.decode import greedy
 from rwkv_train.generate import prefill
 from rwkv_train.tokenizer import load_tokenizer
@@ -126,3 +128,16 @@ def test_batched_greedy_is_greedy_one_by_one():
                     break
                 logits, s = prefill(model, ids[-1:], s)
             assert reply == BYTES.decode(ids).split("\n\n")[0].strip()
+
+
+def test_own_cases_are_false_facts_that_spare_what_they_watch():
+    cases = fact_cases()
+    assert cases == fact_cases() and len(cases) > 100
+    true = {f.questions()[0]: f.answer for f in facts()}
+    taught = {c.question for c in cases}
+    for case in cases:
+        assert case.answer != true[case.question] and len(case.paraphrases) == 4 and case.same_subject
+        for watched in (*case.neighbours, *case.same_subject):
+            assert watched["answer"] == true[watched["question"]] and watched["question"] not in taught
+    assert len(set(small_talk())) == 200
+    assert len(strangers_talk(count=10)) > 10_000
