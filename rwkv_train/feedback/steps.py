@@ -38,7 +38,7 @@ class FeedbackConfig:
         reach: tokens of the dialogue before a correction that gradients flow through
     """
 
-    rate: float = 0.3
+    rate: float = 0.6
     steps: int = 25
     loss: float = 0.05
     extra: int = 2
