@@ -95,20 +95,6 @@ def steps(
         yield token, state
 
 
-def stream(
-    model: RWKV,
-    logits: Tensor,
-    state: State,
-    sampling: Sampling,
-    most: int,
-    stop: frozenset[int] = frozenset(),
-    rng: torch.Generator | None = None,
-) -> Iterator[int]:
-    """The tokens of `steps`, without the states."""
-    for token, _ in steps(model, logits, state, sampling, most, stop, rng):
-        yield token
-
-
 def generate_text(
     model: RWKV, tokenizer: Tokenizer, prompt: str, sampling: Sampling, most: int, seed: int = 0
 ) -> Iterator[str]:
@@ -118,7 +104,7 @@ def generate_text(
     """
     logits, state = prefill(model, [tokenizer.eod, *tokenizer.encode(prompt)])
     rng, decoder = torch.Generator().manual_seed(seed), StreamDecoder(tokenizer)
-    for token in stream(model, logits, state, sampling, most, frozenset([tokenizer.eod]), rng):
+    for token, _ in steps(model, logits, state, sampling, most, frozenset([tokenizer.eod]), rng):
         if piece := decoder.push(token):
             yield piece
     if piece := decoder.flush():

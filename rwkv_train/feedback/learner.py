@@ -11,6 +11,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from rwkv_train.data.templates import Template
+from rwkv_train.feedback.decode import greedy
 from rwkv_train.feedback.guards import Guards
 from rwkv_train.feedback.journal import Journal
 from rwkv_train.feedback.steps import (
@@ -24,7 +25,6 @@ from rwkv_train.feedback.steps import (
     with_weights,
 )
 from rwkv_train.files import replace_file
-from rwkv_train.generate import Sampling, prefill, stream
 from rwkv_train.models.common import RWKV
 from rwkv_train.tokenizer import Tokenizer
 from rwkv_train.weightfile import read_weights, write_safetensors
@@ -32,7 +32,6 @@ from rwkv_train.weightfile import read_weights, write_safetensors
 LONGEST = 2000  # characters of a question or an answer
 SNAPSHOTS = 8  # newest weights kept as files; older ones are replayed from the journal
 WATCHED = 64  # guard rows on which drift is measured
-GREEDY = Sampling(temperature=0)
 
 
 @dataclass(frozen=True)
@@ -195,14 +194,8 @@ class Learner:
 
     def answer(self, question: str, model: RWKV | None = None, most: int = 200) -> str:
         """The model's greedy reply to a question on its own, as decoded."""
-        model = model or self.model
-        logits, state = prefill(model, [self.tokenizer.eod, *self.tokenizer.encode(self._prompt(question))])
-        ids: list[int] = []
-        for token in stream(model, logits, state, GREEDY, most, frozenset([self.tokenizer.eod])):
-            ids.append(token)
-            if "\n\n" in (text := self.tokenizer.decode(ids)):
-                return text.split("\n\n")[0].strip()
-        return self.tokenizer.decode(ids).strip()
+        prompt = [self.tokenizer.eod, *self.tokenizer.encode(self._prompt(question))]
+        return greedy(model or self.model, self.tokenizer, [prompt], most=most)[0]
 
     def _commit(self, record: dict, tick) -> Outcome:
         """Learn a received correction, keep the weights if they pass, and record what became of it."""
