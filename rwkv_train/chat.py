@@ -57,6 +57,7 @@ class Chat:
         self.settings = _settings(dialogue)
         self.before_answer: list[Callable[[], None]] = []
         self.closing = ExitStack()
+        self.status = ""  # what goes on in the background, in a few words
         self._screen = threading.RLock()
 
     def answer(self, line: str) -> Iterator[str]:
@@ -118,7 +119,7 @@ def _retry(chat: Chat, rest: str) -> Iterable[str]:
 
 
 def _back(chat: Chat, rest: str) -> Iterable[str]:
-    chat.dialogue.back(_number(rest or "1", int))
+    chat.dialogue.back(number(rest or "1", int))
     turns = chat.dialogue.turns
     return [f"back at: {turns[-1].reply}" if turns else "back at the beginning"]
 
@@ -174,17 +175,17 @@ COMMANDS = {
 def _settings(dialogue: Dialogue) -> dict[str, Setting]:
     def sampled(name: str, kind: type) -> Setting:
         def change(value: str) -> None:
-            dialogue.sampling = replace(dialogue.sampling, **{name: _number(value, kind)})
+            dialogue.sampling = replace(dialogue.sampling, **{name: number(value, kind)})
 
         return Setting(lambda: getattr(dialogue.sampling, name), change)
 
     found = {f.name: sampled(f.name, f.type) for f in fields(Sampling)}
-    found["seed"] = Setting(lambda: dialogue.rng.initial_seed(), lambda value: dialogue.reseed(_number(value, int)))
-    found["tokens"] = Setting(lambda: dialogue.most, lambda value: dialogue.limit(_number(value, int)))
+    found["seed"] = Setting(lambda: dialogue.rng.initial_seed(), lambda value: dialogue.reseed(number(value, int)))
+    found["tokens"] = Setting(lambda: dialogue.most, lambda value: dialogue.limit(number(value, int)))
     return found
 
 
-def _number(text: str, kind: type) -> int | float:
+def number(text: str, kind: type) -> int | float:
     try:
         return kind(text)
     except ValueError:
@@ -210,7 +211,7 @@ def in_terminal(chat: Chat) -> None:
     while not chat.done:
         try:
             with patch_stdout():  # what other threads tell goes above the line being typed
-                line = session.prompt("> ").strip()
+                line = session.prompt("> ", bottom_toolbar=lambda: chat.status or None, refresh_interval=0.5).strip()
         except KeyboardInterrupt:
             continue
         except EOFError:

@@ -149,6 +149,7 @@ class BenchConfig:
         heldout: file of text on which the loss must stay; talks of strangers if not given
         tokenizer: world, bytes or a tokenizer JSON; known where tokenizer.json lies with the model
         counts: corrections one after another
+        controls: the same for recipes that do worse: rate 0, naive, state only
         seeds: runs of each recipe, with other draws of cases
         json: also write the figures to this file
     """
@@ -160,6 +161,7 @@ class BenchConfig:
     heldout: str | None = None
     tokenizer: str | None = None
     counts: list[int] = field(default_factory=lambda: [1, 10, 100])
+    controls: list[int] = field(default_factory=lambda: [10])
     seeds: int = 3
     json: str | None = None
 

@@ -1,24 +1,25 @@
 """Corrections at work: the feedback commands of the chat, and the `feedback` and `bench` commands."""
 
 import json
+import os
+import platform
 import sys
 from collections.abc import Iterable
+from dataclasses import fields
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from rwkv_train.chat import STARTER, Chat, Command, data_folder, weights_in
+from rwkv_train.chat import STARTER, Chat, Command, Setting, data_folder, number, weights_in
 from rwkv_train.checkpoint import load_model
 from rwkv_train.cli import BenchConfig, FeedbackFileConfig
 from rwkv_train.commands import tokenizer_of
-from rwkv_train.feedback import Correction, Learner, Outcome
+from rwkv_train.feedback import Correction, FeedbackConfig, Learner, Outcome, Reading
 from rwkv_train.feedback.background import Background
-from rwkv_train.feedback.bench import CONTROLS, Protocol, load_cases, table
+from rwkv_train.feedback.bench import CONTROLS, SINGLES, Protocol, load_cases, summary, table
 from rwkv_train.feedback.cases import fact_cases, small_talk, strangers_talk
-from rwkv_train.feedback.steps import FeedbackConfig
-
-SINGLES = 10  # runs of a single correction for every seed
+from rwkv_train.feedback.decode import Form
 
 
 class Teacher:
@@ -30,9 +31,12 @@ class Teacher:
     def __init__(self, chat: Chat, folder: Path, wait: bool):
         self.chat, self.wait = chat, wait
         dialogue = chat.dialogue
-        self.learner = Learner(dialogue.model, dialogue.tokenizer, folder, template=dialogue.template)
+        self.learner = Learner(dialogue.model, dialogue.tokenizer, folder, dialogue.template)
         self.background = Background()
+        if not wait:
+            self.background.submit(lambda: self.learner.guards)  # so that the first correction finds them there
         chat.commands |= {name: Command(usage, phrase, run) for name, usage, phrase, run in self._commands()}
+        chat.settings |= {f.name: self._setting(f.name, type(f.default)) for f in fields(FeedbackConfig)}
         chat.before_answer.append(self._swap)
         chat.closing.callback(self._close)
 
@@ -41,15 +45,18 @@ class Teacher:
             ("fix", "/fix TEXT", "the last reply should have been TEXT: learn it", self._fix),
             ("teach", "/teach QUESTION => ANSWER", "learn an answer to a question", self._teach),
             ("good", "/good", "the last reply was right: keep it so", self._good),
+            ("bad", "/bad", "the last reply was wrong: anything but that", self._bad),
+            ("learn", "/learn FILE", "get used to a text, gently", self._read),
             ("undo", "/undo [N]", "forget the last correction, or the last N", self._undo),
             ("history", "/history", "list what was learnt", self._history),
+            ("diff", "/diff", "how far the model is from where it began", self._diff),
             ("export", "/export FILE", "write corrections as training data", self._export),
         ]
 
     def _swap(self) -> None:
         """Between replies: go on with the newest weights, on the same transcript."""
         if self.learner.model is not self.chat.dialogue.model:
-            self.chat.dialogue.reread(self.learner.model)
+            self.chat.dialogue.reread(self.learner.model, self.learner.weights[:8])
 
     def _close(self) -> None:
         self.background.close()
@@ -70,18 +77,47 @@ class Teacher:
         last = chat.dialogue.last()
         return self._learn(Correction(last.user, last.reply, tuple(chat.dialogue.context_of_last())))
 
-    def _learn(self, correction: Correction) -> Iterable[str]:
+    def _bad(self, chat: Chat, rest: str) -> Iterable[str]:
+        last = chat.dialogue.last()
+        return self._learn(Correction(last.user, None, tuple(chat.dialogue.context_of_last()), last.reply))
+
+    def _read(self, chat: Chat, rest: str) -> Iterable[str]:
+        if not rest:
+            raise ValueError("write /learn FILE")
+        try:
+            text = Path(rest).expanduser().read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{rest} is not UTF-8 at byte {error.start}; save it as UTF-8 text") from None
+        return self._learn(Reading(text))
+
+    def _learn(self, correction: Correction | Reading) -> Iterable[str]:
         number = self.learner.receive(correction)
         yield f"received as correction {number}\n"
-        yield from self._run(lambda: told(self.learner.commit(number)))
+
+        def tick(step: int, loss: float) -> None:
+            self.chat.status = f"learning correction {number}: step {step}, loss {loss:.3f}"
+
+        yield from self._run(lambda: told(self.learner.commit(number, tick)))
 
     def _undo(self, chat: Chat, rest: str) -> Iterable[str]:
         count = int(rest) if rest.isdigit() else 1
         return self._run(lambda: f"forgot {', '.join(map(str, self.learner.undo(count)))}; the weights are as before")
 
     def _history(self, chat: Chat, rest: str) -> Iterable[str]:
-        lines = [f"{r['id']}: {r['question']} => {r['answer']}" for r in self.learner.active()]
-        return ["\n".join(lines) or "nothing was learnt yet"]
+        return ["\n".join(_line(r) for r in self.learner.active()) or "nothing was learnt yet"]
+
+    def _diff(self, chat: Chat, rest: str) -> Iterable[str]:
+        changes = [f"{name:<32}changed by {share:.2%}" for name, share in self.learner.diff().items()]
+        last = chat.dialogue.turns[-1].version if chat.dialogue.turns else None
+        spoken = f", the last reply is by version {last}" if last else ""
+        count = len(self.learner.active())
+        return ["\n".join([f"version {self.learner.weights[:8]}, {count} corrections{spoken}", *changes])]
+
+    def _setting(self, name: str, kind: type) -> Setting:
+        def change(value: str) -> None:
+            self.learner.configure(**{name: number(value, kind) if kind is not str else value})
+
+        return Setting(lambda: getattr(self.learner.config, name), change)
 
     def _export(self, chat: Chat, rest: str) -> Iterable[str]:
         if not rest:
@@ -97,6 +133,7 @@ class Teacher:
                 results.append(job())
             except (ValueError, OSError) as error:
                 results.append(str(error))
+            self.chat.status = ""
             if not self.wait:
                 self.chat.tell(results[0])
 
@@ -110,12 +147,24 @@ class Teacher:
 
 def told(o: Outcome) -> str:
     """An outcome in two or three lines."""
-    verdict = "learnt" if o.accepted else f"not learnt, nothing was changed: {o.why}"
-    return (
-        f"{o.id}: {verdict} ({o.steps} steps, {o.seconds:.1f} s)\n"
-        f"loss {o.loss_before:.3f} -> {o.loss_after:.3f}, drift elsewhere {o.drift:.4f} nats a token\n"
-        f"before: {o.answer_before}\nafter:  {o.answer_after}"
-    )
+    scaled = f", {o.share:.0%} of the change: more would have moved too much else" if o.share < 1 else ""
+    verdict = f"learnt{scaled}" if o.accepted else f"not learnt, nothing was changed: {o.why}"
+    lines = [
+        f"{o.id}: {verdict} ({o.steps} steps, {o.seconds:.1f} s)",
+        f"loss {o.loss_before:.3f} -> {o.loss_after:.3f}, drift elsewhere {o.drift:.4f} nats a token",
+    ]
+    if o.wordings:
+        lines.append(f"also asked as: {' | '.join(o.wordings)}")
+    if o.answer_after:
+        lines += [f"before: {o.answer_before}", f"after:  {o.answer_after}"]
+    return "\n".join(lines)
+
+
+def _line(record: dict) -> str:
+    if "text" in record:
+        return f"{record['id']}: read {' '.join(record['text'].split())[:60]} ..."
+    answer = record["answer"] or f"anything but: {record['rejected']}"
+    return f"{record['id']}: {record['question']} => {answer}"
 
 
 def profile_folder(folder: Path, profile: str | None, model: str | Path) -> Path:
@@ -167,22 +216,31 @@ def bench(config: BenchConfig) -> None:
         raise ValueError(f"there is no benchmark {' '.join(config.what)!r}; there is: feedback")
     cases = load_cases(config.cases) if config.cases else fact_cases()
     unrelated = _lines(config.unrelated) if config.unrelated else small_talk()
-    heldout = Path(config.heldout).read_text(encoding="utf-8") if config.heldout else strangers_talk()
+    heldout = [[(Path(config.heldout).read_text("utf-8"), True)]] if config.heldout else strangers_talk()
     model, tokenizer = _open(config.model or STARTER, config.tokenizer)
-    protocol = Protocol(model, tokenizer, cases, unrelated, heldout)
+    protocol = Protocol(model, Form(tokenizer), cases, unrelated, heldout)
     columns = {f"N={n}": (FeedbackConfig(), n) for n in config.counts}
-    most = max(config.counts)
-    columns |= {f"{name} N={most}": (FeedbackConfig(**changes), most) for name, changes in CONTROLS.items()}
-    results: dict[str, dict] = {}
+    columns |= {f"{name}, N={n}": (FeedbackConfig(**c), n) for name, c in CONTROLS.items() for n in config.controls}
     # A run of one correction says little: more of them.
-    repeats = {name: config.seeds * (SINGLES if count == 1 else 1) for name, (_, count) in columns.items()}
-    total = sum(count * repeats[name] for name, (_, count) in columns.items())
+    singles = {name: SINGLES if count == 1 else 1 for name, (_, count) in columns.items()}
+    results: dict[str, dict] = {}
+    total = config.seeds * sum(count * singles[name] for name, (_, count) in columns.items())
     with tqdm(total=total, desc="bench feedback", unit="correction", file=sys.stderr) as bar:
         for name, (recipe, count) in columns.items():
-            runs = [protocol.run(recipe, count, seed, tick=bar.update) for seed in range(repeats[name])]
-            results[name] = {key: sum(r[key] for r in runs) / len(runs) for key in runs[0]}
-            results[name + " runs"] = runs
-    shown = {name: r for name, r in results.items() if not name.endswith(" runs")}
-    print(table(shown))
+            runs = []
+            for seed in range(config.seeds):
+                draws = range(seed * singles[name], (seed + 1) * singles[name])
+                several = [protocol.run(recipe, count, draw, tick=bar.update) for draw in draws]
+                runs.append({key: found["mean"] for key, found in summary(several).items()})
+            results[name] = summary(runs)
+            print(table({name: results[name]}), file=sys.stderr)
+    serving = protocol.serving(FeedbackConfig())
+    print(table(results) + "\n")
+    print("\n".join(f"{name}: {value:.2f}" for name, value in serving.items()))
     if config.json:
-        Path(config.json).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        found = {"recipes": results, "serving": serving, "measured_on": machine()}
+        Path(config.json).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+def machine() -> str:
+    return f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}, torch {torch.__version__}"

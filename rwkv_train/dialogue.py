@@ -31,6 +31,7 @@ class Turn:
     state: after prompt and ids, one lane
     reply: the text that was shown
     ids: the reply's tokens, which hold exactly that text and, if the model wrote it (`ended`), the end of the turn
+    version: of the model that wrote it
     """
 
     user: str
@@ -40,6 +41,7 @@ class Turn:
     reply: str = ""
     ids: list[int] = field(default_factory=list)
     ended: bool = False
+    version: str = ""
 
 
 class Dialogue:
@@ -61,7 +63,7 @@ class Dialogue:
         if tokenizer.vocab_size > model.config.vocab_size:
             sizes = f"{tokenizer.vocab_size:,} tokens, the model {model.config.vocab_size:,}"
             raise ValueError(f"the tokenizer knows {sizes}; give the one it was trained with by --tokenizer")
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.version, self.tokenizer = model, "", tokenizer
         self.template, self.sampling = template or Template(), sampling or Sampling()
         self.template.prompt([{"role": "user", "content": "-"}])  # has both roles, or says so now
         self.reseed(seed)
@@ -144,14 +146,14 @@ class Dialogue:
         earlier, system = self.turns[:-1], self._system(self.last().system or "")
         return [*_ids(earlier), *self._opening(earlier), *self.tokenizer.encode(system)][1:]
 
-    def reread(self, model: RWKV) -> None:
+    def reread(self, model: RWKV, version: str = "") -> None:
         """Go on with another model of the same tokenizer: it reads the transcript, so every turn's state is its own."""
         self.stop()
         turns: list[Turn] = []
         for turn in self.turns:
             state = prefill(model, turn.prompt + turn.ids, turns[-1].state if turns else None)[1]
             turns.append(replace(turn, state=state))
-        self.model, self.turns = model, turns
+        self.model, self.version, self.turns = model, version, turns
 
     def save(self, path: str | Path) -> None:
         """Write transcript, states and the place in the random numbers to a file that `load` reads, or keep the old."""
@@ -193,7 +195,7 @@ class Dialogue:
         """Ask `prompt` after `turns`, which then are the dialogue's, and stream the reply."""
         model = self.model
         logits, state = prefill(model, prompt, turns[-1].state if turns else None)
-        asked = Turn(user, system, prompt, state)
+        asked = Turn(user, system, prompt, state, version=self.version)
         self.turns, self.pending = [*turns, asked], None
         reply = _Reply(self.tokenizer, self._end(), state)
         stop = frozenset([self.tokenizer.eod])

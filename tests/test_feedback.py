@@ -6,62 +6,84 @@ import re
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
-from helpers import random_model
+from helpers import assert_close_rel, random_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rwkv_train.data.prepare import PrepareConfig, prepare
-from rwkv_train.feedback import Correction, FeedbackConfig, Learner
+from rwkv_train.feedback import Correction, FeedbackConfig, Learner, Reading
+from rwkv_train.feedback.curvature import Curvature
+from rwkv_train.feedback.decode import Form, decode, greedy
 from rwkv_train.feedback.guards import Guards
 from rwkv_train.feedback.journal import Journal
-from rwkv_train.feedback.learner import weights_hash
-from rwkv_train.feedback.steps import divergence, with_weights
+from rwkv_train.feedback.steps import (
+    Lesson,
+    Row,
+    answer_loss,
+    between,
+    changed,
+    divergence,
+    learn,
+    localised_names,
+    predictions,
+    with_weights,
+)
 from rwkv_train.tokenizer import load_tokenizer
 
 BYTES = load_tokenizer("bytes")
-GUARDS = [f"User: {q}\n\nAssistant: {a}\n\n" for q, a in [("hi", "hello"), ("up?", "no"), ("a", "b"), ("2", "4")]]
-CONFIG = FeedbackConfig(rate=0.5, steps=200, loss=0.1, pull=0.01, budget=1e9, near=1, unrelated=1)
+FORM = Form(BYTES)
+CONFIG = FeedbackConfig(steps=100, loss=0.1, pull=0.01, budget=1e9, neighbours=4, guards=2)
 QUICK = [Correction("sun?", "hot"), Correction("ice?", "cold"), Correction("sea?", "wet")]
+ASKED = [("hi", "hello"), ("a", "b"), ("2", "4")]
+DIALOGUES = [[0, *BYTES.encode(f"User: {q}\n\nAssistant: {a}\n\n")] for q, a in ASKED]
+
+
+def small_model(seed=0):
+    return random_model(n_embd=48, vocab_size=257, seed=seed).eval().requires_grad_(False)
+
+
+def guards(model) -> Guards:
+    return Guards(DIALOGUES, Curvature.measure(model, localised_names(model), DIALOGUES), 257)
 
 
 def learner(folder, config=CONFIG, seed=0) -> Learner:
-    model = random_model(n_embd=48, vocab_size=257, seed=seed)
-    guards = Guards(model, [BYTES.encode(text) for text in GUARDS], BYTES.eod)
-    return Learner(model, BYTES, folder / "profile", guards, config)
+    model = small_model(seed)
+    return Learner(model, BYTES, folder / "profile", config=config, guards=guards(model))
 
 
 def test_corrections_are_learnt_kept_and_undone_exactly(tmp_path):
     it = learner(tmp_path)
-    before, seen = weights_hash(it.model), []
+    before, seen = it.weights, []
     hashes = []
     for correction in QUICK:
         outcome = it.learn(correction, received=seen.append, tick=lambda step, loss: seen.append(loss))
         assert outcome.accepted, outcome.why
         assert outcome.answer_after == correction.answer != outcome.answer_before
         assert outcome.loss_after < outcome.loss_before
-        assert outcome.weights == weights_hash(it.model)
+        assert outcome.weights == it.weights
         hashes.append(outcome.weights)
     assert [it.answer(c.question) for c in QUICK] == ["hot", "cold", "wet"]  # the earlier ones as well
     assert seen[0] == it.active()[0]["id"] and len(seen) > 3
     it.close()
 
     again = learner(tmp_path)  # after a restart, from a snapshot
-    assert weights_hash(again.model) == hashes[-1]
+    assert again.weights == hashes[-1]
     for file in (tmp_path / "profile" / "snapshots").iterdir():  # and from the journal alone, past a damaged snapshot
         file.write_bytes(file.read_bytes()[:-1])
     assert again.replay() == hashes[-1]
 
     assert again.undo() == [again.journal.records[-1]["of"][0]]
-    assert weights_hash(again.model) == hashes[1]
+    assert again.weights == hashes[1]
     first = again.active()[0]["id"]
     again.forget([first])
-    only_second = weights_hash(again.model)
+    only_second = again.weights
     assert len(again.active()) == 1 and again.answer("ice?") == "cold"
     again.undo()
-    assert weights_hash(again.model) == before
+    assert again.weights == before
     with pytest.raises(ValueError, match="0 corrections to undo"):
         again.undo()
     with pytest.raises(ValueError, match="no active correction has the number 99"):
@@ -75,7 +97,7 @@ def test_base_model_and_serving_model_are_never_written_to(tmp_path):
     base = {k: v.clone() for k, v in it.base.state_dict().items()}
     serving = it.model
     it.learn(QUICK[0])
-    assert it.model is not serving and weights_hash(serving) == weights_hash(it.base)
+    assert it.model is not serving and serving is it.base
     assert all(torch.equal(v, base[k]) for k, v in it.base.state_dict().items())
     shared = [p is q for p, q in zip(it.model.parameters(), it.base.parameters(), strict=True)]
     assert sum(not s for s in shared) == 1  # two layers: one matrix is its own, the rest costs nothing
@@ -103,7 +125,7 @@ def test_what_does_not_pass_the_gate_changes_nothing(tmp_path, changes, why):
     outcome = it.learn(QUICK[0])
     assert not outcome.accepted and it.active() == []
     assert re.search(why, outcome.why), outcome.why
-    assert outcome.answer_after == outcome.answer_before and weights_hash(it.model) == weights_hash(it.base)
+    assert outcome.answer_after == outcome.answer_before and it.model is it.base
     it.close()
 
 
@@ -176,7 +198,7 @@ def test_a_killed_process_loses_nothing_it_acknowledged(tmp_path, moment):
     for correction in QUICK[: 1 + acknowledged]:
         whole.learn(correction)
     assert [r["question"] for r in it.active()] == [c.question for c in QUICK[: 1 + acknowledged]]
-    assert weights_hash(it.model) == weights_hash(whole.model)
+    assert it.weights == whole.weights
     it.close()
     whole.close()
 
@@ -203,18 +225,207 @@ def test_a_damaged_journal_is_told_and_an_unfinished_end_is_dropped(tmp_path_fac
     assert Journal(path).records == found.records
 
 
-def test_guards_pull_to_the_base_and_know_their_neighbours():
-    model = random_model(vocab_size=257)
-    guards = Guards(model, [BYTES.encode(text) for text in GUARDS], 0)
-    assert guards.near(BYTES.encode(GUARDS[2]), most=1) == [2]
-    assert divergence(model, guards, [0, 3]).item() == pytest.approx(0, abs=1e-6)
-    name = "blocks.1.ffn.value.weight"
-    other = with_weights(model, {name: dict(model.named_parameters())[name] * 2})
-    alone = [divergence(other, guards, [i]).item() * (len(GUARDS[i]) + 1) for i in (0, 3)]
-    together = divergence(other, guards, [0, 3]).item() * sum(len(GUARDS[i]) + 1 for i in (0, 3))
-    assert together == pytest.approx(sum(alone), rel=1e-4) and together > 0
-    own = Guards.of_model(model, BYTES.encode("User:"), 0, count=5, length=7)
-    again = Guards.of_model(model, BYTES.encode("User:"), 0, count=5, length=7)
-    assert len(own) == 5 and torch.equal(own.draw([1, 4])[0], again.draw([1, 4])[0])
-    with pytest.raises(ValueError, match="guard text is empty"):
-        Guards(model, [], 0)
+def test_one_step_is_a_plain_gradient_step_on_the_whole_model():
+    """Blocks left out, text read beforehand, rows padded together: none of it changes the gradient."""
+    model = random_model(n_embd=8, n_layer=4, vocab_size=257, dtype=torch.float64).requires_grad_(False)
+    new = [Row([0, *BYTES.encode("a long way before: hot")], 3), Row([0, *BYTES.encode("sun? hot")], 3)]
+    replayed, kept = [Row([0, *BYTES.encode("ice? cold")], 4)], DIALOGUES[1]
+    config = FeedbackConfig(steps=1, reach=9, pull=2.0, rate=0.1)
+    before = with_weights(model, {"emb.weight": model.emb.weight * 1.1})
+    after, steps = learn(model, Lesson(new, replayed, [(kept, before), (kept[:-3], model)]), None, config)
+    assert steps == 1 and sorted(changed(after, model)) == localised_names(model)
+
+    whole = with_weights(model, {name: dict(model.named_parameters())[name] for name in localised_names(model)})
+    trained = {n: p.requires_grad_() for n, p in whole.named_parameters() if n in localised_names(model)}
+
+    def nll(row):
+        cut = max(0, len(row.ids) - row.answer - config.reach)
+        with torch.no_grad():
+            state = whole.hidden(torch.tensor([row.ids[:cut]]))[1] if cut else None
+        logits = whole(torch.tensor([row.ids[cut:-1]]), state)[0][0, -row.answer :]
+        return torch.nn.functional.cross_entropy(logits, torch.tensor(row.ids[-row.answer :]), reduction="sum")
+
+    total = sum(map(nll, new)) / 6 + nll(replayed[0]) / 4
+    parts = []
+    for ids, other in ((kept, before), (kept[:-3], model)):
+        p, q = (m(torch.tensor([ids]))[0][0].log_softmax(-1) for m in (other, whole))
+        parts.append((p.exp() * (p - q)).sum(-1))
+    total = total + 2.0 * torch.cat(parts).mean()
+    gradients = torch.autograd.grad(total, list(trained.values()))
+    size = config.rate * total / sum(g.square().sum() for g in gradients)
+    for (name, p), g in zip(trained.items(), gradients, strict=True):
+        torch.testing.assert_close(changed(after, model)[name], p.detach() - size.detach() * g, rtol=1e-6, atol=1e-9)
+
+
+def test_curvature_is_the_fisher_information_of_each_side():
+    model = small_model()
+    (name,) = localised_names(model)
+    curvature = Curvature.measure(model, [name], DIALOGUES)
+    outer, inner, count = torch.zeros(48, 48), torch.zeros(192, 192), 0
+    layer, seen = model.blocks[1].ffn.value, {}
+    layer.weight.requires_grad_()
+    hook = layer.register_forward_hook(lambda module, inputs, output: seen.update(x=inputs[0], y=output))
+    for ids in DIALOGUES:
+        logits = model(torch.tensor([ids[:-1]]))[0][0]
+        nll = torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:]), reduction="sum")
+        (slope,) = torch.autograd.grad(nll, seen["y"])
+        x, slope = seen["x"][0].detach(), slope[0]
+        outer, inner, count = outer + slope.t() @ slope, inner + x.t() @ x, count + len(x)
+    hook.remove()
+    gradient = torch.randn(48, 192, generator=torch.Generator().manual_seed(0))
+    sides = []
+    for factor in (outer / count, inner / count):
+        sides.append(torch.linalg.inv(factor + 0.1 * factor.trace() / len(factor) * torch.eye(len(factor))))
+    assert_close_rel(curvature.flatten({name: gradient})[name], sides[0] @ gradient @ sides[1], 1e-3)
+
+
+@pytest.mark.parametrize("scope", ["lora", "full"])
+def test_every_scope_learns_and_changes_what_it_says(tmp_path, scope):
+    it = learner(tmp_path, replace(CONFIG, scope=scope, steps=300))
+    outcome = it.learn(QUICK[0])
+    assert outcome.accepted and it.answer("sun?") == "hot", outcome
+    ours, base = changed(it.model, it.base), dict(it.base.named_parameters())
+    if scope == "lora":
+        assert list(ours) == localised_names(it.base)
+        assert all(torch.linalg.matrix_rank(w - base[n], rtol=1e-4) <= 8 for n, w in ours.items())
+    else:
+        assert ours.keys() == base.keys()
+    hashed = it.weights
+    it.close()
+    again = learner(tmp_path)  # from the snapshot
+    assert again.weights == hashed and again.answer("sun?") == "hot"
+    again.undo()
+    assert again.model is again.base
+    again.close()
+
+
+def test_a_state_to_begin_with_is_the_empty_one_until_it_is_trained():
+    model, lesson = small_model(), Lesson([Row(DIALOGUES[0], 4)])
+    still, _ = learn(model, lesson, None, FeedbackConfig(scope="state", steps=0))
+    tokens = torch.tensor([DIALOGUES[1]])
+    torch.testing.assert_close(model(tokens)[0], still(tokens)[0], rtol=1e-4, atol=1e-4)
+    trained, _ = learn(model, lesson, None, FeedbackConfig(scope="state", rate=0.1, steps=5))
+    assert answer_loss(trained, lesson.new[0]) < answer_loss(model, lesson.new[0])
+    assert changed(trained, model).keys() == {"initial_shift", "initial_wkv"}
+    one_by_one = [greedy(trained, FORM, [FORM.prompt(q)], most=8)[0] for q, _ in ASKED]
+    assert greedy(trained, FORM, [FORM.prompt(q) for q, _ in ASKED], most=8) == one_by_one
+    again = with_weights(model, changed(trained, model))
+    assert torch.equal(again(tokens)[0], trained(tokens)[0])
+
+
+def test_a_wrong_reply_is_left_and_other_answers_are_kept(tmp_path):
+    it = learner(tmp_path)
+    it.learn(QUICK[0])
+    outcome = it.learn(Correction("sun?", None, rejected="hot"))
+    assert outcome.accepted and outcome.answer_before == "hot" != outcome.answer_after
+    with pytest.raises(ValueError, match="neither a right answer nor a wrong one"):
+        it.learn(Correction("sun?", None))
+    assert it.export(tmp_path / "out.jsonl") == 1
+    it.close()
+
+
+def test_reading_gets_used_to_a_text_and_is_undone_and_replayed(tmp_path):
+    it = learner(tmp_path, replace(CONFIG, learn_rate=0.01))
+    losses = []
+    outcome = it.learn(Reading("to and fro " * 100), tick=lambda step, loss: losses.append(loss))
+    assert outcome.accepted and outcome.steps == len(losses) == 9 and losses[-1] < losses[0]
+    assert outcome.loss_after < outcome.loss_before
+    it.learn(QUICK[0])
+    hashed = it.weights
+    for file in (tmp_path / "profile" / "snapshots").iterdir():
+        file.unlink()
+    assert it.replay() == hashed
+    assert it.undo(2) and it.model is it.base
+    assert it.learn(Reading("to and fro " * 100)).weights == outcome.weights
+    with pytest.raises(ValueError, match="text is empty"):
+        it.learn(Reading("\n"))
+    it.close()
+
+
+def test_a_change_that_moves_too_much_is_scaled_down(tmp_path):
+    whole = learner(tmp_path)
+    moved = whole.learn(QUICK[0]).drift
+    whole.undo()
+    whole.configure(budget=0.8 * moved, extra=2)
+    outcome = whole.learn(QUICK[0])
+    assert outcome.accepted and outcome.share < 1 and outcome.drift <= 0.8 * moved
+    assert whole.answer("sun?") == "hot"
+    whole.close()
+    again = learner(tmp_path)  # settings are kept, and a replay scales as well
+    assert again.config.budget == 0.8 * moved and again.weights == outcome.weights
+    for file in (tmp_path / "profile" / "snapshots").iterdir():
+        file.unlink()
+    assert again.replay() == outcome.weights
+    with pytest.raises(ValueError, match="must not be negative"):
+        again.configure(rate=-1.0)
+    with pytest.raises(ValueError, match="scope must be one of"):
+        again.configure(scope="all")
+    again.close()
+
+
+def test_between_goes_all_the_way():
+    model = small_model()
+    name = localised_names(model)[0]
+    other = with_weights(model, {name: model.blocks[1].ffn.value.weight * 2})
+    assert torch.equal(changed(between(model, other, 1.0), model)[name], changed(other, model)[name])
+    torch.testing.assert_close(changed(between(model, other, 0.5), model)[name], model.blocks[1].ffn.value.weight * 1.5)
+
+
+def test_guards_are_made_by_the_model_kept_in_a_file_and_know_their_neighbours(tmp_path):
+    model = small_model()
+    ours = guards(model)
+    assert ours.near(DIALOGUES[2], most=1) == [DIALOGUES[2]]
+    ours.save(tmp_path / "guards.safetensors")
+    again = Guards.load(tmp_path / "guards.safetensors")
+    gradients = {localised_names(model)[0]: torch.ones(48, 192)}
+    assert again.rows == ours.rows and torch.equal(again.rarity, ours.rarity)
+    for way in ("flatten", "even"):
+        assert torch.equal(*(next(iter(getattr(g.curvature, way)(gradients).values())) for g in (ours, again)))
+    with pytest.raises(ValueError, match="there is no guard text"):
+        Guards([], ours.curvature, 257)
+    torch.save({"rows": 1}, tmp_path / "other")
+    with pytest.raises(ValueError, match="holds no guards"):
+        Guards.load(tmp_path / "other")
+
+
+def test_drift_counts_every_token_once():
+    def drift(model, base, rows):
+        return divergence(predictions(base, rows), predictions(model, rows)).item()
+
+    model = small_model()
+    assert drift(model, model, DIALOGUES) == pytest.approx(0, abs=1e-6)
+    other = with_weights(model, {"blocks.1.ffn.value.weight": model.blocks[1].ffn.value.weight * 2})
+    alone = [drift(other, model, [row]) * len(row) for row in DIALOGUES]
+    assert drift(other, model, DIALOGUES) * sum(map(len, DIALOGUES)) == pytest.approx(sum(alone), rel=1e-4)
+
+
+def test_sampled_replies_are_drawn_row_by_row_and_a_liking_is_used_up():
+    model, prompts = small_model(), [FORM.prompt("a"), FORM.prompt("another")]
+    draws = [decode(model, BYTES, prompts, "\n\n", most=6, rng=torch.Generator().manual_seed(s)) for s in (1, 1, 2)]
+    assert draws[0] == draws[1] != draws[2]
+    liking = torch.zeros(2, 257)
+    liking[1, 70] = 1e4
+    liked = decode(model, BYTES, prompts, "\n\n", most=6, boost=liking)
+    assert liked[0] == greedy(model, FORM, prompts, most=6)[0]
+    assert liked[1][0] == 70 and liked[1].count(70) < 6 and liking[1, 70] == 0
+
+
+def test_loss_of_an_answer_does_not_depend_on_where_the_text_is_cut():
+    row = Row([0, *BYTES.encode("so many words before it " * 10)], 5)
+    model = small_model()
+    logits = model(torch.tensor([row.ids[:-1]]))[0][0, -5:]
+    want = torch.nn.functional.cross_entropy(logits, torch.tensor(row.ids[-5:])).item()
+    assert answer_loss(model, row) == pytest.approx(want, rel=1e-5)
+
+
+def test_a_model_that_knows_no_dialogues_is_guarded_by_what_it_writes():
+    model = small_model()
+    ours, again = (Guards.of_model(model, FORM, localised_names(model), count=5) for _ in range(2))
+    assert len(ours.rows) == 5 and ours.rows == again.rows
+    assert all(row[0] == 0 and BYTES.decode(row[1:]).startswith("User:") for row in ours.rows)
+    assert ours.around(model, FORM, "sun?", 0, seed=1) == []
+    many = ours.around(model, FORM, "sun?", 40, seed=1)
+    assert many == ours.around(model, FORM, "sun?", 40, seed=1)
+    assert len({question for question, _, _ in many}) == len(many)
+    assert all(prompt == FORM.prompt(question) for question, prompt, _ in many)
+    assert all(reply == greedy(model, FORM, [prompt])[0] for _, prompt, reply in many)

@@ -5,23 +5,26 @@ Every answer is decoded greedily, to its natural end, and compared as a whole: n
 
 import json
 import math
+import resource
 import tempfile
+import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import mean
 
 import torch
 
-from rwkv_train.feedback.decode import greedy
+from rwkv_train.feedback.background import Background
+from rwkv_train.feedback.decode import Form, greedy
 from rwkv_train.feedback.guards import Guards
 from rwkv_train.feedback.learner import Correction, Learner
-from rwkv_train.feedback.steps import FeedbackConfig
-from rwkv_train.generate import prefill
-from rwkv_train.loss import token_nll
+from rwkv_train.feedback.steps import FeedbackConfig, localised_names
+from rwkv_train.generate import Sampling, prefill, steps
+from rwkv_train.loss import IGNORE, token_nll
 from rwkv_train.models.common import RWKV
 from rwkv_train.state import State
-from rwkv_train.tokenizer import Tokenizer
 
 # measure: (whether more is better, target at N = 1, 10, 100); None where a measure makes no sense
 TARGETS = {
@@ -34,11 +37,25 @@ TARGETS = {
     "same subject changed": (False, 0.01, 0.03, 0.08),
     "unrelated identical": (True, 0.99, 0.98, 0.92),
     "perplexity rise": (False, 0.001, 0.005, 0.02),
+    "time over generation, p50": (False, 20.0, 20.0, 20.0),
+    "time over generation, p95": (False, 40.0, 40.0, 40.0),
+    "received in, p95": (False, 0.05, 0.05, 0.05),
+}
+UNITS = {
+    "perplexity rise": "{:.2%}",
+    "time over generation": "{:.1f} x",
+    "received in": "{:.1f} ms",
+    "seconds": "{:.2f}",
 }
 CONTROLS = {
     "rate 0": {"rate": 0.0, "steps": 1},
-    "naive": {"replay": 0, "pull": 0.0, "extra": 0},
+    "naive": {"scope": "full", "replay": 0, "neighbours": 0, "guards": 0, "wordings": 0, "extra": 0},
+    "state only": {"scope": "state"},
 }
+SINGLES = 10  # runs of a single correction for every seed
+STRANGER = 200  # tokens of unrelated text before a question
+
+Document = list[tuple[str, bool]]
 
 
 @dataclass(frozen=True)
@@ -66,21 +83,17 @@ def load_cases(path: str | Path) -> list[Case]:
 
 
 class Protocol:
-    """One model, its cases and what must not change; `run` measures one recipe on a stream of corrections."""
+    """One model, its cases and what must not change; `run` measures one recipe on a stream of corrections.
 
-    def __init__(
-        self,
-        base: RWKV,
-        tokenizer: Tokenizer,
-        cases: list[Case],
-        unrelated: list[str],
-        heldout: str,
-    ):
-        self.base, self.tokenizer, self.cases, self.unrelated = base.eval(), tokenizer, cases, unrelated
-        self.guards = Guards.of_model(base, tokenizer.encode("User:"), tokenizer.eod)
-        ids = tokenizer.encode(heldout)
-        self.heldout, self.stranger = ids[200:], [tokenizer.eod, *ids[:200]]
-        self.before = self._answers(base, unrelated)
+    unrelated: questions. heldout: documents as (text, whether its loss counts).
+    """
+
+    def __init__(self, base: RWKV, form: Form, cases: list[Case], unrelated: list[str], heldout: list[Document]):
+        self.base, self.form, self.cases, self.unrelated = base.eval(), form, cases, unrelated
+        self.guards = Guards.of_model(base, form, localised_names(base))
+        self.heldout = [_counted(form, document) for document in heldout]
+        self.stranger = [i for ids, _ in self.heldout for i in ids][:STRANGER]
+        self.known: dict[str, str] = {}  # question: the base's answer
         self.loss_before = self._loss(base)
 
     def run(self, config: FeedbackConfig, count: int, seed: int, tick=lambda: None) -> dict[str, float]:
@@ -88,25 +101,70 @@ class Protocol:
         rng = torch.Generator().manual_seed(seed)
         cases = [self.cases[i] for i in torch.randperm(len(self.cases), generator=rng)[:count]]
         newest: dict[str, list[bool]] = {name: [] for name in list(TARGETS)[:3]}
-        seconds, accepted = [], 0
+        seconds, ratios, received, accepted = [], [], [], 0
         context = self._context(seed)
-        with tempfile.TemporaryDirectory() as folder:
-            learner = Learner(self.base, self.tokenizer, folder, self.guards, replace(config, budget=math.inf))
+        with self._learner(config) as learner:
             for case in cases:
-                old_state = self._state(learner.model, [self.tokenizer.eod, *context])
+                old_state = prefill(learner.model, [self.form.tokenizer.eod, *context])[1]
+                correction = Correction(case.question, case.answer, tuple(context))
                 begun = time.perf_counter()
-                outcome = learner.learn(Correction(case.question, case.answer, tuple(context)))
+                outcome = learner.learn(correction, lambda _, t=begun: received.append(time.perf_counter() - t))
                 seconds.append(time.perf_counter() - begun)
+                ratios.append(seconds[-1] / self._generation(case))
                 accepted += outcome.accepted
-                states = (None, self._state(learner.model, self.stranger), old_state)
+                states = (None, prefill(learner.model, self.stranger)[1], old_state)
                 for name, state in zip(newest, states, strict=True):
                     newest[name].append(self._answers(learner.model, [case.question], state)[0] == case.answer)
                 tick()
             model = learner.model
-            learner.close()
         found = {name: mean(right) for name, right in newest.items()}
         found |= self._after(model, cases)
-        return found | {"accepted": accepted / len(cases), "seconds": sorted(seconds)[len(seconds) // 2]}
+        for share in (50, 95):
+            found[f"time over generation, p{share}"] = _percentile(ratios, share)
+        found["received in, p95"] = _percentile(received, 95)
+        return found | {"accepted": accepted / len(cases), "seconds": _percentile(seconds, 50)}
+
+    def serving(self, config: FeedbackConfig, count: int = 5) -> dict[str, float]:
+        """What a reply that streams meanwhile feels of `count` corrections; and the process's memory."""
+        memory = _peak_memory()
+        idle = self._gaps(lambda tokens: tokens < 300)
+        with self._learner(config) as learner:
+            background, done = Background(), threading.Event()
+            for case in self.cases[:count]:
+                number = learner.receive(Correction(case.question, case.answer))
+                background.submit(lambda number=number: learner.commit(number))
+            background.submit(done.set)
+            busy = self._gaps(lambda tokens: not done.is_set())
+            background.close()
+        found = {"idle token, p99 ms": _percentile(idle, 99) * 1e3, "busy token, p99 ms": _percentile(busy, 99) * 1e3}
+        found["busy over idle, p99"] = _percentile(busy, 99) / _percentile(idle, 99)
+        return (
+            found
+            | {"busy over idle, p50": _percentile(busy, 50) / _percentile(idle, 50)}
+            | {"peak memory over before": _peak_memory() / memory}
+        )
+
+    def _learner(self, config: FeedbackConfig):
+        return _Temporary(self.base, self.form, self.guards, replace(config, budget=math.inf))
+
+    def _gaps(self, going: Callable[[int], bool]) -> list[float]:
+        """Seconds between tokens that the base generates, for as long as going(tokens so far)."""
+        gaps: list[float] = []
+        while going(len(gaps)):
+            logits, state = prefill(self.base, [self.form.tokenizer.eod])
+            last = time.perf_counter()
+            for _ in steps(self.base, logits, state, Sampling(), 100, rng=torch.Generator().manual_seed(0)):
+                now = time.perf_counter()
+                gaps.append(now - last)
+                last = now
+        return gaps
+
+    def _generation(self, case: Case) -> float:
+        """Seconds to generate as many tokens as a case's prompt and answer have, one by one."""
+        begun, state = time.perf_counter(), None
+        for token in [*self.form.prompt(case.question), *self.form.answer(case.answer)]:
+            state = prefill(self.base, [token], state)[1]
+        return time.perf_counter() - begun
 
     def _after(self, model: RWKV, cases: list[Case]) -> dict[str, float]:
         right = [a == c.answer for a, c in zip(self._answers(model, [c.question for c in cases]), cases, strict=True)]
@@ -115,62 +173,102 @@ class Protocol:
         found = {"all retained": mean(right)}
         found["paraphrases"] = mean([a == want for a, (_, want) in zip(answers, asked, strict=True)] or [math.nan])
         for name, field_name in (("neighbours changed", "neighbours"), ("same subject changed", "same_subject")):
-            questions = [n["question"] for c in cases for n in getattr(c, field_name)]
-            found[name] = self._changed(model, questions)
-        found["unrelated identical"] = 1 - self._changed(model, self.unrelated, self.before)
+            found[name] = self._changed(model, [n["question"] for c in cases for n in getattr(c, field_name)])
+        found["unrelated identical"] = 1 - self._changed(model, self.unrelated)
         found["perplexity rise"] = math.exp(self._loss(model) - self.loss_before) - 1
         return found
 
-    def _changed(self, model: RWKV, questions: list[str], before: list[str] | None = None) -> float:
+    def _changed(self, model: RWKV, questions: list[str]) -> float:
         """Share of questions that the model answers otherwise than the base."""
-        if not questions:
-            return math.nan
-        before = self._answers(self.base, questions) if before is None else before
-        return mean([a != b for a, b in zip(self._answers(model, questions), before, strict=True)])
+        before = self._before(questions)
+        return mean([a != b for a, b in zip(self._answers(model, questions), before, strict=True)] or [math.nan])
+
+    def _before(self, questions: list[str]) -> list[str]:
+        new = [q for q in dict.fromkeys(questions) if q not in self.known]
+        self.known |= zip(new, self._answers(self.base, new), strict=True)
+        return [self.known[q] for q in questions]
 
     def _answers(self, model: RWKV, questions: list[str], state: State | None = None) -> list[str]:
-        prompts = [self._prompt(q, first=state is None) for q in questions]
-        return greedy(model, self.tokenizer, prompts, state)
-
-    def _prompt(self, question: str, first: bool) -> list[int]:
-        ids = self.tokenizer.encode(f"User: {question}\n\nAssistant:")
-        return [self.tokenizer.eod, *ids] if first else ids
-
-    def _state(self, model: RWKV, ids: list[int]) -> State:
-        return prefill(model, ids)[1]
+        prompts = [self.form.prompt(q) if state is None else self.form.turn(q) for q in questions]
+        return [self.form.shown(ids) for ids in greedy(model, self.form, prompts, state)] if prompts else []
 
     def _context(self, seed: int) -> list[int]:
         """A dialogue of three turns before the correction, with the base model's own replies."""
         rng = torch.Generator().manual_seed(1000 + seed)
-        turns = [int(i) for i in torch.randperm(len(self.unrelated), generator=rng)[:3]]
-        text = "".join(f"User: {self.unrelated[i]}\n\nAssistant: {self.before[i]}\n\n" for i in turns)
-        return self.tokenizer.encode(text)
+        asked = [self.unrelated[int(i)] for i in torch.randperm(len(self.unrelated), generator=rng)[:3]]
+        turns = zip(asked, self._before(asked), strict=True)
+        return [i for q, a in turns for i in (*self.form.turn(q), *(self.form.answer(a) if a else []))]
 
     @torch.no_grad()
     def _loss(self, model: RWKV) -> float:
-        """Mean loss on the held-out text, nats a token, read in one go with the state carried."""
-        ids, state, nll = [self.tokenizer.eod, *self.heldout], None, []
-        for i in range(0, len(ids) - 1, 1024):
-            chunk = torch.tensor([ids[i : i + 1025]])
-            x, state = model.hidden(chunk[:, :-1], state)
-            nll.append(token_nll(x, model.head.weight, chunk[:, 1:]))
+        """Mean loss on the held-out documents, nats a token, the state carried through each."""
+        nll = []
+        for ids, targets in self.heldout:
+            state = None
+            for i in range(0, len(ids), 1024):
+                x, state = model.hidden(torch.tensor([ids[i : i + 1024]]), state)
+                nll.append(token_nll(x, model.head.weight, torch.tensor([targets[i : i + 1024]])))
         return float(torch.cat(nll).double().mean())
 
 
-def table(results: dict[str, dict[str, float]]) -> str:
-    """Measures by column, beside their targets; columns are named after their recipe and number of corrections."""
-    columns = list(results)
-    lines = [f"{'measure':<26}" + "".join(f"{c:>14}" for c in columns) + "      target 1 / 10 / 100"]
-    for name in [*TARGETS, "accepted", "seconds"]:
-        cells = "".join(f"{_shown(name, results[c].get(name, math.nan)):>14}" for c in columns)
+class _Temporary:
+    """A learner whose profile is gone afterwards."""
+
+    def __init__(self, base: RWKV, form: Form, guards: Guards, config: FeedbackConfig):
+        self.folder = tempfile.TemporaryDirectory()
+        self.learner = Learner(base, form.tokenizer, self.folder.name, form.template, config, guards)
+
+    def __enter__(self) -> Learner:
+        return self.learner
+
+    def __exit__(self, *error) -> None:
+        self.learner.close()
+        self.folder.cleanup()
+
+
+def _counted(form: Form, document: Document) -> tuple[list[int], list[int]]:
+    """(ids [T] from the end-of-document token on, the target of each [T])."""
+    ids, targets = [form.tokenizer.eod], []
+    for text, counts in document:
+        part = form.tokenizer.encode(text)
+        ids += part
+        targets += part if counts else [IGNORE] * len(part)
+    return ids[:-1], targets
+
+
+def _percentile(values: list[float], percent: int) -> float:
+    return float(torch.tensor(values, dtype=torch.float64).quantile(percent / 100))
+
+
+def _peak_memory() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def summary(runs: list[dict[str, float]]) -> dict[str, dict]:
+    """Mean and worst of each measure over runs."""
+    found = {}
+    for name in runs[0]:
+        values = [run[name] for run in runs]
+        better = TARGETS.get(name, (name == "accepted",))[0]
+        found[name] = {"mean": mean(values), "worst": min(values) if better else max(values)}
+    return found
+
+
+def table(results: dict[str, dict[str, dict]]) -> str:
+    """A table in Markdown: measures, "mean (worst seed)" in a column for each recipe and number, their targets."""
+    rows = [["measure", *results, "target 1 / 10 / 100"], ["---"] * (len(results) + 2)]
+    for name in next(iter(results.values())):
+        cells = [f"{_shown(name, r[name]['mean'])} ({_shown(name, r[name]['worst'])})" for r in results.values()]
         target = TARGETS.get(name)
-        sign = "" if target is None else (">= " if target[0] else "<= ")
-        wanted = "" if target is None else " / ".join("-" if t is None else _shown(name, t) for t in target[1:])
-        lines.append(f"{name:<26}{cells}      {sign}{wanted}")
-    return "\n".join(lines)
+        wanted = [] if target is None else ["-" if t is None else _shown(name, t) for t in target[1:]]
+        sign = "" if target is None else ("≥ " if target[0] else "≤ ")
+        rows.append([name, *cells, sign + " / ".join(dict.fromkeys(wanted))])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in rows)
 
 
 def _shown(name: str, value: float) -> str:
     if math.isnan(value):
         return "-"
-    return f"{value:.2f} s" if name == "seconds" else f"{value:.2%}" if "perplexity" in name else f"{value:.1%}"
+    unit = next((u for begin, u in UNITS.items() if name.startswith(begin)), "{:.1%}")
+    return unit.format(value * 1e3 if unit.endswith("ms") else value)

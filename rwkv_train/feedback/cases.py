@@ -1,6 +1,7 @@
 """The benchmark's own cases: false facts to be learnt by a model that knows the true ones (corpus:facts)."""
 
 import random
+from collections import Counter
 
 from rwkv_train.data.corpora import read_corpus
 from rwkv_train.data.facts import Fact, facts
@@ -46,14 +47,14 @@ def _asked(fact: Fact) -> dict:
 
 
 def small_talk(count: int = 200) -> list[str]:
-    """Questions that have nothing to do with the cases."""
-    questions = [chat["messages"][0]["content"] for _, chat in read_corpus("chatterbot")]
-    short = sorted({q for q in questions if 10 <= len(q) <= 60})
+    """Questions that have nothing to do with the cases, and one answer each in what the starter model has read."""
+    asked = Counter(chat["messages"][0]["content"] for _, chat in read_corpus("chatterbot"))
+    short = sorted(q for q, times in asked.items() if times == 1 and 10 <= len(q) <= 60)
     return short[:: max(1, len(short) // count)][:count]
 
 
-def strangers_talk(skip: int = 170, count: int = 60) -> str:
-    """Talks that the starter model has not read (it has read the first `skip`)."""
-    template = Template()
+def strangers_talk(skip: int = 400, count: int = 60) -> list[list[tuple[str, bool]]]:
+    """Talks that the starter model has not read (it has read the first `skip`), as (text, whether it was spoken)."""
+    template = Template(train_roles=["user", "assistant"])
     talks = [chat["messages"] for _, chat in read_corpus(f"chitchat/{skip + count}")][skip:]
-    return "".join(text for messages in talks for text, _ in template.segments(messages))
+    return [template.segments(messages) for messages in talks]

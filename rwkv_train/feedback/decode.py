@@ -1,51 +1,106 @@
-"""Greedy decoding of many prompts at once."""
+"""How questions and answers are written for a model, and decoding of many replies at once."""
 
+from dataclasses import dataclass, field
 from itertools import groupby
 
 import torch
 from torch import Tensor
 
+from rwkv_train.data.templates import Template
 from rwkv_train.models.common import RWKV
 from rwkv_train.state import State
 from rwkv_train.tokenizer import Tokenizer
 
-END = "\n\n"  # ends a reply
+
+@dataclass(frozen=True)
+class Form:
+    """A tokenizer and a template: everything about a chat that is not the model."""
+
+    tokenizer: Tokenizer
+    template: Template = field(default_factory=Template)
+
+    def prompt(self, question: str) -> list[int]:
+        """A document that begins with a question, up to where the reply begins."""
+        return [self.tokenizer.eod, *self.turn(question)]
+
+    def turn(self, question: str) -> list[int]:
+        """A question in the middle of a document, up to where the reply begins."""
+        return self.tokenizer.encode(self.template.prompt([{"role": "user", "content": question}]))
+
+    def answer(self, text: str) -> list[int]:
+        """A reply and its end. ValueError if the template trains none of it."""
+        *_, (written, trained) = self.template.segments([{"role": "assistant", "content": text}])
+        ids = self.tokenizer.encode(written)
+        if not ids or not trained:
+            raise ValueError("the answer has no tokens that can be trained; see the template's train_roles")
+        return ids
+
+    def shown(self, ids: list[int], role: str = "assistant") -> str:
+        """What a person sees of a decoded message."""
+        text = self.tokenizer.decode(ids)
+        return (text.split(self.end(role))[0] if self.end(role) else text).strip()
+
+    def opening(self, role: str = "user") -> list[int]:
+        """What comes before a message of a role ("User:"), where a sampled one begins."""
+        return self.tokenizer.encode(self.template.roles[role].split("{content}")[0].rstrip())
+
+    def end(self, role: str = "assistant") -> str:
+        """What comes after a message of a role."""
+        return self.template.roles[role].split("{content}")[1]
+
+
+def greedy(
+    model: RWKV, form: Form, prompts: list[list[int]], state: State | None = None, most: int = 48
+) -> list[list[int]]:
+    """Ids of the greedy reply to each prompt with its end; None for a state is the beginning of a document."""
+    return decode(model, form.tokenizer, prompts, form.end(), state, most)
 
 
 @torch.no_grad()
-def greedy(
-    model: RWKV, tokenizer: Tokenizer, prompts: list[list[int]], state: State | None = None, most: int = 48
-) -> list[str]:
-    """The greedy reply to each prompt, up to a blank line, the end of the document, or `most` tokens.
+def decode(
+    model: RWKV,
+    tokenizer: Tokenizer,
+    prompts: list[list[int]],
+    end: str,
+    state: State | None = None,
+    most: int = 48,
+    rng: torch.Generator | None = None,
+    boost: Tensor | None = None,
+) -> list[list[int]]:
+    """What a model writes after each prompt, through the text `end`, before the document's end, at most `most` tokens.
 
     prompts: token ids, at least one each. state: of one lane, from which every prompt goes on; None is empty.
+    rng: sample from it; None takes the likeliest. boost [R,V]: added to the logits of each prompt's reply; what it
+    adds to a token counts until that token is written.
     """
-    replies = [""] * len(prompts)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for _, group in groupby(order, key=lambda i: len(prompts[i])):
-        rows = list(group)
-        for row, ids in zip(rows, _decode(model, tokenizer, [prompts[i] for i in rows], state, most), strict=True):
-            replies[row] = tokenizer.decode(ids).split(END)[0].strip()
-    return replies
-
-
-def _decode(model, tokenizer, prompts, state, most) -> list[list[int]]:
-    """Replies to prompts of one length, as ids; each may go on past its end."""
-    if state is not None:
-        state = state.select([0] * len(prompts))
-    tokens = torch.tensor(prompts)
-    ids: list[list[int]] = [[] for _ in prompts]
-    open_rows = set(range(len(prompts)))
-    for _ in range(most):
-        x, state = model.hidden(tokens, state)
-        best: Tensor = model.head(x[:, -1]).argmax(-1)
-        for row in list(open_rows):
-            token = int(best[row])
-            if token != tokenizer.eod:
-                ids[row].append(token)
-            if token == tokenizer.eod or END in tokenizer.decode(ids[row][-8:]):
-                open_rows.discard(row)
-        if not open_rows:
-            break
-        tokens = best[:, None]
-    return ids
+    written: list[list[int]] = [[] for _ in prompts]
+    if state is None and model.initial_wkv is None:
+        groups = [list(range(len(prompts)))]  # all at once: a reset makes padding in front of a document nothing
+    else:
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        groups = [list(rows) for _, rows in groupby(order, key=lambda i: len(prompts[i]))]
+    for rows in groups:
+        width = max(len(prompts[r]) for r in rows)
+        tokens = torch.tensor([[tokenizer.eod] * (width - len(prompts[r])) + prompts[r] for r in rows])
+        begins = torch.tensor([[width - len(prompts[r])] for r in rows])
+        lanes = None if state is None else state.select([0] * len(rows))
+        reset = None if len({len(prompts[r]) for r in rows}) == 1 else torch.arange(width) == begins
+        for _ in range(most):
+            x, lanes = model.hidden(tokens.to(model.device), lanes, None if reset is None else reset.to(model.device))
+            logits, reset = model.head(x[:, -1]).float().cpu(), None
+            if boost is not None:
+                logits = logits + boost[rows]
+            best = logits.argmax(-1) if rng is None else torch.multinomial(logits.softmax(-1), 1, generator=rng)[:, 0]
+            going = []
+            for place, (r, token) in enumerate(zip(rows, best.tolist(), strict=True)):
+                if token == tokenizer.eod:
+                    continue
+                written[r].append(token)
+                if boost is not None:
+                    boost[r, token] = 0
+                if not end or end not in tokenizer.decode(written[r][-8:]):
+                    going.append(place)
+            if not going:
+                break
+            rows, lanes, tokens = [rows[place] for place in going], lanes.select(going), best[going][:, None]
+    return written

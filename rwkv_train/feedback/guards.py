@@ -1,73 +1,121 @@
-"""Guard rows: text on which a corrected model must go on as before.
+"""What must not change: dialogues that a model holds with itself.
 
-Neighbours (rows that share words with the correction) catch answers that spread to similar questions, unrelated rows
-catch drift everywhere else. The right continuation of a guard row is whatever the base model thinks of it, so any
-text will do.
+They cover what the model knows, in the proportions in which it knows it, and need no data set. A pool of them, made
+once, stands for everything; for each correction some more are made up around its question. Of those, questions that
+the model answers as it answers the corrected one are other wordings of it; all the others are neighbours.
 """
+
+import random
+from itertools import islice
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from rwkv_train.feedback.curvature import Curvature
+from rwkv_train.feedback.decode import Form, decode, greedy
+from rwkv_train.files import replace_file
 from rwkv_train.models.common import RWKV
+from rwkv_train.weightfile import read_weights, write_safetensors
+
+LONGEST = 32  # tokens of a sampled question, and of a sampled answer
+BOOST = 6.0  # added to the logit of the rarest word of a question, when others are made up around it
+WATCHED = 32  # rows on which drift is measured
 
 
 class Guards:
-    """A pool of token rows, and the base model's logits on those that were drawn, kept for the next time.
+    """rows: whole dialogues as token ids, the end-of-document token in front. curvature: of the model on them."""
 
-    rows: lists of token ids, without the end-of-document token that is put in front of each.
-    """
-
-    def __init__(self, base: RWKV, rows: list[list[int]], eod: int, longest: int = 64):
-        rows = [[eod, *row[: longest - 1]] for row in rows if row]
+    def __init__(self, rows: list[list[int]], curvature: Curvature, vocab_size: int):
         if not rows:
-            raise ValueError("the guard text is empty; give some text that the model should go on knowing")
-        self._base, self._rows = base, rows
-        self._words = [frozenset(row[1:]) for row in rows]
-        self._logits: dict[int, Tensor] = {}
+            raise ValueError("there is no guard text; give some text that the model should go on knowing")
+        self.rows, self.curvature = rows, curvature
+        holding = torch.zeros(vocab_size)
+        for row in rows:
+            holding[list(set(row))] += 1
+        self.rarity = (len(rows) / (holding + 1)).log().clamp(min=0)  # of each token [V], in nats
+        self._words = [set(row) for row in rows]
 
     @classmethod
-    @torch.no_grad()
-    def of_model(cls, base: RWKV, begin: list[int], eod: int, count: int = 512, length: int = 48) -> "Guards":
-        """What a model says by itself after `begin`: it covers what the model knows, and needs no data set.
+    def of_model(cls, base: RWKV, form: Form, names: list[str], count: int = 512) -> "Guards":
+        """`count` dialogues of one turn, and the curvature of the named matrices on them. Always the same.
 
-        The same model gives the same `count` rows of `length` tokens.
+        A model that does not end its questions is guarded by what it writes instead.
         """
         rng = torch.Generator().manual_seed(0)
-        tokens = torch.tensor([[eod, *begin]]).expand(count, -1)
-        rows, state = [tokens[:, 1:]], None
-        for _ in range(length):
-            x, state = base.hidden(tokens, state)
-            tokens = torch.multinomial(base.head(x[:, -1]).float().softmax(-1), 1, generator=rng)
-            rows.append(tokens)
-        return cls(base, torch.cat(rows, 1).tolist(), eod)
+        rows, prompts = [], []
+        for ids in _questions(base, form, [[]] * count, rng):
+            if text := _asked(form, ids):
+                prompts.append(form.prompt(text))
+            else:
+                rows.append([form.tokenizer.eod, *form.opening(), *ids])
+        replies = decode(base, form.tokenizer, prompts, form.end(), most=LONGEST, rng=rng) if prompts else []
+        rows += [p + r for p, r in zip(prompts, replies, strict=True)]
+        return cls(rows, Curvature.measure(base, names, rows), base.config.vocab_size)
 
-    def __len__(self) -> int:
-        return len(self._rows)
+    def save(self, path: Path) -> None:
+        """Write to a file that `load` reads."""
+        found = {"vocab_size": torch.tensor(len(self.rarity)), "lengths": torch.tensor([len(r) for r in self.rows])}
+        found["rows"] = torch.tensor([token for row in self.rows for token in row])
+        replace_file(path, lambda temporary: write_safetensors(found | self.curvature.tensors, temporary))
 
-    def near(self, tokens: list[int], most: int = 64) -> list[int]:
-        """Indices of the rows that share most of their tokens with `tokens`, nearest first."""
-        words = frozenset(tokens)
+    @classmethod
+    def load(cls, path: Path) -> "Guards":
+        """Raises ValueError for a file that is not what `save` wrote."""
+        found = read_weights(path)
+        try:
+            vocab_size, lengths, tokens = (found.pop(name).tolist() for name in ("vocab_size", "lengths", "rows"))
+        except (KeyError, AttributeError):
+            raise ValueError(f"{path} holds no guards; delete it, it is made anew") from None
+        tokens = iter(tokens)
+        return cls([list(islice(tokens, n)) for n in lengths], Curvature(found), vocab_size)
+
+    def near(self, ids: list[int], most: int) -> list[list[int]]:
+        """The rows that share most of their tokens with `ids`, nearest first."""
+        words = set(ids)
         shared = [len(words & w) / len(words | w) for w in self._words]
-        return sorted(range(len(shared)), key=lambda i: -shared[i])[:most]
+        return [self.rows[i] for i in sorted(range(len(shared)), key=lambda i: -shared[i])[:most]]
 
-    def draw(self, indices: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """(tokens [R,T] int64, base log probabilities [R,T,V], real [R,T] bool) of some rows, padded at the end."""
-        rows = [self._rows[i] for i in indices]
-        tokens, real = pad(rows)
-        for i, row in zip(indices, rows, strict=True):
-            if i not in self._logits:
-                with torch.no_grad():
-                    self._logits[i] = self._base(torch.tensor([row]))[0][0].float().log_softmax(-1)
-        width, vocabulary = tokens.shape[1], self._logits[indices[0]].shape[-1]
-        logits = torch.zeros(len(rows), width, vocabulary)
-        for r, i in enumerate(indices):
-            logits[r, : len(rows[r])] = self._logits[i]
-        return tokens, logits, real
+    def watched(self) -> list[list[int]]:
+        return self.rows[:: max(1, len(self.rows) // WATCHED)][:WATCHED]
+
+    def around(
+        self, model: RWKV, form: Form, question: str, count: int, seed: int
+    ) -> list[tuple[str, list[int], list[int]]]:
+        """Up to `count` (question, its prompt, greedy reply) made up around one question, none twice.
+
+        Half go on from a beginning of it (the same relation, of another subject), half are written with a liking for
+        its rare words (the same subject).
+        """
+        if not count:
+            return []
+        ids = form.tokenizer.encode(form.template.roles["user"].split("{content}")[0] + question)
+        ids = ids[len(form.opening()) :]
+        rng, cut = torch.Generator().manual_seed(seed), random.Random(seed)
+        begun = [ids[: cut.randint(0, max(0, len(ids) - 2))] for _ in range(count // 2)]
+        boost = torch.zeros(count, len(self.rarity))
+        rarity = self.rarity[ids]
+        boost[len(begun) :, ids] = BOOST * rarity / rarity.max().clamp(min=1e-6)
+        found = _questions(model, form, begun + [[]] * (count - len(begun)), rng, boost)
+        asked = [text for text in dict.fromkeys(_asked(form, ids) for ids in found) if text]
+        prompts = [form.prompt(text) for text in asked]
+        return list(zip(asked, prompts, greedy(model, form, prompts), strict=True)) if prompts else []
+
+    def subject(self, form: Form, question: str) -> str:
+        """The rarest word of a question, or piece of a word: what it is about."""
+        ids = form.tokenizer.encode(question)
+        return form.tokenizer.decode([max(ids, key=lambda i: float(self.rarity[i]))]).strip()
 
 
-def pad(rows: list[list[int]], fill: int = 0) -> tuple[Tensor, Tensor]:
-    """Rows of different lengths as one tensor [R,T] int64, and where it holds them [R,T] bool."""
-    width = max(map(len, rows))
-    tokens = torch.tensor([row + [fill] * (width - len(row)) for row in rows])
-    real = torch.arange(width) < torch.tensor([[len(row)] for row in rows])
-    return tokens, real
+def _questions(
+    model: RWKV, form: Form, begun: list[list[int]], rng: torch.Generator, boost: Tensor | None = None
+) -> list[list[int]]:
+    """What a model asks, going on from these beginnings."""
+    prompts = [[form.tokenizer.eod, *form.opening(), *ids] for ids in begun]
+    found = decode(model, form.tokenizer, prompts, form.end("user"), None, LONGEST, rng, boost)
+    return [[*ids, *more] for ids, more in zip(begun, found, strict=True)]
+
+
+def _asked(form: Form, ids: list[int]) -> str:
+    """The question, if it came to its end."""
+    return form.shown(ids, "user") if form.end("user") in form.tokenizer.decode(ids) else ""

@@ -2,26 +2,34 @@
 
 import hashlib
 import json
+import os
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
 from filelock import FileLock, Timeout
+from torch import Tensor
 
 from rwkv_train.data.templates import Template
-from rwkv_train.feedback.decode import greedy
+from rwkv_train.feedback.decode import Form, greedy
 from rwkv_train.feedback.guards import Guards
 from rwkv_train.feedback.journal import Journal
 from rwkv_train.feedback.steps import (
     Diverged,
     FeedbackConfig,
+    Lesson,
     Row,
     answer_loss,
+    between,
+    changed,
     divergence,
+    follow,
     learn,
-    weights_of,
+    localised_names,
+    predictions,
     with_weights,
 )
 from rwkv_train.files import replace_file
@@ -30,27 +38,45 @@ from rwkv_train.tokenizer import Tokenizer
 from rwkv_train.weightfile import read_weights, write_safetensors
 
 LONGEST = 2000  # characters of a question or an answer
+MOST = 200  # tokens of a reply that is decoded to see what was learnt
 SNAPSHOTS = 8  # newest weights kept as files; older ones are replayed from the journal
-WATCHED = 64  # guard rows on which drift is measured
+SHARES = (1.0, 0.75, 0.5)  # of a change, tried in turn when the whole of it moves everything else too far
+THREADS = max(1, (os.cpu_count() or 1) // 2)  # for learning; replies that stream meanwhile have the others
+
+Received = Callable[[int], None]
+Tick = Callable[[int, float], None]
 
 
 @dataclass(frozen=True)
 class Correction:
     """What the model should have answered.
 
-    question: the user's message; answer: the right reply; context: ids of the dialogue before the question.
-    rejected: the wrong reply, if there was one, for preference pairs.
+    question: the user's message; answer: the right reply, None if it is only known that `rejected` is wrong.
+    context: ids of the dialogue before the question. rejected: the wrong reply, if there was one.
     """
 
     question: str
-    answer: str
+    answer: str | None
     context: tuple[int, ...] = field(default=(), repr=False)
     rejected: str | None = None
 
 
 @dataclass(frozen=True)
+class Reading:
+    """A text that the model should get used to, gently."""
+
+    text: str
+
+
+@dataclass(frozen=True)
 class Outcome:
-    """What became of a correction: losses in nats a token, answers as decoded, drift in nats a token on guard rows."""
+    """What became of a correction.
+
+    why: "learnt", or what spoke against it. Losses in nats a token; answers as decoded, to the question on its own.
+    share: of the change that was kept, below 1 where all of it would have moved everything else too far.
+    wordings: other ways to ask that the model knew, taught along. drift: KL of the model before from the model after,
+    in nats a token of guard rows. weights: hash of the weights that are not the base's.
+    """
 
     id: int
     accepted: bool
@@ -60,16 +86,19 @@ class Outcome:
     answer_before: str
     answer_after: str
     steps: int
-    seconds: float
+    share: float
+    wordings: list[str]
     drift: float
+    seconds: float
     weights: str
 
 
 class Learner:
     """Learns corrections one by one. `model` is the current version: immutable, replaced as a whole.
 
-    folder: holds journal.jsonl and snapshots; one process at a time. The state of a profile is a function of the
-    base model, the journal and the settings: `replay` gives the same weights, to the bit, on the same machine.
+    learn(correction) -> Outcome; undo, forget, replay, export, configure, diff. folder: holds the journal, snapshots
+    and guards; one process at a time. The weights of a profile are a function of the base model and the journal:
+    `replay` gives the same ones, to the bit, on the same machine.
     """
 
     def __init__(
@@ -77,32 +106,47 @@ class Learner:
         base: RWKV,
         tokenizer: Tokenizer,
         folder: str | Path,
-        guards: Guards | None = None,
-        config: FeedbackConfig | None = None,
         template: Template | None = None,
+        config: FeedbackConfig | None = None,
+        guards: Guards | None = None,
     ):
-        """guards: text on which `base` must be kept; None lets it write some itself when it is first needed."""
-        self.base, self.tokenizer = base.eval().requires_grad_(False), tokenizer
-        self.folder, self.config, self.template = Path(folder), config or FeedbackConfig(), template or Template()
-        self._guards = guards
+        """config: of a profile that is new. guards: None lets the model make them when they are first needed.
+
+        Raises ValueError for a folder that is in use, damaged, or of another model.
+        """
+        self.base, self.form = base.eval().requires_grad_(False), Form(tokenizer, template or Template())
+        self.folder, self.config, self._guards = Path(folder), config or FeedbackConfig(), guards
+        self._said: list[tuple[RWKV, Tensor]] = []  # by the last two models on guard text
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(self.folder / "lock")
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
             raise ValueError(f"{self.folder} is in use by another process; close it, or use another profile") from None
-        self.journal = Journal(self.folder / "journal.jsonl")
-        self._check_base()
-        self.model = base
-        self.replay()
+        try:
+            self.journal = Journal(self.folder / "journal.jsonl")
+            self._check_base()
+            self.model = base
+            self.replay()
+        except BaseException:
+            self._lock.release()
+            raise
 
     @property
     def guards(self) -> Guards:
-        """What must not change. Made late, since that can take seconds."""
+        """What must not change. Made late, since that takes seconds, and kept in the folder."""
         if self._guards is None:
-            begin = self.template.roles["user"].split("{content}")[0].rstrip()
-            self._guards = Guards.of_model(self.base, self.tokenizer.encode(begin), self.tokenizer.eod)
+            path = self.folder / "guards.safetensors"
+            if not path.is_file():
+                with _capped_threads():
+                    Guards.of_model(self.base, self.form, localised_names(self.base)).save(path)
+            self._guards = Guards.load(path)
         return self._guards
+
+    @property
+    def weights(self) -> str:
+        """sha256 of the weights that are not the base's."""
+        return weights_hash(changed(self.model, self.base))
 
     def close(self) -> None:
         self.journal.close()
@@ -110,9 +154,9 @@ class Learner:
 
     def learn(
         self,
-        correction: Correction,
-        received: Callable[[int], None] = lambda number: None,
-        tick: Callable[[int, float], None] = lambda step, loss: None,
+        correction: Correction | Reading,
+        received: Received = lambda number: None,
+        tick: Tick = lambda step, loss: None,
     ) -> Outcome:
         """Learn one correction: `receive` and `commit` in one.
 
@@ -122,17 +166,26 @@ class Learner:
         received(number)
         return self.commit(number, tick)
 
-    def receive(self, correction: Correction) -> int:
-        """Record a correction, at once and from any thread; returns its number.
+    def receive(self, correction: Correction | Reading) -> int:
+        """Record a correction with the settings of now, at once and from any thread; returns its number.
 
         Raises ValueError, before anything is recorded, for one that cannot be learnt.
         """
-        self._row(correction)
-        return self.journal.append("received", **asdict(correction))["id"]
+        if isinstance(correction, Reading):
+            self._document(correction)
+        else:
+            self._row(correction)
+        return self.journal.append("received", **asdict(correction), config=asdict(self.config))["id"]
 
-    def commit(self, number: int, tick: Callable[[int, float], None] = lambda step, loss: None) -> Outcome:
+    def commit(self, number: int, tick: Tick = lambda step, loss: None) -> Outcome:
         """Learn a received correction. Corrections are committed in the order in which they were received."""
-        return self._commit(self.journal.records[number - 1], tick)
+        record = self.journal.records[number - 1]
+        outcome, model = self._judge(record, [r for r in self.active() if r["id"] < number], tick)
+        self.journal.append("committed", of=number, **{k: v for k, v in asdict(outcome).items() if k != "id"})
+        self.model = model
+        if outcome.accepted:
+            self._save([r for r in self.active() if r["id"] <= number])
+        return outcome
 
     def undo(self, count: int = 1) -> list[int]:
         """Take back the last `count` corrections; returns their ids. The weights before the last are exact."""
@@ -162,28 +215,45 @@ class Learner:
         Corrections that were received but not committed, as after a crash, are learnt and committed.
         """
         active = self.active()
-        committed = {r["of"] for r in self.journal.records if r["kind"] == "committed"}
+        committed = {r["of"]: r for r in self.journal.records if r["kind"] == "committed"}
         done, self.model = next((n, m) for n in range(len(active), -1, -1) if (m := self._load(active[:n])))
         for n in range(done, len(active)):
-            if active[n]["id"] in committed:
-                self.model, _ = self._learn(active[n], active[:n], lambda step, loss: None)
+            if found := committed.get(active[n]["id"]):
+                model, _ = self._learn(active[n], self._lesson(active[n], active[:n])[0])
+                self.model = between(self.model, model, found["share"])
                 self._save(active[: n + 1])
             else:
-                self._commit(active[n], lambda step, loss: None)
-        return weights_hash(self.model)
+                self.commit(active[n]["id"])
+        return self.weights
+
+    def configure(self, **changes) -> None:
+        """Change settings for the corrections to come; they are kept. Raises ValueError, changing nothing."""
+        config = replace(self.config, **changes)
+        self.journal.append("settings", config=asdict(config))
+        self.config = config
+
+    def diff(self) -> dict[str, float]:
+        """What of the model is not the base's: by name, the length of the change over that of the weight."""
+        base = dict(self.base.named_parameters())
+        ours = changed(self.model, self.base)
+        return {n: float((w - base[n]).norm() / base[n].norm()) if n in base else 1.0 for n, w in ours.items()}
 
     def export(self, path: str | Path) -> int:
         """Write the active corrections as chats that `prepare` reads, and beside them PATH.pairs.jsonl, preferences.
 
-        Returns how many corrections there are.
+        Returns how many chats there are.
         """
-        active, path = self.active(), Path(path)
+        active, path = [r for r in self.active() if r.get("answer") is not None], Path(path)
         chats = [
             {"messages": [{"role": "user", "content": r["question"]}, {"role": "assistant", "content": r["answer"]}]}
             for r in active
         ]
         pairs = [
-            {"prompt": self._prompt(r["question"]), "chosen": r["answer"], "rejected": r["rejected"]}
+            {
+                "prompt": self.form.template.prompt([{"role": "user", "content": r["question"]}]),
+                "chosen": r["answer"],
+                "rejected": r["rejected"],
+            }
             for r in active
             if r["rejected"] is not None
         ]
@@ -192,98 +262,121 @@ class Learner:
             replace_file(target, lambda temporary, text=text: temporary.write_text(text, encoding="utf-8"))
         return len(active)
 
-    def answer(self, question: str, model: RWKV | None = None, most: int = 200) -> str:
+    def answer(self, question: str, model: RWKV | None = None) -> str:
         """The model's greedy reply to a question on its own, as decoded."""
-        prompt = [self.tokenizer.eod, *self.tokenizer.encode(self._prompt(question))]
-        return greedy(model or self.model, self.tokenizer, [prompt], most=most)[0]
+        return self.form.shown(greedy(model or self.model, self.form, [self.form.prompt(question)], most=MOST)[0])
 
-    def _commit(self, record: dict, tick) -> Outcome:
-        """Learn a received correction, keep the weights if they pass, and record what became of it."""
+    def _judge(self, record: dict, earlier: list[dict], tick: Tick) -> tuple[Outcome, RWKV]:
+        """Learn a correction on top of the current model; (what became of it, the model it leaves)."""
         begun, before = time.monotonic(), self.model
-        earlier = [r for r in self.active() if r["id"] < record["id"]]
-        row = self._row(_correction(record))
-        why, steps, after = "learnt", 0, before
+        lesson, wordings = self._lesson(record, earlier)
         try:
-            after, steps = self._learn(record, earlier, tick)
+            whole, steps = self._learn(record, lesson, tick)
+            after, share, moved, why = self._gate(record, whole)
         except Diverged as error:
-            why = str(error)
-        answer = self.answer(record["question"], after)
-        drift = self._drift(after)
-        if why == "learnt" and answer != self._wanted(record["answer"]):
-            why = f"decoding still gives {answer!r} after {steps} steps"
-        elif why == "learnt" and drift > self.config.budget:
-            why = f"everything else would drift by {drift:.3g} nats a token, over the budget of {self.config.budget}"
+            after, steps, share, moved, why = before, 0, 0.0, 0.0, str(error)
+        with _capped_threads():
+            losses = [answer_loss(m, lesson.new[0]) for m in (before, after)]
+            answers = ["" if "text" in record else self.answer(record["question"], m) for m in (before, after)]
+        seconds, weights = time.monotonic() - begun, weights_hash(changed(after, self.base))
         accepted = why == "learnt"
-        if accepted:
-            self.model = after
-            self._save([*earlier, record])
-        with torch.no_grad():
-            losses = [float(answer_loss(m, row, self.config.reach, self.tokenizer.eod)) for m in (before, self.model)]
-        outcome = Outcome(
-            record["id"],
-            accepted,
-            why,
-            *losses,
-            self.answer(record["question"], before),
-            answer if accepted else self.answer(record["question"]),
-            steps,
-            time.monotonic() - begun,
-            drift,
-            weights_hash(self.model),
-        )
-        self.journal.append("committed", of=record["id"], **{k: v for k, v in asdict(outcome).items() if k != "id"})
-        return outcome
+        return Outcome(
+            record["id"], accepted, why, *losses, *answers, steps, share, wordings, moved, seconds, weights
+        ), after
 
-    def _learn(self, record: dict, earlier: list[dict], tick) -> tuple[RWKV, int]:
-        rows = [self._row(_correction(r)) for r in earlier]
-        row = self._row(_correction(record))
-        return learn(self.model, row, rows, self.guards, self.config, self.tokenizer.eod, seed=record["id"], tick=tick)
+    def _lesson(self, record: dict, earlier: list[dict]) -> tuple[Lesson, list[str]]:
+        """(what a correction trains and keeps, other wordings of its question among it)."""
+        config, form = FeedbackConfig(**record["config"]), self.form
+        if "text" in record:
+            ids = self._document(Reading(record["text"]))
+            return Lesson([Row(ids, len(ids) - 1)]), []
+        replayed = [self._row(_correction(r)) for r in earlier if "text" not in r]
+        # All when few, otherwise some, spread evenly over all and shifted from one correction to the next.
+        every = max(1, len(replayed) / max(1, config.replay))
+        begin = record["id"] % every
+        replayed = [replayed[int(begin + i * every) % len(replayed)] for i in range(min(config.replay, len(replayed)))]
+        correction = _correction(record)
+        row = self._row(correction)
+        new, kept, wordings = [row], [], []
+        asked, answer = row.ids[: -row.answer], row.ids[-row.answer :]
+        if correction.context:
+            ids = [form.tokenizer.eod, *correction.context, *form.turn(correction.question), *answer]
+            new.append(Row(ids, row.answer, row.bad))
+        with _capped_threads():
+            if config.guards:
+                kept = [(ids, self.base) for ids in self.guards.near(row.ids, config.guards)]
+            old = greedy(self.model, form, [asked])[0]
+            made_up = self.guards.around(self.model, form, correction.question, config.neighbours, record["id"])
+        subject = self.guards.subject(form, correction.question)
+        for question, prompt, reply in made_up:
+            if reply != old:
+                kept.append((prompt + reply, self.model))
+            elif subject in question and prompt != asked and len(wordings) < config.wordings and not row.bad:
+                new.append(Row(prompt + answer, row.answer))
+                wordings.append(question)
+        return Lesson(new, replayed, kept), wordings
 
-    def _drift(self, model: RWKV) -> float:
-        with torch.no_grad():
-            watched = range(0, len(self.guards), max(1, len(self.guards) // WATCHED))
-            return float(divergence(model, self.guards, list(watched)[:WATCHED]))
+    def _learn(self, record: dict, lesson: Lesson, tick: Tick = lambda step, loss: None) -> tuple[RWKV, int]:
+        config = FeedbackConfig(**record["config"])
+        with _capped_threads():
+            if "text" in record:
+                return follow(self.model, self.base, lesson.new[0].ids, self.guards.curvature, config, tick)
+            return learn(self.model, lesson, self.guards.curvature, config, tick)
 
-    def _prompt(self, question: str) -> str:
-        return self.template.prompt([{"role": "user", "content": question}])
+    def _gate(self, record: dict, whole: RWKV) -> tuple[RWKV, float, float, str]:
+        """(model, share of the change, drift, why): as much of a change as shows in decoding and leaves all else be."""
+        before, budget, why = self.model, record["config"]["budget"], ""
+        with _capped_threads():
+            for share in SHARES:
+                after = whole if share == 1 else between(before, whole, share)
+                moved = self._drift(after)
+                answer = None if "text" in record else self.answer(record["question"], after)
+                if answer is not None and not self._wanted(record, answer):
+                    why = why or f"decoding still gives {answer!r}"
+                    break
+                if moved <= budget:
+                    return after, share, moved, "learnt"
+                why = f"everything else would drift by {moved:.3g} nats a token, over the budget of {budget}"
+        return before, 0.0, moved, why
 
-    def _wanted(self, answer: str) -> str:
-        """An answer as decoding can give it: as the template writes it, without the end of the turn."""
-        *_, (text, _) = self.template.segments([{"role": "assistant", "content": answer}])
-        return text.strip()
+    def _drift(self, after: RWKV) -> float:
+        """How far a model is from the current one on guard text, in nats a token."""
+        models = (self.model, after)
+        known = {id(model): said for model, said in self._said}
+        self._said = [(m, known[id(m)] if id(m) in known else predictions(m, self.guards.watched())) for m in models]
+        return float(divergence(*(said for _, said in self._said)))
+
+    def _wanted(self, record: dict, answer: str) -> bool:
+        if record["answer"] is None:
+            return answer != self.form.shown(self.form.answer(record["rejected"]))
+        return answer == self.form.shown(self.form.answer(record["answer"]))
 
     def _row(self, correction: Correction) -> Row:
-        for name in ("question", "answer"):
-            text = getattr(correction, name)
-            if not text.strip():
-                raise ValueError(f"the {name} is empty; say what the model should answer to what")
-            if len(text) > LONGEST:
-                raise ValueError(f"the {name} has {len(text):,} characters, more than {LONGEST:,}; shorten it")
-            try:
-                text.encode()
-            except UnicodeEncodeError as error:
-                raise ValueError(f"the {name} is not valid Unicode ({error.reason}); type it again") from None
-        messages = [
-            {"role": r, "content": t} for r, t in (("user", correction.question), ("assistant", correction.answer))
-        ]
-        parts = [(self.tokenizer.encode(text), trained) for text, trained in self.template.segments(messages)]
-        ids, answer = [i for part, _ in parts for i in part], len(parts[-1][0])
-        if not answer or not parts[-1][1]:
-            raise ValueError("the answer has no tokens that can be trained; see the template's train_roles")
-        return Row(ids, answer, correction.context)
+        """A correction without its context. ValueError if it cannot be learnt."""
+        bad = correction.answer is None
+        if bad and correction.rejected is None:
+            raise ValueError("there is neither a right answer nor a wrong one; give one of them")
+        text = correction.rejected if bad else correction.answer
+        for name, given in (("question", correction.question), ("answer", text)):
+            _check(name, given)
+            if len(given) > LONGEST:
+                raise ValueError(f"the {name} has {len(given):,} characters, more than {LONGEST:,}; shorten it")
+        answer = self.form.answer(text)
+        return Row([*self.form.prompt(correction.question), *answer], len(answer), bad)
+
+    def _document(self, reading: Reading) -> list[int]:
+        _check("text", reading.text)
+        return [self.form.tokenizer.eod, *self.form.tokenizer.encode(reading.text)]
 
     def _check_base(self) -> None:
-        """A journal belongs to the model it was begun with."""
-        digest = hashlib.sha256()
-        for name, p in sorted(self.base.state_dict().items()):
-            digest.update(name.encode() + p.contiguous().view(torch.uint8).numpy().tobytes())
-        base = {"base": digest.hexdigest(), "config": asdict(self.config)}
+        """A journal belongs to the model it was begun with, and says what its settings are."""
+        base = weights_hash(self.base.state_dict())
         if not self.journal.records:
-            self.journal.append("base", **base)
-        begun = self.journal.records[0]
-        if begun.get("base") != base["base"]:
+            self.journal.append("base", base=base, config=asdict(self.config))
+        if self.journal.records[0].get("base") != base:
             raise ValueError(f"{self.folder} was begun with another model; use another profile for this one")
-        self.config = FeedbackConfig(**begun["config"])
+        chosen = [r["config"] for r in self.journal.records if r["kind"] in ("base", "settings")]
+        self.config = FeedbackConfig(**chosen[-1])
 
     def _snapshot(self, records: list[dict]) -> str:
         """The beginning of the name of the file that keeps the weights after these corrections."""
@@ -293,8 +386,9 @@ class Learner:
     def _save(self, records: list[dict]) -> None:
         folder = self.folder / "snapshots"
         folder.mkdir(exist_ok=True)
-        path = folder / f"{self._snapshot(records)}-{weights_hash(self.model)[:16]}.safetensors"
-        replace_file(path, lambda temporary: write_safetensors(weights_of(self.model), temporary))
+        weights = changed(self.model, self.base)
+        path = folder / f"{self._snapshot(records)}-{weights_hash(weights)[:16]}.safetensors"
+        replace_file(path, lambda temporary: write_safetensors(weights, temporary))
         for old in sorted(folder.glob("*.safetensors"), key=lambda p: p.stat().st_mtime)[:-SNAPSHOTS]:
             old.unlink()
 
@@ -304,21 +398,41 @@ class Learner:
             return self.base
         for path in (self.folder / "snapshots").glob(f"{self._snapshot(records)}-*.safetensors"):
             try:
-                model = with_weights(self.base, read_weights(path))
-            except (ValueError, RuntimeError):
+                weights = read_weights(path)
+            except ValueError:
                 continue  # damaged: what it held can be replayed
-            if path.stem.endswith(weights_hash(model)[:16]):
-                return model
+            if path.stem.endswith(weights_hash(weights)[:16]):
+                return with_weights(self.base, weights)
         return None
 
 
-def weights_hash(model: RWKV) -> str:
-    """sha256 of the weights that corrections change."""
+def weights_hash(weights: dict[str, Tensor]) -> str:
+    """sha256 of tensors and their names."""
     digest = hashlib.sha256()
-    for weight in weights_of(model).values():
-        digest.update(weight.contiguous().view(torch.uint8).numpy().tobytes())
+    for name, weight in sorted(weights.items()):
+        digest.update(name.encode() + weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
 def _correction(record: dict) -> Correction:
     return Correction(record["question"], record["answer"], tuple(record["context"]), record["rejected"])
+
+
+def _check(name: str, text: str) -> None:
+    if not text.strip():
+        raise ValueError(f"the {name} is empty; say what the model should learn")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the {name} is not valid Unicode ({error.reason}); type it again") from None
+
+
+@contextmanager
+def _capped_threads() -> Iterator[None]:
+    """Compute on half of the processor, always the same number of threads: more or fewer round otherwise."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(THREADS)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,24 +1,33 @@
-"""The corrective steps themselves: from a model, a correction and what must not change to new weights.
+"""The corrective steps themselves: from a model and a lesson to new weights.
 
-Recipe (design note feedback.md): train only the channel mix's `value` matrices of the upper half of the layers, by
-normalised gradient steps (Adam's per-weight scaling turns a tiny gradient into movement everywhere), on the new
-answer, a replay of earlier ones, and a strong pull of guard rows to the base model's predictions.
+Recipe: plain gradient steps (Adam's per-weight scaling turns a tiny gradient into movement everywhere) whose length
+follows from the loss (Polyak's rule), in directions that move everything else least (curvature.py), on the new answer,
+other wordings of its question and a replay of earlier answers, with a pull of guard rows to what the model said before.
+Blocks below the first trained one see the same text at every step: what they make of it is computed once.
 """
 
 import copy
-import random
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field, fields
+from typing import Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from rwkv_train.bptt import chunked_loss
-from rwkv_train.feedback.guards import Guards, pad
+from rwkv_train.feedback.curvature import Curvature, pad
+from rwkv_train.generate import prefill
 from rwkv_train.loss import IGNORE
 from rwkv_train.models.common import RWKV
 from rwkv_train.state import State
 
 CHUNK = 512  # tokens of a correction whose activations are in memory at once
+RANK = 8  # of the factors of scope lora
+FOLLOWED = 128  # tokens of one step of /learn
+REACH = 64
+
+Scope = Literal["localised", "lora", "full", "state"]
 
 
 @dataclass
@@ -26,143 +35,331 @@ class FeedbackConfig:
     """How a correction is learnt.
 
     Args:
-        rate: length of a full gradient step, over all trained weights together
+        scope: what is trained: localised, the channel mix's value matrices of the upper half of the layers, along the
+            model's curvature; lora, low-rank changes of the same; full, all weights; state, only the state in which
+            a dialogue begins
+        rate: share of the loss that one step should take away, going by its gradient
         steps: most gradient steps of one correction
-        loss: the new answer's mean loss, in nats a token, below which it counts as learnt
+        loss: mean loss of the answer, in nats a token, below which it counts as learnt
         extra: steps taken after it is learnt
+        wordings: other wordings of the question that are taught along, as far as the model knows some
         replay: earlier corrections trained along
-        near: guard rows a step that resemble the correction
-        unrelated: guard rows a step from everywhere else
-        pull: weight of the guards' divergence from the base model
+        neighbours: questions made up around the correction, whose answers are kept
+        guards: rows of the guard pool that are kept, those nearest to the correction
+        pull: weight of what is kept: of its divergence from the model before
         budget: largest mean divergence on guard rows, in nats a token, that is accepted
-        reach: tokens of the dialogue before a correction that gradients flow through
+        reach: tokens before an answer that gradients flow through
+        learn_rate: of /learn, in root mean squares of the gradient
+        learn_decay: of /learn: share of the way back to the base weights that every step goes
     """
 
-    rate: float = 0.6
+    scope: Scope = "localised"
+    rate: float = 0.5
     steps: int = 25
     loss: float = 0.05
-    extra: int = 2
+    extra: int = 1
+    wordings: int = 4
     replay: int = 16
-    near: int = 4
-    unrelated: int = 12
-    pull: float = 10.0
+    neighbours: int = 20
+    guards: int = 8
+    pull: float = 3.0
     budget: float = 0.05
-    reach: int = 64
+    reach: int = REACH
+    learn_rate: float = 1e-4
+    learn_decay: float = 1e-3
 
     def __post_init__(self):
-        for name, value in vars(self).items():
-            if value < 0:
-                raise ValueError(f"{name} must not be negative, found {value}")
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.name == "scope":
+                if value not in get_args(Scope):
+                    raise ValueError(f"scope must be one of {', '.join(get_args(Scope))}, found {value!r}")
+            elif not value >= 0:
+                raise ValueError(f"{f.name} must not be negative, found {value}")
 
 
 @dataclass(frozen=True)
 class Row:
-    """A correction as tokens: context before it, then ids of which the last `answer` are trained."""
+    """A correction as tokens: a document that begins with the context, of which the last `answer` ids are trained.
+
+    bad: the answer is to be avoided.
+    """
 
     ids: list[int]
     answer: int
-    context: tuple[int, ...] = ()
+    bad: bool = False
 
 
-def trained_names(model: RWKV) -> list[str]:
-    """The matrices that corrections change."""
-    half = len(model.blocks) // 2
-    return [f"blocks.{i}.ffn.value.weight" for i in range(half, len(model.blocks))]
+@dataclass(frozen=True)
+class Lesson:
+    """What one correction trains and what it keeps.
 
+    new: rows of the correction. replayed: of earlier ones. kept: token rows, each with the model whose predictions
+    on it are kept.
+    """
 
-def with_weights(model: RWKV, weights: dict[str, Tensor]) -> RWKV:
-    """A model that has these weights of its own and shares all others with `model`; nothing requires gradients."""
-    shared = {id(p): p for name, p in model.named_parameters() if name not in weights}
-    twin = copy.deepcopy(model, shared)
-    twin.load_state_dict(weights, strict=False)
-    return twin.requires_grad_(False)
-
-
-def weights_of(model: RWKV) -> dict[str, Tensor]:
-    parameters = dict(model.named_parameters())
-    return {name: parameters[name].detach().clone() for name in trained_names(model)}
+    new: list[Row]
+    replayed: list[Row] = field(default_factory=list)
+    kept: list[tuple[list[int], RWKV]] = field(default_factory=list)
 
 
 class Diverged(ValueError):
     """A loss or gradient that is not a finite number."""
 
 
+def localised_names(model: RWKV) -> list[str]:
+    """The matrices that corrections change unless told otherwise: late channel mixes' values."""
+    half = len(model.blocks) // 2
+    return [f"blocks.{i}.ffn.value.weight" for i in range(half, len(model.blocks))]
+
+
+def changed(model: RWKV, base: RWKV) -> dict[str, Tensor]:
+    """The weights of a corrected model that are not its base's."""
+    ours = dict(base.named_parameters())
+    return {name: p.detach() for name, p in model.named_parameters() if p is not ours.get(name)}
+
+
+def with_weights(model: RWKV, weights: dict[str, Tensor]) -> RWKV:
+    """A model that has these weights of its own and shares all others with `model`; nothing requires gradients."""
+    shared = {id(p): p for name, p in model.named_parameters() if name not in weights}
+    twin = copy.deepcopy(model, shared)
+    for name, weight in weights.items():
+        module, _, leaf = name.rpartition(".")
+        setattr(twin.get_submodule(module), leaf, nn.Parameter(weight.clone(), requires_grad=False))
+    return twin.requires_grad_(False)
+
+
+def between(before: RWKV, after: RWKV, share: float) -> RWKV:
+    """`before` with a share of the way to `after`."""
+    start = dict(before.named_parameters())
+    ends = changed(after, before)
+    return with_weights(
+        after, {n: torch.lerp(start[n], w, share) if n in start else w * share for n, w in ends.items()}
+    )
+
+
 def learn(
-    model: RWKV, new: Row, earlier: list[Row], guards: Guards, config: FeedbackConfig, eod: int, seed: int, tick
+    model: RWKV, lesson: Lesson, curvature: Curvature | None, config: FeedbackConfig, tick=lambda step, loss: None
 ) -> tuple[RWKV, int]:
     """(corrected twin of `model`, steps taken). The same arguments give the same weights; `model` is not changed.
 
-    tick(step, loss) is called after every step. Raises Diverged.
+    curvature: of the localised matrices. tick(step, loss) is called after every step. Raises Diverged.
     """
-    twin = with_weights(model, weights_of(model))
-    parameters = [p for name, p in twin.named_parameters() if name in trained_names(twin)]
-    for p in parameters:
-        p.requires_grad_(True)
-    rng = random.Random(seed)
-    near = guards.near(new.ids)
-    bare = Row(new.ids, new.answer)
-    news = [bare, new] if new.context else [bare]
+    twin, parameters = _trainable(model, config.scope)
+    new = _batches(twin, lesson.new, config.scope, config.reach)
+    replayed = _batches(twin, lesson.replayed, config.scope, config.reach)
+    kept = _kept(twin, lesson.kept, config.scope) if lesson.kept and config.pull else None
     left = None  # steps still to take once learnt
-    for step in range(1, config.steps + 1):
-        replayed = rng.sample(earlier, min(config.replay, len(earlier)))
-        loss = torch.stack([answer_loss(twin, row, config.reach, eod) for row in news]).mean()
-        total = loss + _replay_loss(twin, replayed, eod) if replayed else loss
-        if left is None and loss.item() <= config.loss and all(is_right(twin, row, eod) for row in [bare, *replayed]):
+    for step in range(config.steps + 1):
+        loss = _mean(new)
+        total = loss + _mean(replayed) if replayed else loss
+        if left is None and loss.item() <= config.loss and all(batch.right() for batch in new + replayed):
             left = config.extra
-        if left == 0:
-            return twin.requires_grad_(False), step - 1
+        if left == 0 or step == config.steps:
+            break
         left = None if left is None else left - 1
-        if config.pull:
-            rows = rng.sample(near, min(config.near, len(near)))
-            rows += rng.sample(range(len(guards)), min(config.unrelated, len(guards)))
-            total = total + config.pull * divergence(twin, guards, rows)
-        gradients = torch.autograd.grad(total, parameters)
-        norm = torch.nn.utils.get_total_norm(gradients)
-        if not (total.isfinite() and norm.isfinite()):
-            raise Diverged(f"the loss became {total.item()} at step {step}; a smaller rate may help")
-        size = config.rate * min(1.0, total.item() / 0.5)
+        if kept:
+            total = total + config.pull * kept.divergence()
+        gradients = dict(zip(parameters, torch.autograd.grad(total, list(parameters.values())), strict=True))
+        flat = curvature is not None and config.scope == "localised"
+        ways = curvature.flatten(gradients) if flat else gradients
+        gain = sum((gradients[name] * ways[name]).sum() for name in ways)
+        if not (total.isfinite() and gain.isfinite()):
+            raise Diverged(f"the loss became {total.item()} at step {step + 1}; a smaller rate may help")
         with torch.no_grad():
-            for p, g in zip(parameters, gradients, strict=True):
-                p -= size * g / norm.clamp(min=1e-12)
-        tick(step, loss.item())
-    return twin.requires_grad_(False), config.steps
+            size = config.rate * total / gain.clamp(min=1e-12)
+            for name, p in parameters.items():
+                p -= size * ways[name]
+            if config.scope == "state":
+                twin.initial_wkv[:, :, 1].clamp_(min=0)  # a denominator
+        tick(step + 1, loss.item())
+    return _finished(twin, config.scope), step
 
 
-def answer_loss(model: RWKV, row: Row, reach: int, eod: int) -> Tensor:
-    """Mean loss of a row's answer, in nats a token, after its context."""
-    context = [eod, *row.context]
-    seen, reached = context[: max(1, len(context) - reach)], context[max(1, len(context) - reach) :]
-    state = _read(model, seen[:-1])
-    ids = [seen[-1], *reached, *row.ids]
-    targets = [IGNORE] * (len(ids) - 1 - row.answer) + row.ids[-row.answer :]
-    loss, count, _ = chunked_loss(model, torch.tensor([ids[:-1]]), torch.tensor([targets]), state, None, CHUNK)
-    return loss / count
+def _trainable(model: RWKV, scope: Scope) -> tuple[RWKV, dict[str, nn.Parameter]]:
+    """A twin of a model, and what of it is trained, by name."""
+    names, own = localised_names(model), dict(model.named_parameters())
+    if scope == "state":
+        # Exactly the empty state, but with an exponent that gradients come through.
+        empty = model.empty_state(1)
+        wkv = empty.wkv.clone()
+        wkv[:, :, 2] = wkv[:, :, 2].clamp(min=0)
+        own |= {"initial_shift": empty.shift, "initial_wkv": wkv}
+        names = ["initial_shift", "initial_wkv"]
+    elif scope == "full":
+        names = list(own)
+    twin = with_weights(model, {name: own[name].detach() for name in names})
+    if scope == "lora":
+        rng = torch.Generator().manual_seed(0)
+        for name in names:
+            layer = twin.get_submodule(name.removesuffix(".weight"))
+            parametrize.register_parametrization(layer, "weight", _LowRank(layer.weight, rng))
+        names = [n for n, _ in twin.named_parameters() if n.endswith((".up", ".down"))]
+    parameters = {name: p.requires_grad_(True) for name, p in twin.named_parameters() if name in names}
+    return twin, parameters
 
 
-@torch.no_grad()
-def _read(model: RWKV, ids: list[int]) -> State | None:
+def _finished(twin: RWKV, scope: Scope) -> RWKV:
+    if scope == "lora":
+        for name in localised_names(twin):
+            parametrize.remove_parametrizations(twin.get_submodule(name.removesuffix(".weight")), "weight")
+    return twin.requires_grad_(False)
+
+
+class _LowRank(nn.Module):
+    """A weight [out,in] plus up [out,r] down [r,in]."""
+
+    def __init__(self, weight: Tensor, rng: torch.Generator):
+        super().__init__()
+        outer, inner = weight.shape
+        self.up = nn.Parameter(weight.new_zeros(outer, RANK))
+        self.down = nn.Parameter((torch.randn(RANK, inner, generator=rng) / inner**0.5).to(weight))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + self.up @ self.down
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Rows as some model reads them: the whole one, or its upper blocks alone. state None: an empty one."""
+
+    model: RWKV
+    tokens: Tensor
+    targets: Tensor
+    state: State | None
+    bad: bool
+
+    def loss(self) -> Tensor:
+        """Mean loss in nats a token; of an answer to be avoided, minus the log probability of any other."""
+        total, count, _ = chunked_loss(self.model, self.tokens, self.targets, self.state, None, CHUNK)
+        return -torch.log(-torch.expm1(-total - 1e-4)) if self.bad else total / count
+
+    @torch.no_grad()
+    def right(self) -> bool:
+        """Whether greedy decoding would write every answer, or not write the one to be avoided."""
+        trained = self.targets != IGNORE
+        best = self.model.head(self.model.hidden(self.tokens, self.state)[0][trained]).argmax(-1)
+        return bool((best == self.targets[trained]).all()) != self.bad
+
+
+def _batches(model: RWKV, rows: list[Row], scope: Scope, reach: int) -> list[_Batch]:
+    """All answers that are to be learnt together, each that is to be avoided on its own."""
+    good, bad = [r for r in rows if not r.bad], [r for r in rows if r.bad]
+    return [_batch(model, group, scope, reach) for group in ([good] if good else []) + [[r] for r in bad]]
+
+
+def _batch(model: RWKV, rows: list[Row], scope: Scope, reach: float) -> _Batch:
+    """What is the same at every step is done here: text beyond the gradients' reach, and blocks below the trained."""
+    reach = math.inf if scope == "state" else reach
+    cuts = [max(0, len(row.ids) - row.answer - reach) for row in rows]
     state = None
-    for i in range(0, len(ids), CHUNK):
-        state = model.hidden(torch.tensor([ids[i : i + CHUNK]]), state)[1]
-    return state
+    if any(cuts):
+        begun = [_read(model, row.ids[:cut]) for row, cut in zip(rows, cuts, strict=True)]
+        state = State(*(torch.cat(parts) for parts in zip(*begun, strict=True)))
+    ids = [row.ids[cut:] for row, cut in zip(rows, cuts, strict=True)]
+    tokens = pad([i[:-1] for i in ids])[0].to(model.device)
+    answers = [[IGNORE] * (len(i) - 1 - row.answer) + i[-row.answer :] for i, row in zip(ids, rows, strict=True)]
+    targets = pad(answers, IGNORE)[0].to(model.device)
+    upper, tokens, state = _upper(model, tokens, state, scope)
+    return _Batch(upper, tokens, targets, state, rows[0].bad)
 
 
-def _replay_loss(model: RWKV, rows: list[Row], eod: int) -> Tensor:
-    tokens, _ = pad([[eod, *row.ids[:-1]] for row in rows])
-    targets, _ = pad([[IGNORE] * (len(r.ids) - r.answer) + r.ids[-r.answer :] for r in rows], IGNORE)
-    loss, count, _ = chunked_loss(model, tokens, targets, None, None, CHUNK)
-    return loss / count
+def _mean(batches: list[_Batch]) -> Tensor:
+    return torch.stack([len(b.tokens) * b.loss() for b in batches]).sum() / sum(len(b.tokens) for b in batches)
 
 
 @torch.no_grad()
-def is_right(model: RWKV, row: Row, eod: int) -> bool:
-    """Whether greedy decoding would give the answer, token by token, without a context."""
-    x, _ = model.hidden(torch.tensor([[eod, *row.ids[:-1]]]))
-    return model.head(x[0, -row.answer :]).argmax(-1).tolist() == row.ids[-row.answer :]
+def _read(model: RWKV, ids: list[int]) -> State:
+    return prefill(model, ids)[1] if ids else model.empty_state(1)
 
 
-def divergence(model: RWKV, guards: Guards, indices: list[int]) -> Tensor:
-    """Mean KL(base || model) over all tokens of some guard rows, in nats."""
-    tokens, base, real = guards.draw(indices)
-    ours = model(tokens)[0].float().log_softmax(-1)
-    return ((base.exp() * (base - ours)).sum(-1) * real).sum() / real.sum()
+def _upper(model: RWKV, tokens: Tensor, state: State | None, scope: Scope) -> tuple[RWKV, Tensor, State | None]:
+    """(model, tokens, state) that give what these do, without the blocks below the first trained one.
+
+    The tokens that remain are places in what those blocks made of the text.
+    """
+    if scope in ("full", "state"):
+        return model, tokens, state
+    state = model.empty_state(len(tokens)) if state is None else state
+    first = len(model.blocks) // 2
+    with torch.no_grad():
+        x = model.emb(tokens)
+        for i, block in enumerate(model.blocks[:first]):
+            x, _, _ = block(x, state.shift[:, i], state.wkv[:, i], None)
+    upper = copy.copy(model)
+    upper._modules = dict(model._modules)
+    upper.emb, upper.blocks = nn.Embedding.from_pretrained(x.flatten(0, 1)), model.blocks[first:]
+    places = torch.arange(tokens.numel(), device=tokens.device).view_as(tokens)
+    return upper, places, State(*(part[:, first:] for part in state))
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """Rows whose predictions are kept: what each was [N,V], at the N places that hold tokens."""
+
+    model: RWKV
+    tokens: Tensor
+    state: State | None
+    real: Tensor
+    before: Tensor
+
+    def divergence(self) -> Tensor:
+        return divergence(self.before, _predicted(self.model, self.tokens, self.real, self.state))
+
+
+def _kept(model: RWKV, rows: list[tuple[list[int], RWKV]], scope: Scope) -> _Kept:
+    tokens, real = (t.to(model.device) for t in pad([ids for ids, _ in rows]))
+    before = torch.empty(int(real.sum()), model.config.vocab_size, device=model.device)
+    for other in {id(m): m for _, m in rows}.values():
+        mine = torch.tensor([m is other for _, m in rows], device=model.device)
+        with torch.no_grad():
+            before[mine[:, None].expand_as(real)[real]] = _predicted(other, tokens[mine], real[mine])
+    upper, tokens, state = _upper(model, tokens, None, scope)
+    return _Kept(upper, tokens, state, real, before)
+
+
+@torch.no_grad()
+def predictions(model: RWKV, rows: list[list[int]]) -> Tensor:
+    """Log probabilities [N,V] after each of the N tokens of some documents."""
+    return _predicted(model, *(t.to(model.device) for t in pad(rows)))
+
+
+def _predicted(model: RWKV, tokens: Tensor, real: Tensor, state: State | None = None) -> Tensor:
+    return model.head(model.hidden(tokens, state)[0][real]).float().log_softmax(-1)
+
+
+def divergence(before: Tensor, now: Tensor) -> Tensor:
+    """Mean KL(before || now) of log probabilities [N,V], in nats a token."""
+    return (before.exp() * (before - now)).sum(-1).mean()
+
+
+@torch.no_grad()
+def answer_loss(model: RWKV, row: Row) -> float:
+    """A row's loss as it is trained, in nats a token."""
+    return float(_batch(model, [row], "full", REACH).loss())
+
+
+def follow(
+    model: RWKV, base: RWKV, ids: list[int], curvature: Curvature, config: FeedbackConfig, tick=lambda step, loss: None
+) -> tuple[RWKV, int]:
+    """(twin of `model` adapted to a running text, steps taken): dynamic evaluation (Krause et al. 2018).
+
+    A step for each chunk, the state carried on and detached: gradients over their root mean square on guard text, and
+    a decay towards the base weights. ids: a document. Raises Diverged.
+    """
+    start = dict(base.named_parameters())
+    twin, parameters = _trainable(model, "localised")
+    state = None
+    for step, i in enumerate(range(0, len(ids) - 1, FOLLOWED), 1):
+        tokens = torch.tensor([ids[i : i + FOLLOWED + 1]], device=model.device)
+        total, count, state = chunked_loss(twin, tokens[:, :-1], tokens[:, 1:], state, None, CHUNK)
+        loss, state = total / count, state.detach()
+        gradients = dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True))
+        if not all(g.isfinite().all() for g in gradients.values()):
+            raise Diverged(f"the loss became {loss.item()} in chunk {step}; a smaller learn_rate may help")
+        with torch.no_grad():
+            for name, way in curvature.even(gradients).items():
+                p = parameters[name]
+                p += config.learn_decay * (start[name] - p) - config.learn_rate * way
+        tick(step, loss.item())
+    return twin.requires_grad_(False), step

@@ -39,8 +39,23 @@ class RWKV(nn.Module):
     A block is called as block(x [B,T,C], shift [B,2,C], wkv [B,...], reset) and returns the same three, advanced.
     """
 
+    def __init__(self):
+        super().__init__()
+        self.register_parameter("initial_shift", None)
+        self.register_parameter("initial_wkv", None)
+
     def empty_state(self, batch: int) -> State:
-        """The state before a document's first token, for `batch` lanes."""
+        """The state before a document's first token, for `batch` lanes.
+
+        A model that begins elsewhere than at nothing has it as initial_shift [1,L,2,C] and initial_wkv [1,L,...];
+        a reset inside a text still goes back to nothing.
+        """
+        if self.initial_wkv is None:
+            return self.zero_state(batch)
+        return State(*(part.expand(batch, *part.shape[1:]) for part in (self.initial_shift, self.initial_wkv)))
+
+    def zero_state(self, batch: int) -> State:
+        """The state that knows nothing, for `batch` lanes."""
         raise NotImplementedError
 
     def forward(self, tokens: Tensor, state: State | None = None, reset: Tensor | None = None) -> tuple[Tensor, State]:

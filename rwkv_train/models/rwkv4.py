@@ -106,7 +106,7 @@ class RWKV4(RWKV):
         self.ln_out = LayerNorm(config.n_embd)
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
 
-    def empty_state(self, batch: int) -> State:
+    def zero_state(self, batch: int) -> State:
         c, like = self.config, {"dtype": self.state_dtype, "device": self.device}
         wkv = torch.zeros(batch, c.n_layer, 3, c.n_att, **like)
         wkv[:, :, 2] = -1e38
