@@ -152,6 +152,7 @@ class BenchConfig:
         controls: the same for recipes that do worse: rate 0, naive, state only
         seeds: runs of each recipe, with other draws of cases
         json: also write the figures to this file
+        plot: also draw them, to NAME.svg or NAME.png
     """
 
     what: list[str]
@@ -164,6 +165,7 @@ class BenchConfig:
     controls: list[int] = field(default_factory=lambda: [10])
     seeds: int = 3
     json: str | None = None
+    plot: str | None = None
 
 
 @dataclass

@@ -17,7 +17,7 @@ from rwkv_train.cli import BenchConfig, FeedbackFileConfig
 from rwkv_train.commands import tokenizer_of
 from rwkv_train.feedback import Correction, FeedbackConfig, Learner, Outcome, Reading
 from rwkv_train.feedback.background import Background
-from rwkv_train.feedback.bench import CONTROLS, SINGLES, Protocol, load_cases, summary, table
+from rwkv_train.feedback.bench import CONTROLS, SINGLES, Protocol, load_cases, plot, summary, table
 from rwkv_train.feedback.cases import fact_cases, small_talk, strangers_talk
 from rwkv_train.feedback.decode import Form
 
@@ -240,6 +240,8 @@ def bench(config: BenchConfig) -> None:
     if config.json:
         found = {"recipes": results, "serving": serving, "measured_on": machine()}
         Path(config.json).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    if config.plot:
+        plot(results, config.plot)
 
 
 def machine() -> str:

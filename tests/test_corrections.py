@@ -70,8 +70,9 @@ def test_settings_scopes_wrong_replies_and_readings_in_a_chat(model, tmp_path, c
     (tmp_path / "text.txt").write_text("to and fro " * 50)
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     blocks = chat(
-        model, "/teach sun? => hot", "sun?", "/bad", "/back", "sun?", "/diff", "/settings scope lora", "/settings scope all", "/settings steps many",
-        "/learn text.txt", "/learn latin.txt", "/learn", "/learn none.txt", "/history", "/undo 3", "/diff", **say
+        model, "/teach sun? => hot", "sun?", "/bad", "/back", "sun?", "/diff", "/settings scope lora",
+        "/settings scope all", "/settings steps many",
+        "/learn text.txt", "/learn latin.txt", "/learn", "/learn none.txt", "/history", "/undo 3", "/diff", **say,
     )  # fmt: skip
     _, hot, bad, _, other, diff, scope, unknown, many, read, latin, empty, none, history, undone, same = blocks
     assert hot == "hot" != other and "learnt (" in bad and "before: hot" in bad
@@ -120,11 +121,13 @@ def test_bench_feedback_short(model, tmp_path, capsys, monkeypatch):
         "--controls=[2]",
         "--seeds=1",
         "--json=r.json",
+        "--plot=r.svg",
     ]
     code, out, err = run("bench", "feedback", "--model", model, *argv, capsys=capsys)
     assert code == 0, err
     assert all(name in out for name in [*TARGETS, "N=2", "rate 0, N=2", "naive, N=2", "state only, N=2", "busy over"])
     results = json.loads((tmp_path / "r.json").read_text())["recipes"]
+    assert "<svg" in (tmp_path / "r.svg").read_text()
     still = {name: value["mean"] for name, value in results["rate 0, N=2"].items()}
     assert still["all retained"] == 0 and still["unrelated identical"] == 1 and still["neighbours changed"] == 0
     assert still["perplexity rise"] == pytest.approx(0, abs=1e-6)

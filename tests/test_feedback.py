@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 import signal
 import subprocess
@@ -186,11 +187,19 @@ for correction in QUICK[1:]:
 """
 
 
-@pytest.mark.parametrize("moment", [1, 7])
-def test_a_killed_process_loses_nothing_it_acknowledged(tmp_path, moment):
+def test_killed_at_random_moments_nothing_is_lost(tmp_path):
+    """More of them: python tests/kill_learner.py 100"""
+    from kill_learner import kill
+
+    rng = random.Random(0)
+    for _ in range(2):
+        kill(tmp_path, rng)
+
+
+def test_a_process_killed_between_steps_loses_nothing_it_acknowledged(tmp_path):
     for name in ("killed", "whole"):
         (tmp_path / name).mkdir()
-    argv = [sys.executable, "-c", KILLED, os.path.dirname(__file__), str(tmp_path / "killed"), str(moment)]
+    argv = [sys.executable, "-c", KILLED, os.path.dirname(__file__), str(tmp_path / "killed"), "7"]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=120)
     assert done.returncode == -signal.SIGKILL, done.stderr
     acknowledged = len(done.stdout.split())

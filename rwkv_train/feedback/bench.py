@@ -9,7 +9,8 @@ import resource
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import mean
@@ -144,8 +145,15 @@ class Protocol:
             | {"peak memory over before": _peak_memory() / memory}
         )
 
-    def _learner(self, config: FeedbackConfig):
-        return _Temporary(self.base, self.form, self.guards, replace(config, budget=math.inf))
+    @contextmanager
+    def _learner(self, config: FeedbackConfig) -> Iterator[Learner]:
+        """A learner that accepts whatever decodes, and whose profile is gone afterwards."""
+        config, form = replace(config, budget=math.inf), self.form
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            Learner(self.base, form.tokenizer, folder, form.template, config, self.guards) as learner,
+        ):
+            yield learner
 
     def _gaps(self, going: Callable[[int], bool]) -> list[float]:
         """Seconds between tokens that the base generates, for as long as going(tokens so far)."""
@@ -211,21 +219,6 @@ class Protocol:
         return float(torch.cat(nll).double().mean())
 
 
-class _Temporary:
-    """A learner whose profile is gone afterwards."""
-
-    def __init__(self, base: RWKV, form: Form, guards: Guards, config: FeedbackConfig):
-        self.folder = tempfile.TemporaryDirectory()
-        self.learner = Learner(base, form.tokenizer, self.folder.name, form.template, config, guards)
-
-    def __enter__(self) -> Learner:
-        return self.learner
-
-    def __exit__(self, *error) -> None:
-        self.learner.close()
-        self.folder.cleanup()
-
-
 def _counted(form: Form, document: Document) -> tuple[list[int], list[int]]:
     """(ids [T] from the end-of-document token on, the target of each [T])."""
     ids, targets = [form.tokenizer.eod], []
@@ -265,6 +258,32 @@ def table(results: dict[str, dict[str, dict]]) -> str:
         rows.append([name, *cells, sign + " / ".join(dict.fromkeys(wanted))])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in rows)
+
+
+def plot(results: dict[str, dict[str, dict]], path: str | Path) -> None:
+    """What goes wrong after corrections, by recipe: a picture in the format that the path's ending names."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError('a plot needs matplotlib: pip install "rwkv_train[bench]"') from None
+    names = [name for name in TARGETS if not name.startswith(tuple(UNITS))]
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.subplots()
+    height = 0.8 / len(results)
+    for i, (recipe, found) in enumerate(results.items()):
+        wrong = [1 - found[n]["mean"] if TARGETS[n][0] else found[n]["mean"] for n in names]
+        places = [place + (i - len(results) / 2 + 0.5) * height for place in range(len(names))]
+        axes.barh(places, wrong, height, label=recipe)
+    targets = [next(t for t in TARGETS[n][2:] if t is not None) for n in names]
+    targets = [1 - t if TARGETS[n][0] else t for n, t in zip(names, targets, strict=True)]
+    axes.scatter(targets, range(len(names)), marker="|", s=700, color="black", label="target, N=10", zorder=3)
+    axes.set_yticks(range(len(names)), [f"{n}: not" if TARGETS[n][0] else n for n in names])
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1)
+    axes.set_xlabel("share of answers that are not as they should be; shorter is better")
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path)
 
 
 def _shown(name: str, value: float) -> str:

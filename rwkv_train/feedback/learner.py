@@ -152,6 +152,12 @@ class Learner:
         self.journal.close()
         self._lock.release()
 
+    def __enter__(self) -> "Learner":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.close()
+
     def learn(
         self,
         correction: Correction | Reading,
