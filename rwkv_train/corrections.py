@@ -5,6 +5,7 @@ import os
 import platform
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 
@@ -34,7 +35,7 @@ class Teacher:
         self.learner = Learner(dialogue.model, dialogue.tokenizer, folder, dialogue.template)
         self.background = Background()
         if not wait:
-            self.background.submit(lambda: self.learner.guards)  # so that the first correction finds them there
+            self.background.submit(self._prepare)
         chat.commands |= {name: Command(usage, phrase, run) for name, usage, phrase, run in self._commands()}
         chat.settings |= {f.name: self._setting(f.name, type(f.default)) for f in fields(FeedbackConfig)}
         chat.before_answer.append(self._swap)
@@ -52,6 +53,13 @@ class Teacher:
             ("diff", "/diff", "how far the model is from where it began", self._diff),
             ("export", "/export FILE", "write corrections as training data", self._export),
         ]
+
+    def _prepare(self) -> None:
+        """Make guards, so that the first correction finds them there; what is wrong with them it will tell."""
+        self.chat.status = "getting to know the model"
+        with suppress(ValueError, OSError):
+            self.learner.guards  # noqa: B018
+        self.chat.status = ""
 
     def _swap(self) -> None:
         """Between replies: go on with the newest weights, on the same transcript."""

@@ -6,6 +6,7 @@ the model answers as it answers the corrected one are other wordings of it; all 
 """
 
 import random
+from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 
@@ -70,11 +71,13 @@ class Guards:
         tokens = iter(tokens)
         return cls([list(islice(tokens, n)) for n in lengths], Curvature(found), vocab_size)
 
-    def near(self, ids: list[int], most: int) -> list[list[int]]:
-        """The rows that share most of their tokens with `ids`, nearest first."""
-        words = set(ids)
+    def near(self, ids: list[int], most: int, gone: Iterable[list[int]] = ()) -> list[list[int]]:
+        """Up to `most` rows that share most of their tokens with `ids`, nearest first, none with a reply in `gone`."""
+        words, gone = set(ids), {tuple(reply) for reply in gone}
         shared = [len(words & w) / len(words | w) for w in self._words]
-        return [self.rows[i] for i in sorted(range(len(shared)), key=lambda i: -shared[i])[:most]]
+        places = sorted(range(len(shared)), key=lambda i: -shared[i])
+        rows = (self.rows[i] for i in places if not any(self.rows[i][-len(g) :] == list(g) for g in gone if g))
+        return list(islice(rows, most))
 
     def watched(self) -> list[list[int]]:
         return self.rows[:: max(1, len(self.rows) // WATCHED)][:WATCHED]

@@ -303,16 +303,19 @@ class Learner:
         replayed = [replayed[int(begin + i * every) % len(replayed)] for i in range(min(config.replay, len(replayed)))]
         correction = _correction(record)
         row = self._row(correction)
-        new, kept, wordings = [row], [], []
+        new, wordings = [row], []
         asked, answer = row.ids[: -row.answer], row.ids[-row.answer :]
         if correction.context:
             ids = [form.tokenizer.eod, *correction.context, *form.turn(correction.question), *answer]
             new.append(Row(ids, row.answer, row.bad))
         with _capped_threads():
-            if config.guards:
-                kept = [(ids, self.base) for ids in self.guards.near(row.ids, config.guards)]
-            old = greedy(self.model, form, [asked])[0]
+            old = greedy(self.model, form, [asked], most=MOST)[0]
             made_up = self.guards.around(self.model, form, correction.question, config.neighbours, record["id"])
+        # What a correction did away with is not kept.
+        ids = {r["id"] for r in earlier}
+        gone = {r["answer_before"] for r in self.journal.records if r["kind"] == "committed" and r["of"] in ids}
+        gone = [old, *(form.answer(text) for text in gone if text)]
+        kept = [(row, self.base) for row in self.guards.near(row.ids, config.guards, gone)]
         subject = self.guards.subject(form, correction.question)
         for question, prompt, reply in made_up:
             if reply != old:
