@@ -21,6 +21,7 @@ from rwkv_train.feedback.background import Background
 from rwkv_train.feedback.bench import CONTROLS, SINGLES, Protocol, load_cases, plot, summary, table
 from rwkv_train.feedback.cases import fact_cases, small_talk, strangers_talk
 from rwkv_train.feedback.decode import Form
+from rwkv_train.feedback.learner import half_the_threads
 
 
 class Teacher:
@@ -35,6 +36,7 @@ class Teacher:
         self.learner = Learner(dialogue.model, dialogue.tokenizer, folder, dialogue.template)
         self.background = Background()
         if not wait:
+            chat.closing.enter_context(half_the_threads())
             self.background.submit(self._prepare)
         chat.commands |= {name: Command(usage, phrase, run) for name, usage, phrase, run in self._commands()}
         chat.settings |= {f.name: self._setting(f.name, type(f.default)) for f in fields(FeedbackConfig)}

@@ -5,7 +5,7 @@ Every answer is decoded greedily, to its natural end, and compared as a whole: n
 
 import json
 import math
-import resource
+import re
 import tempfile
 import threading
 import time
@@ -20,7 +20,7 @@ import torch
 from rwkv_train.feedback.background import Background
 from rwkv_train.feedback.decode import Form, greedy
 from rwkv_train.feedback.guards import Guards
-from rwkv_train.feedback.learner import Correction, Learner
+from rwkv_train.feedback.learner import Correction, Learner, half_the_threads
 from rwkv_train.feedback.steps import FeedbackConfig, localised_names
 from rwkv_train.generate import Sampling, prefill, steps
 from rwkv_train.loss import IGNORE, token_nll
@@ -127,23 +127,20 @@ class Protocol:
 
     def serving(self, config: FeedbackConfig, count: int = 5) -> dict[str, float]:
         """What a reply that streams meanwhile feels of `count` corrections; and the process's memory."""
-        memory = _peak_memory()
-        idle = self._gaps(lambda tokens: tokens < 300)
-        with self._learner(config) as learner:
+        with half_the_threads(), self._learner(config) as learner:
+            idle, memory_idle = self._gaps(lambda tokens: tokens < 1000)
             background, done = Background(), threading.Event()
             for case in self.cases[:count]:
                 number = learner.receive(Correction(case.question, case.answer))
                 background.submit(lambda number=number: learner.commit(number))
             background.submit(done.set)
-            busy = self._gaps(lambda tokens: not done.is_set())
+            busy, memory_busy = self._gaps(lambda tokens: not done.is_set())
             background.close()
+        slower = {
+            f"busy over idle, p{share}": _percentile(busy, share) / _percentile(idle, share) for share in (50, 99)
+        }
         found = {"idle token, p99 ms": _percentile(idle, 99) * 1e3, "busy token, p99 ms": _percentile(busy, 99) * 1e3}
-        found["busy over idle, p99"] = _percentile(busy, 99) / _percentile(idle, 99)
-        return (
-            found
-            | {"busy over idle, p50": _percentile(busy, 50) / _percentile(idle, 50)}
-            | {"peak memory over before": _peak_memory() / memory}
-        )
+        return {**found, **slower, "peak memory over idle": memory_busy / memory_idle}
 
     @contextmanager
     def _learner(self, config: FeedbackConfig) -> Iterator[Learner]:
@@ -155,9 +152,12 @@ class Protocol:
         ):
             yield learner
 
-    def _gaps(self, going: Callable[[int], bool]) -> list[float]:
-        """Seconds between tokens that the base generates, for as long as going(tokens so far)."""
+    def _gaps(self, going: Callable[[int], bool]) -> tuple[list[float], float]:
+        """(seconds between tokens that the base generates for as long as going(tokens so far), peak memory in kB)."""
         gaps: list[float] = []
+        reset_peak, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+        if reset_peak.exists():
+            reset_peak.write_text("5")
         while going(len(gaps)):
             logits, state = prefill(self.base, [self.form.tokenizer.eod])
             last = time.perf_counter()
@@ -165,7 +165,8 @@ class Protocol:
                 now = time.perf_counter()
                 gaps.append(now - last)
                 last = now
-        return gaps
+        peak = re.search(r"VmHWM:\s+(\d+)", status.read_text()) if status.exists() else None
+        return gaps, float(peak[1]) if peak else math.nan
 
     def _generation(self, case: Case) -> float:
         """Seconds to generate as many tokens as a case's prompt and answer have, one by one."""
@@ -231,10 +232,6 @@ def _counted(form: Form, document: Document) -> tuple[list[int], list[int]]:
 
 def _percentile(values: list[float], percent: int) -> float:
     return float(torch.tensor(values, dtype=torch.float64).quantile(percent / 100))
-
-
-def _peak_memory() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def summary(runs: list[dict[str, float]]) -> dict[str, dict]:

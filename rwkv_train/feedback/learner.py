@@ -37,11 +37,11 @@ from rwkv_train.models.common import RWKV
 from rwkv_train.tokenizer import Tokenizer
 from rwkv_train.weightfile import read_weights, write_safetensors
 
-LONGEST = 2000  # characters of a question or an answer
+LONGEST = {"question": 2000, "answer": 2000, "text": 1_000_000}  # characters
 MOST = 200  # tokens of a reply that is decoded to see what was learnt
 SNAPSHOTS = 8  # newest weights kept as files; older ones are replayed from the journal
 SHARES = (1.0, 0.75, 0.5)  # of a change, tried in turn when the whole of it moves everything else too far
-THREADS = max(1, (os.cpu_count() or 1) // 2)  # for learning; replies that stream meanwhile have the others
+THREADS = max(1, (os.cpu_count() or 1) // 2)  # for learning, and as many for replies that stream meanwhile
 
 Received = Callable[[int], None]
 Tick = Callable[[int, float], None]
@@ -138,7 +138,7 @@ class Learner:
         if self._guards is None:
             path = self.folder / "guards.safetensors"
             if not path.is_file():
-                with _capped_threads():
+                with half_the_threads():
                     Guards.of_model(self.base, self.form, localised_names(self.base)).save(path)
             self._guards = Guards.load(path)
         return self._guards
@@ -281,7 +281,7 @@ class Learner:
             after, share, moved, why = self._gate(record, whole)
         except Diverged as error:
             after, steps, share, moved, why = before, 0, 0.0, 0.0, str(error)
-        with _capped_threads():
+        with half_the_threads():
             losses = [answer_loss(m, lesson.new[0]) for m in (before, after)]
             answers = ["" if "text" in record else self.answer(record["question"], m) for m in (before, after)]
         seconds, weights = time.monotonic() - begun, weights_hash(changed(after, self.base))
@@ -308,7 +308,7 @@ class Learner:
         if correction.context:
             ids = [form.tokenizer.eod, *correction.context, *form.turn(correction.question), *answer]
             new.append(Row(ids, row.answer, row.bad))
-        with _capped_threads():
+        with half_the_threads():
             old = greedy(self.model, form, [asked], most=MOST)[0]
             made_up = self.guards.around(self.model, form, correction.question, config.neighbours, record["id"])
         # What a correction did away with is not kept.
@@ -327,15 +327,15 @@ class Learner:
 
     def _learn(self, record: dict, lesson: Lesson, tick: Tick = lambda step, loss: None) -> tuple[RWKV, int]:
         config = FeedbackConfig(**record["config"])
-        with _capped_threads():
+        with half_the_threads():
             if "text" in record:
-                return follow(self.model, self.base, lesson.new[0].ids, self.guards.curvature, config, tick)
+                return follow(self.model, lesson.new[0].ids, self.guards.curvature, config, tick)
             return learn(self.model, lesson, self.guards.curvature, config, tick)
 
     def _gate(self, record: dict, whole: RWKV) -> tuple[RWKV, float, float, str]:
         """(model, share of the change, drift, why): as much of a change as shows in decoding and leaves all else be."""
         before, budget, why = self.model, record["config"]["budget"], ""
-        with _capped_threads():
+        with half_the_threads():
             for share in SHARES:
                 after = whole if share == 1 else between(before, whole, share)
                 moved = self._drift(after)
@@ -368,8 +368,6 @@ class Learner:
         text = correction.rejected if bad else correction.answer
         for name, given in (("question", correction.question), ("answer", text)):
             _check(name, given)
-            if len(given) > LONGEST:
-                raise ValueError(f"the {name} has {len(given):,} characters, more than {LONGEST:,}; shorten it")
         answer = self.form.answer(text)
         return Row([*self.form.prompt(correction.question), *answer], len(answer), bad)
 
@@ -430,6 +428,8 @@ def _correction(record: dict) -> Correction:
 def _check(name: str, text: str) -> None:
     if not text.strip():
         raise ValueError(f"the {name} is empty; say what the model should learn")
+    if len(text) > LONGEST[name]:
+        raise ValueError(f"the {name} has {len(text):,} characters, more than {LONGEST[name]:,}; shorten it")
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -437,8 +437,8 @@ def _check(name: str, text: str) -> None:
 
 
 @contextmanager
-def _capped_threads() -> Iterator[None]:
-    """Compute on half of the processor, always the same number of threads: more or fewer round otherwise."""
+def half_the_threads() -> Iterator[None]:
+    """Compute on half of the processor: room for another thread, and always the same rounding."""
     before = torch.get_num_threads()
     torch.set_num_threads(THREADS)
     try:

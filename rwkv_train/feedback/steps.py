@@ -50,7 +50,7 @@ class FeedbackConfig:
         budget: largest mean divergence on guard rows, in nats a token, that is accepted
         reach: tokens before an answer that gradients flow through
         learn_rate: of /learn, in root mean squares of the gradient
-        learn_decay: of /learn: share of the way back to the base weights that every step goes
+        learn_decay: of /learn: share of the way back to the weights before it that every step goes
     """
 
     scope: Scope = "localised"
@@ -340,14 +340,14 @@ def answer_loss(model: RWKV, row: Row) -> float:
 
 
 def follow(
-    model: RWKV, base: RWKV, ids: list[int], curvature: Curvature, config: FeedbackConfig, tick=lambda step, loss: None
+    model: RWKV, ids: list[int], curvature: Curvature, config: FeedbackConfig, tick=lambda step, loss: None
 ) -> tuple[RWKV, int]:
     """(twin of `model` adapted to a running text, steps taken): dynamic evaluation (Krause et al. 2018).
 
     A step for each chunk, the state carried on and detached: gradients over their root mean square on guard text, and
-    a decay towards the base weights. ids: a document. Raises Diverged.
+    a decay towards the weights before the text. ids: a document. Raises Diverged.
     """
-    start = dict(base.named_parameters())
+    start = dict(model.named_parameters())
     twin, parameters = _trainable(model, "localised")
     state = None
     for step, i in enumerate(range(0, len(ids) - 1, FOLLOWED), 1):
