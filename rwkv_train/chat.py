@@ -263,12 +263,16 @@ def open_chat(config: ChatConfig) -> Chat:
         raise ValueError(f"the starter model is not there ({path}); name a model with --model")
     model = load_model(path, DTYPES[config.dtype], config.device)
     tokenizer = tokenizer_of(str(path), config.tokenizer, model.config.vocab_size)
-    beside = (path.parent if path.is_file() else path) / "template.yaml"
-    template = config.template or (beside if beside.is_file() else None)
-    template = Template.load(template) if template else Template()
-    dialogue = Dialogue(model, tokenizer, template, sampling, config.seed, config.tokens)
+    dialogue = Dialogue(model, tokenizer, template_of(path, config.template), sampling, config.seed, config.tokens)
     dialogue.system(config.system)
     return Chat(dialogue, data_folder(config.folder))
+
+
+def template_of(path: Path, given: str | None = None) -> Template:
+    """The template that was given, or lies beside a model as template.yaml, or the World models'."""
+    beside = (path.parent if path.is_file() else path) / "template.yaml"
+    found = given or (beside if beside.is_file() else None)
+    return Template.load(found) if found else Template()
 
 
 def data_folder(given: str | None) -> Path:

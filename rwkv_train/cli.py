@@ -125,6 +125,7 @@ class FeedbackFileConfig:
         model: checkpoint, runs/NAME, or a folder with model.pth
         file: jsonl with one correction a line, as {"question": "...", "answer": "..."}
         tokenizer: world, bytes or a tokenizer JSON; known where tokenizer.json lies with the model
+        template: YAML file that says how chats are written; template.yaml with the model, or RWKV World's if not given
         folder: where corrections are kept; the user's data folder if not given
         profile: corrections are kept in FOLDER/profiles/PROFILE; the model's name if not given
     """
@@ -132,6 +133,7 @@ class FeedbackFileConfig:
     model: str
     file: str
     tokenizer: str | None = None
+    template: str | None = None
     folder: str | None = None
     profile: str | None = None
 
@@ -148,6 +150,7 @@ class BenchConfig:
         unrelated: file of questions, one a line, whose answers must stay; small talk if not given
         heldout: file of text on which the loss must stay; talks of strangers if not given
         tokenizer: world, bytes or a tokenizer JSON; known where tokenizer.json lies with the model
+        template: YAML file that says how chats are written; template.yaml with the model, or RWKV World's if not given
         counts: corrections one after another
         controls: the same for recipes that do worse: rate 0, naive, state only
         seeds: runs of each recipe, with other draws of cases
@@ -161,6 +164,7 @@ class BenchConfig:
     unrelated: str | None = None
     heldout: str | None = None
     tokenizer: str | None = None
+    template: str | None = None
     counts: list[int] = field(default_factory=lambda: [1, 10, 100])
     controls: list[int] = field(default_factory=lambda: [10])
     seeds: int = 3

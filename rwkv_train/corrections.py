@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from rwkv_train.chat import STARTER, Chat, Command, Setting, data_folder, number, weights_in
+from rwkv_train.chat import STARTER, Chat, Command, Setting, data_folder, number, template_of, weights_in
 from rwkv_train.checkpoint import load_model
 from rwkv_train.cli import BenchConfig, FeedbackFileConfig
 from rwkv_train.commands import tokenizer_of
@@ -22,6 +22,7 @@ from rwkv_train.feedback.bench import CONTROLS, SINGLES, Protocol, load_cases, p
 from rwkv_train.feedback.cases import fact_cases, small_talk, strangers_talk
 from rwkv_train.feedback.decode import Form
 from rwkv_train.feedback.learner import half_the_threads
+from rwkv_train.models.common import RWKV
 
 
 class Teacher:
@@ -183,19 +184,19 @@ def profile_folder(folder: Path, profile: str | None, model: str | Path) -> Path
     return folder / "profiles" / (profile or (path.parent.name if path.stem == "model" else path.stem))
 
 
-def _open(model: str | Path, given: str | None):
-    """(model in float32, tokenizer)."""
+def _open(model: str | Path, tokenizer: str | None, template: str | None) -> tuple[RWKV, Form]:
+    """A model in float32, and how questions are written for it."""
     path = weights_in(model)
     found = load_model(path, dtype=torch.float32)
-    return found, tokenizer_of(str(path), given, found.config.vocab_size)
+    return found, Form(tokenizer_of(str(path), tokenizer, found.config.vocab_size), template_of(path, template))
 
 
 def feedback(config: FeedbackFileConfig) -> int:
     """Learn a file of corrections, one after another, and print what became of each."""
     corrections = [_correction(config.file, n, line) for n, line in enumerate(_lines(config.file), 1)]
-    model, tokenizer = _open(config.model, config.tokenizer)
+    model, form = _open(config.model, config.tokenizer, config.template)
     folder = profile_folder(data_folder(config.folder), config.profile, config.model)
-    learner = Learner(model, tokenizer, folder)
+    learner = Learner(model, form.tokenizer, folder, form.template)
     outcomes = [learner.learn(c) for c in tqdm(corrections, desc="feedback", unit="correction", leave=False)]
     print(f"{'':>4}  {'loss':>15}  {'steps':>5}  {'s':>5}  {'drift':>7}  answer")
     for o in outcomes:
@@ -227,8 +228,8 @@ def bench(config: BenchConfig) -> None:
     cases = load_cases(config.cases) if config.cases else fact_cases()
     unrelated = _lines(config.unrelated) if config.unrelated else small_talk()
     heldout = [[(Path(config.heldout).read_text("utf-8"), True)]] if config.heldout else strangers_talk()
-    model, tokenizer = _open(config.model or STARTER, config.tokenizer)
-    protocol = Protocol(model, Form(tokenizer), cases, unrelated, heldout)
+    model, form = _open(config.model or STARTER, config.tokenizer, config.template)
+    protocol = Protocol(model, form, cases, unrelated, heldout)
     columns = {f"N={n}": (FeedbackConfig(), n) for n in config.counts}
     columns |= {f"{name}, N={n}": (FeedbackConfig(**c), n) for name, c in CONTROLS.items() for n in config.controls}
     # A run of one correction says little: more of them.

@@ -92,7 +92,8 @@ class Dialogue:
         self.stop()
         messages = [{"role": "system", "content": self.pending}] if self.pending else []
         messages.append({"role": "user", "content": text})
-        prompt = self._opening(self.turns) + self.tokenizer.encode(self.template.prompt(messages))
+        pieces = self.template.prompt(messages)
+        prompt = self._opening(self.turns) + [i for piece in pieces for i in self.tokenizer.encode(piece)]
         return self._start(self._reply(self.turns, text, self.pending, prompt))
 
     def retry(self) -> Iterator[str]:

@@ -333,6 +333,15 @@ def test_a_wrong_reply_is_left_and_other_answers_are_kept(tmp_path):
     it.close()
 
 
+def test_the_last_word_on_a_question_counts(tmp_path):
+    it = learner(tmp_path)
+    for answer in ("hot", "cold", "hot", "wet"):
+        outcome = it.learn(Correction("sun?", answer))
+        assert outcome.accepted and it.answer("sun?") == answer, outcome
+    assert it.learn(QUICK[1]).accepted and it.answer("sun?") == "wet"
+    it.close()
+
+
 def test_reading_gets_used_to_a_text_and_is_undone_and_replayed(tmp_path):
     it = learner(tmp_path, replace(CONFIG, learn_rate=0.01))
     losses = []

@@ -177,6 +177,8 @@ def test_messages_train_the_roles_asked_for(tmp_path, roles, trained):
 
 def test_generation_prompt_is_what_training_saw():
     template = Template()
+    both = Template(train_roles=["user", "assistant"])
+    assert both.prompt(CHAT[:2]) == [text for text, _ in both.segments(CHAT[:3])[:-1]]
     segments = template.segments(CHAT)
     assert [trained for _, trained in segments] == [
         False,
@@ -185,8 +187,8 @@ def test_generation_prompt_is_what_training_saw():
         True,
     ]  # joined as generation reads them
     assert segments[-1] == (" See\nyou.\n\n", True)
-    assert template.prompt(CHAT[:4]) == "".join(text for text, _ in segments[:-1])
-    assert template.prompt([]) == "Assistant:"
+    assert template.prompt(CHAT[:4]) == [text for text, _ in segments[:-1]]
+    assert template.prompt([]) == ["Assistant:"]
 
 
 def test_template_file(tmp_path):

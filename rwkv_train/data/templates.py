@@ -75,10 +75,13 @@ class Template:
                 segments.append((before + content + after, False))
         return _merge(segments)
 
-    def prompt(self, messages: Sequence[dict], role: str = "assistant") -> str:
-        """The text that asks for the next message of `role`: the messages so far, then "Assistant:"."""
-        so_far = "".join(text for text, _ in self.segments(messages))
-        return so_far + self._form(role).split("{content}")[0].rstrip()
+    def prompt(self, messages: Sequence[dict], role: str = "assistant") -> list[str]:
+        """What asks for the next message of `role`: the messages so far, then "Assistant:".
+
+        In the pieces in which training encodes it; a tokenizer may write them otherwise when joined.
+        """
+        before = self._form(role).split("{content}")[0].rstrip()
+        return [text for text, _ in _merge([*self.segments(messages), (before, False)])]
 
     def as_dict(self) -> dict:
         return asdict(self)

@@ -25,7 +25,8 @@ class Form:
 
     def turn(self, question: str) -> list[int]:
         """A question in the middle of a document, up to where the reply begins."""
-        return self.tokenizer.encode(self.template.prompt([{"role": "user", "content": question}]))
+        pieces = self.template.prompt([{"role": "user", "content": question}])
+        return [i for piece in pieces for i in self.tokenizer.encode(piece)]
 
     def answer(self, text: str) -> list[int]:
         """A reply and its end. ValueError if the template trains none of it."""
@@ -43,6 +44,11 @@ class Form:
     def opening(self, role: str = "user") -> list[int]:
         """What comes before a message of a role ("User:"), where a sampled one begins."""
         return self.tokenizer.encode(self.template.roles[role].split("{content}")[0].rstrip())
+
+    def begun(self, text: str, role: str = "user") -> list[int]:
+        """A message's beginning, as it goes on from its opening."""
+        before = self.template.roles[role].split("{content}")[0]
+        return self.tokenizer.encode(before[len(before.rstrip()) :] + text)
 
     def end(self, role: str = "assistant") -> str:
         """What comes after a message of a role."""

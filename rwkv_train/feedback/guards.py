@@ -92,8 +92,7 @@ class Guards:
         """
         if not count:
             return []
-        ids = form.tokenizer.encode(form.template.roles["user"].split("{content}")[0] + question)
-        ids = ids[len(form.opening()) :]
+        ids = form.begun(question)
         rng, cut = torch.Generator().manual_seed(seed), random.Random(seed)
         begun = [ids[: cut.randint(0, max(0, len(ids) - 2))] for _ in range(count // 2)]
         boost = torch.zeros(count, len(self.rarity))

@@ -256,7 +256,7 @@ class Learner:
         ]
         pairs = [
             {
-                "prompt": self.form.template.prompt([{"role": "user", "content": r["question"]}]),
+                "prompt": "".join(self.form.template.prompt([{"role": "user", "content": r["question"]}])),
                 "chosen": r["answer"],
                 "rejected": r["rejected"],
             }
@@ -275,28 +275,29 @@ class Learner:
     def _judge(self, record: dict, earlier: list[dict], tick: Tick) -> tuple[Outcome, RWKV]:
         """Learn a correction on top of the current model; (what became of it, the model it leaves)."""
         begun, before = time.monotonic(), self.model
-        lesson, wordings = self._lesson(record, earlier)
+        lesson, wordings, old = self._lesson(record, earlier)
         try:
             whole, steps = self._learn(record, lesson, tick)
-            after, share, moved, why = self._gate(record, whole)
+            after, share, moved, why, new = self._gate(record, whole, old)
         except Diverged as error:
-            after, steps, share, moved, why = before, 0, 0.0, 0.0, str(error)
+            after, steps, share, moved, why, new = before, 0, 0.0, 0.0, str(error), old
         with half_the_threads():
             losses = [answer_loss(m, lesson.new[0]) for m in (before, after)]
-            answers = ["" if "text" in record else self.answer(record["question"], m) for m in (before, after)]
         seconds, weights = time.monotonic() - begun, weights_hash(changed(after, self.base))
         accepted = why == "learnt"
         return Outcome(
-            record["id"], accepted, why, *losses, *answers, steps, share, wordings, moved, seconds, weights
+            record["id"], accepted, why, *losses, old, new, steps, share, wordings, moved, seconds, weights
         ), after
 
-    def _lesson(self, record: dict, earlier: list[dict]) -> tuple[Lesson, list[str]]:
-        """(what a correction trains and keeps, other wordings of its question among it)."""
+    def _lesson(self, record: dict, earlier: list[dict]) -> tuple[Lesson, list[str], str]:
+        """(what a correction trains and keeps, other wordings of its question among it, the answer of now)."""
         config, form = FeedbackConfig(**record["config"]), self.form
         if "text" in record:
             ids = self._document(Reading(record["text"]))
-            return Lesson([Row(ids, len(ids) - 1)]), []
-        replayed = [self._row(_correction(r)) for r in earlier if "text" not in r]
+            return Lesson([Row(ids, len(ids) - 1)]), [], ""
+        valid = {r["question"]: r for r in earlier if "text" not in r}  # the last word on each question
+        valid.pop(record["question"], None)
+        replayed = [self._row(_correction(r)) for r in valid.values()]
         # All when few, otherwise some, spread evenly over all and shifted from one correction to the next.
         every = max(1, len(replayed) / max(1, config.replay))
         begin = record["id"] % every
@@ -323,7 +324,7 @@ class Learner:
             elif subject in question and prompt != asked and len(wordings) < config.wordings and not row.bad:
                 new.append(Row(prompt + answer, row.answer))
                 wordings.append(question)
-        return Lesson(new, replayed, kept), wordings
+        return Lesson(new, replayed, kept), wordings, form.shown(old)
 
     def _learn(self, record: dict, lesson: Lesson, tick: Tick = lambda step, loss: None) -> tuple[RWKV, int]:
         config = FeedbackConfig(**record["config"])
@@ -332,21 +333,21 @@ class Learner:
                 return follow(self.model, lesson.new[0].ids, self.guards.curvature, config, tick)
             return learn(self.model, lesson, self.guards.curvature, config, tick)
 
-    def _gate(self, record: dict, whole: RWKV) -> tuple[RWKV, float, float, str]:
-        """(model, share of the change, drift, why): as much of a change as shows in decoding and leaves all else be."""
+    def _gate(self, record: dict, whole: RWKV, old: str) -> tuple[RWKV, float, float, str, str]:
+        """(model, share of the change, drift, why, answer): as much of a change as shows, and leaves all else be."""
         before, budget, why = self.model, record["config"]["budget"], ""
         with half_the_threads():
             for share in SHARES:
                 after = whole if share == 1 else between(before, whole, share)
                 moved = self._drift(after)
-                answer = None if "text" in record else self.answer(record["question"], after)
-                if answer is not None and not self._wanted(record, answer):
-                    why = why or f"decoding still gives {answer!r}"
+                new = old if "text" in record else self.answer(record["question"], after)
+                if "text" not in record and not self._wanted(record, new):
+                    why = why or f"decoding still gives {new!r}"
                     break
                 if moved <= budget:
-                    return after, share, moved, "learnt"
+                    return after, share, moved, "learnt", new
                 why = f"everything else would drift by {moved:.3g} nats a token, over the budget of {budget}"
-        return before, 0.0, moved, why
+        return before, 0.0, moved, why, old
 
     def _drift(self, after: RWKV) -> float:
         """How far a model is from the current one on guard text, in nats a token."""

@@ -153,11 +153,10 @@ def learn(
     for step in range(config.steps + 1):
         loss = _mean(new)
         total = loss + _mean(replayed) if replayed else loss
-        if left is None and loss.item() <= config.loss and all(batch.right() for batch in new + replayed):
-            left = config.extra
+        learnt = loss.item() <= config.loss and all(batch.right() for batch in new + replayed)
+        left = None if not learnt else config.extra if left is None else left - 1
         if left == 0 or step == config.steps:
             break
-        left = None if left is None else left - 1
         if kept:
             total = total + config.pull * kept.divergence()
         gradients = dict(zip(parameters, torch.autograd.grad(total, list(parameters.values())), strict=True))
