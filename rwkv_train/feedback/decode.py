@@ -4,7 +4,6 @@ from dataclasses import dataclass, field
 from itertools import groupby
 
 import torch
-from torch import Tensor
 
 from rwkv_train.data.templates import Template
 from rwkv_train.models.common import RWKV
@@ -71,13 +70,11 @@ def decode(
     state: State | None = None,
     most: int = 48,
     rng: torch.Generator | None = None,
-    boost: Tensor | None = None,
 ) -> list[list[int]]:
     """What a model writes after each prompt, through the text `end`, before the document's end, at most `most` tokens.
 
     prompts: token ids, at least one each. state: of one lane, from which every prompt goes on; None is empty.
-    rng: sample from it; None takes the likeliest. boost [R,V]: added to the logits of each prompt's reply; what it
-    adds to a token counts until that token is written.
+    rng: sample from it; None takes the likeliest.
     """
     written: list[list[int]] = [[] for _ in prompts]
     if state is None and model.initial_wkv is None:
@@ -94,16 +91,12 @@ def decode(
         for _ in range(most):
             x, lanes = model.hidden(tokens.to(model.device), lanes, None if reset is None else reset.to(model.device))
             logits, reset = model.head(x[:, -1]).float().cpu(), None
-            if boost is not None:
-                logits = logits + boost[rows]
             best = logits.argmax(-1) if rng is None else torch.multinomial(logits.softmax(-1), 1, generator=rng)[:, 0]
             going = []
             for place, (r, token) in enumerate(zip(rows, best.tolist(), strict=True)):
                 if token == tokenizer.eod:
                     continue
                 written[r].append(token)
-                if boost is not None:
-                    boost[r, token] = 0
                 if not end or end not in tokenizer.decode(written[r][-8:]):
                     going.append(place)
             if not going:

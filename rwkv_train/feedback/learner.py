@@ -38,6 +38,7 @@ from rwkv_train.tokenizer import Tokenizer
 from rwkv_train.weightfile import read_weights, write_safetensors
 
 LONGEST = {"question": 2000, "answer": 2000, "text": 1_000_000}  # characters
+FORMS = 16  # in which questions about a correction's subject are made up
 MOST = 200  # tokens of a reply that is decoded to see what was learnt
 SNAPSHOTS = 8  # newest weights kept as files; older ones are replayed from the journal
 SHARES = (1.0, 0.75, 0.5)  # of a change, tried in turn when the whole of it moves everything else too far
@@ -140,7 +141,7 @@ class Learner:
             if not path.is_file():
                 with half_the_threads():
                     Guards.of_model(self.base, self.form, localised_names(self.base)).save(path)
-            self._guards = Guards.load(path)
+            self._guards = Guards.load(path, self.base, self.form)
         return self._guards
 
     @property
@@ -298,10 +299,7 @@ class Learner:
         valid = {r["question"]: r for r in earlier if "text" not in r}  # the last word on each question
         valid.pop(record["question"], None)
         replayed = [self._row(_correction(r)) for r in valid.values()]
-        # All when few, otherwise some, spread evenly over all and shifted from one correction to the next.
-        every = max(1, len(replayed) / max(1, config.replay))
-        begin = record["id"] % every
-        replayed = [replayed[int(begin + i * every) % len(replayed)] for i in range(min(config.replay, len(replayed)))]
+        replayed = _spread(replayed, config.replay, record["id"])
         correction = _correction(record)
         row = self._row(correction)
         new, wordings = [row], []
@@ -311,19 +309,27 @@ class Learner:
             new.append(Row(ids, row.answer, row.bad))
         with half_the_threads():
             old = greedy(self.model, form, [asked], most=MOST)[0]
-            made_up = self.guards.around(self.model, form, correction.question, config.neighbours, record["id"])
+            made_up = self.guards.around(self.model, correction.question, config.neighbours, FORMS)
+        subject = self.guards.subject(correction.question)
+        taught = [self._row(_correction(r)) for r in valid.values() if r["answer"] is not None]
+        taught = {tuple(r.ids[-r.answer :]) for r in taught}
+        kept, same = [], []
+        for question, prompt, reply, before in made_up:
+            if reply == old and subject in question:
+                same.append((question, prompt))
+            elif reply == before or tuple(reply) not in taught:  # where it differs from the base's, that was not meant
+                kept.append((prompt + before, self.base))
+            else:
+                kept.append((prompt + reply, self.model))
+        kept = _spread(kept, 2 * config.neighbours)
+        for question, prompt in [] if row.bad else _spread(same, config.wordings):
+            new.append(Row(prompt + answer, row.answer))
+            wordings.append(question)
         # What a correction did away with is not kept.
         ids = {r["id"] for r in earlier}
         gone = {r["answer_before"] for r in self.journal.records if r["kind"] == "committed" and r["of"] in ids}
         gone = [old, *(form.answer(text) for text in gone if text)]
-        kept = [(row, self.base) for row in self.guards.near(row.ids, config.guards, gone)]
-        subject = self.guards.subject(form, correction.question)
-        for question, prompt, reply in made_up:
-            if reply != old:
-                kept.append((prompt + reply, self.model))
-            elif subject in question and prompt != asked and len(wordings) < config.wordings and not row.bad:
-                new.append(Row(prompt + answer, row.answer))
-                wordings.append(question)
+        kept += [(ids, self.base) for ids in self.guards.near(row.ids, config.guards, gone)]
         return Lesson(new, replayed, kept), wordings, form.shown(old)
 
     def _learn(self, record: dict, lesson: Lesson, tick: Tick = lambda step, loss: None) -> tuple[RWKV, int]:
@@ -420,6 +426,12 @@ def weights_hash(weights: dict[str, Tensor]) -> str:
     for name, weight in sorted(weights.items()):
         digest.update(name.encode() + weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _spread(items: list, most: int, seed: int = 0) -> list:
+    """All of them if few, otherwise some, evenly from begin to end, beginning elsewhere for another seed."""
+    every = max(1.0, len(items) / max(1, most))
+    return [items[int(seed % every + i * every) % len(items)] for i in range(min(most, len(items)))]
 
 
 def _correction(record: dict) -> Correction:

@@ -44,7 +44,8 @@ class FeedbackConfig:
         extra: steps taken after it is learnt
         wordings: other wordings of the question that are taught along, as far as the model knows some
         replay: earlier corrections trained along
-        neighbours: questions made up around the correction, whose answers are kept
+        neighbours: other subjects of which the question is asked to keep the answers, and as many other questions
+            about its subject
         guards: rows of the guard pool that are kept, those nearest to the correction
         pull: weight of what is kept: of its divergence from the model before
         budget: largest mean divergence on guard rows, in nats a token, that is accepted
@@ -54,13 +55,13 @@ class FeedbackConfig:
     """
 
     scope: Scope = "localised"
-    rate: float = 0.5
+    rate: float = 0.9
     steps: int = 25
     loss: float = 0.05
     extra: int = 1
-    wordings: int = 4
+    wordings: int = 6
     replay: int = 16
-    neighbours: int = 20
+    neighbours: int = 8
     guards: int = 8
     pull: float = 3.0
     budget: float = 0.05
