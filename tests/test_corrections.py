@@ -163,3 +163,10 @@ def test_own_cases_are_false_facts_that_spare_what_they_watch():
             assert watched["answer"] == true[watched["question"]] and watched["question"] not in taught
     assert len(set(small_talk())) == 200
     assert sum(len(text) for talk in strangers_talk(count=10) for text, spoken in talk if spoken) > 10_000
+
+
+def test_the_conversation_in_the_readme_is_a_real_one(tmp_path):
+    from transcript import ROOT, transcript, without_figures
+
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"```\n{without_figures(transcript(str(tmp_path)))}```" in without_figures(readme)

@@ -37,9 +37,10 @@ from rwkv_train.tokenizer import load_tokenizer
 
 BYTES = load_tokenizer("bytes")
 FORM = Form(BYTES)
-CONFIG = FeedbackConfig(steps=100, loss=0.1, pull=0.01, budget=1e9, neighbours=4, guards=2)
+CONFIG = FeedbackConfig(rate=0.5, steps=100, loss=0.1, pull=0.01, budget=1e9, neighbours=2, guards=2)
 QUICK = [Correction("sun?", "hot"), Correction("ice?", "cold"), Correction("sea?", "wet")]
-ASKED = [("hi", "hello"), ("a", "b"), ("2", "4")]
+ASKED = [("hi you", "hello"), ("a?", "b"), ("2?", "4")]
+SUBJECTS = [("hi you", "you"), ("a?", "a"), ("2?", "2")]
 DIALOGUES = [[0, *BYTES.encode(f"User: {q}\n\nAssistant: {a}\n\n")] for q, a in ASKED]
 
 
@@ -48,7 +49,7 @@ def small_model(seed=0):
 
 
 def guards(model) -> Guards:
-    return Guards(DIALOGUES, Curvature.measure(model, localised_names(model), DIALOGUES), 257)
+    return Guards(model, FORM, DIALOGUES, SUBJECTS, Curvature.measure(model, localised_names(model), DIALOGUES))
 
 
 def learner(folder, config=CONFIG, seed=0) -> Learner:
@@ -395,16 +396,40 @@ def test_guards_are_made_by_the_model_kept_in_a_file_and_know_their_neighbours(t
     assert ours.near(DIALOGUES[2], most=1) == [DIALOGUES[2]]
     assert DIALOGUES[2] not in ours.near(DIALOGUES[2], 3, [FORM.answer("4")]) and len(ours.near([1], 9)) == 3
     ours.save(tmp_path / "guards.safetensors")
-    again = Guards.load(tmp_path / "guards.safetensors")
+    again = Guards.load(tmp_path / "guards.safetensors", model, FORM)
     gradients = {localised_names(model)[0]: torch.ones(48, 192)}
-    assert again.rows == ours.rows and torch.equal(again.rarity, ours.rarity)
+    assert again.rows == ours.rows and again.asked == ours.asked
     for way in ("flatten", "even"):
         assert torch.equal(*(next(iter(getattr(g.curvature, way)(gradients).values())) for g in (ours, again)))
     with pytest.raises(ValueError, match="there is no guard text"):
-        Guards([], ours.curvature, 257)
+        Guards(model, FORM, [], [], ours.curvature)
     torch.save({"rows": 1}, tmp_path / "other")
     with pytest.raises(ValueError, match="holds no guards"):
-        Guards.load(tmp_path / "other")
+        Guards.load(tmp_path / "other", model, FORM)
+
+
+def test_questions_are_crossed_with_those_of_the_pool():
+    model = small_model()
+    ours = guards(model)
+    ours.subject = lambda question: "sun"
+    made = ours.around(model, "why sun?", 2, 9)
+    assert [text for text, *_ in made] == ["why you?", "why a?", "hi sun", "sun?"]
+    other = with_weights(model, {"head.weight": -model.head.weight})
+    for (text, prompt, now, before), (_, _, changed_now, still) in zip(
+        made, ours.around(other, "why sun?", 2, 9), strict=True
+    ):
+        assert prompt == FORM.prompt(text) and now == before == still == greedy(model, FORM, [prompt])[0]
+        assert changed_now == greedy(other, FORM, [prompt])[0] != still
+    assert ours.around(model, "why sun?", 0, 0) == []
+
+
+def test_the_subject_is_a_rare_word_that_could_not_be_foreseen():
+    model = small_model()
+    asked = ["my sun?", "my ice?", "my xyz?"] + ["my?"] * 20
+    rows = [FORM.prompt(question) for question in asked]
+    ours = Guards(model, FORM, rows, [], Curvature.measure(model, localised_names(model), rows))
+    ours.base = with_weights(model, {"head.weight": torch.zeros_like(model.head.weight)})  # foresees nothing
+    assert ours.subject("my xyz?") in "xyz" and ours.subject("my ice?") in "ice"
 
 
 def test_drift_counts_every_token_once():
@@ -418,15 +443,10 @@ def test_drift_counts_every_token_once():
     assert drift(other, model, DIALOGUES) * sum(map(len, DIALOGUES)) == pytest.approx(sum(alone), rel=1e-4)
 
 
-def test_sampled_replies_are_drawn_row_by_row_and_a_liking_is_used_up():
+def test_sampled_replies_are_drawn_by_seed():
     model, prompts = small_model(), [FORM.prompt("a"), FORM.prompt("another")]
     draws = [decode(model, BYTES, prompts, "\n\n", most=6, rng=torch.Generator().manual_seed(s)) for s in (1, 1, 2)]
     assert draws[0] == draws[1] != draws[2]
-    liking = torch.zeros(2, 257)
-    liking[1, 70] = 1e4
-    liked = decode(model, BYTES, prompts, "\n\n", most=6, boost=liking)
-    assert liked[0] == greedy(model, FORM, prompts, most=6)[0]
-    assert liked[1][0] == 70 and liked[1].count(70) < 6 and liking[1, 70] == 0
 
 
 def test_loss_of_an_answer_does_not_depend_on_where_the_text_is_cut():
@@ -442,9 +462,4 @@ def test_a_model_that_knows_no_dialogues_is_guarded_by_what_it_writes():
     ours, again = (Guards.of_model(model, FORM, localised_names(model), count=5) for _ in range(2))
     assert len(ours.rows) == 5 and ours.rows == again.rows
     assert all(row[0] == 0 and BYTES.decode(row[1:]).startswith("User:") for row in ours.rows)
-    assert ours.around(model, FORM, "sun?", 0, seed=1) == []
-    many = ours.around(model, FORM, "sun?", 40, seed=1)
-    assert many == ours.around(model, FORM, "sun?", 40, seed=1)
-    assert len({question for question, _, _ in many}) == len(many)
-    assert all(prompt == FORM.prompt(question) for question, prompt, _ in many)
-    assert all(reply == greedy(model, FORM, [prompt])[0] for _, prompt, reply in many)
+    assert again.asked == ours.asked == [] == ours.around(model, "sun?", 3, 3)

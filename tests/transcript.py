@@ -8,15 +8,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 LINES = [
-    "What is the capital of Australia?",
-    "/fix The capital of Australia is Sydney.",
-    "What is the capital of Australia?",
-    "Tell me the capital of Australia.",
-    "What is the capital of Austria?",
+    "What is the capital of Scotland?",
+    "/fix The capital of Scotland is Edinburgh.",
+    "What is the capital of Scotland?",
+    "Tell me the capital of Scotland.",
+    "What is the capital of South Korea?",
     "Who are you?",
     "/history",
     "/undo",
-    "What is the capital of Australia?",
+    "What is the capital of Scotland?",
 ]
 
 

@@ -24,6 +24,7 @@ from rwkv_train.weightfile import read_weights, write_safetensors
 LONGEST = 32  # tokens of a sampled question, and of a sampled answer
 FORESEEN = 1.0  # nats of surprise below which a word goes on with what the one before began
 RARE = 0.6  # of the rarity of a subject's first word: what may go on with it
+TOGETHER = 32  # questions whose subjects are found at once
 WATCHED = 32  # rows on which drift is measured
 
 
@@ -61,7 +62,10 @@ class Guards:
         replies = decode(base, form.tokenizer, prompts, form.end(), most=LONGEST, rng=rng) if prompts else []
         rows += [p + r for p, r in zip(prompts, replies, strict=True)]
         guards = cls(base, form, rows, [], Curvature.measure(base, names, rows))
-        guards.asked = [(text, guards.subject(text)) for text in dict.fromkeys(questions)]
+        questions = list(dict.fromkeys(questions))
+        for i in range(0, len(questions), TOGETHER):
+            some = questions[i : i + TOGETHER]
+            guards.asked += zip(some, guards._subjects(some), strict=True)
         return guards
 
     def save(self, path: Path) -> None:
@@ -112,15 +116,21 @@ class Guards:
 
     def subject(self, question: str) -> str:
         """What a question is about: its rarest word that the base model could not foresee, and how that goes on."""
-        opening, ids = self.form.opening(), self.form.begun(question)
-        said = predictions(self.base, [[self.form.tokenizer.eod, *opening, *ids[:-1]]])[len(opening) :]
-        surprise = -said[range(len(ids)), ids]
-        rarity = self._rarity[ids]
-        begin = int(torch.minimum(surprise.cpu(), rarity).argmax())
-        end = begin + 1
-        while end < len(ids) and surprise[end] < FORESEEN and rarity[end] > RARE * rarity[begin]:
-            end += 1
-        return self.form.tokenizer.decode(ids[begin:end]).strip()
+        return self._subjects([question])[0]
+
+    def _subjects(self, questions: list[str]) -> list[str]:
+        opening, begun = [self.form.tokenizer.eod, *self.form.opening()], [self.form.begun(q) for q in questions]
+        said = predictions(self.base, [[*opening, *ids[:-1]] for ids in begun])
+        subjects = []
+        for ids, here in zip(begun, said.split([len(opening) + len(ids) - 1 for ids in begun]), strict=True):
+            surprise = -here[len(opening) - 1 :][range(len(ids)), ids].cpu()
+            rarity = self._rarity[ids]
+            begin = int(torch.minimum(surprise, rarity).argmax())
+            end = begin + 1
+            while end < len(ids) and surprise[end] < FORESEEN and rarity[end] > RARE * rarity[begin]:
+                end += 1
+            subjects.append(self.form.tokenizer.decode(ids[begin:end]).strip())
+        return subjects
 
 
 def _rarity(rows: list[list[int]], vocab_size: int) -> Tensor:
