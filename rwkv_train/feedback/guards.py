@@ -102,7 +102,10 @@ class Guards:
         """
         ours = self.subject(question)
         places = _nearest(self.form.begun(question), [self.form.begun(text) for text, _ in self.asked])
-        pairs = [self.asked[i] for i in places]
+        # A piece of a character is no subject.
+        pairs = [(asked, theirs) for asked, theirs in (self.asked[i] for i in places) if theirs and theirs in asked]
+        if not ours or ours not in question:
+            return []
         elsewhere = dict.fromkeys(question.replace(ours, theirs) for _, theirs in pairs)
         otherwise = dict.fromkeys(asked.replace(theirs, ours) for asked, theirs in pairs)
         made = [*islice(elsewhere, subjects), *islice(otherwise, forms)]

@@ -111,11 +111,12 @@ class Learner:
         config: FeedbackConfig | None = None,
         guards: Guards | None = None,
     ):
-        """config: of a profile that is new. guards: None lets the model make them when they are first needed.
+        """base: becomes float32, as corrections are finer than half precision. config: of a profile that is new.
+        guards: None lets the model make them when they are first needed.
 
         Raises ValueError for a folder that is in use, damaged, or of another model.
         """
-        self.base, self.form = base.eval().requires_grad_(False), Form(tokenizer, template or Template())
+        self.base, self.form = base.float().eval().requires_grad_(False), Form(tokenizer, template or Template())
         self.folder, self.config, self._guards = Path(folder), config or FeedbackConfig(), guards
         self._said: list[tuple[RWKV, Tensor]] = []  # by the last two models on guard text
         self.folder.mkdir(parents=True, exist_ok=True)
