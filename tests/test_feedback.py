@@ -393,8 +393,8 @@ def test_between_goes_all_the_way():
 def test_guards_are_made_by_the_model_kept_in_a_file_and_know_their_neighbours(tmp_path):
     model = small_model()
     ours = guards(model)
-    assert ours.near(DIALOGUES[2], most=1) == [DIALOGUES[2]]
-    assert DIALOGUES[2] not in ours.near(DIALOGUES[2], 3, [FORM.answer("4")]) and len(ours.near([1], 9)) == 3
+    assert ours.near(DIALOGUES[2], 1, 0) == [DIALOGUES[2]]
+    assert DIALOGUES[2] not in ours.near(DIALOGUES[2], 3, 0, [FORM.answer("4")]) and len(ours.near([1], 9, 0)) == 3
     ours.save(tmp_path / "guards.safetensors")
     again = Guards.load(tmp_path / "guards.safetensors", model, FORM)
     gradients = {localised_names(model)[0]: torch.ones(48, 192)}

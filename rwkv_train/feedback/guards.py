@@ -83,11 +83,17 @@ class Guards:
         text = json.loads(bytes(found.pop("text").tolist()))
         return cls(base, form, text["rows"], [tuple(pair) for pair in text["asked"]], Curvature(found))
 
-    def near(self, ids: list[int], most: int, gone: Iterable[list[int]] = ()) -> list[list[int]]:
-        """Up to `most` rows that share most of their tokens with `ids`, nearest first, none with a reply in `gone`."""
+    def near(self, ids: list[int], most: int, seed: int, gone: Iterable[list[int]] = ()) -> list[list[int]]:
+        """Up to `most` rows: a third of them share most of their tokens with `ids`, the others are drawn by seed.
+
+        None has a reply in `gone`.
+        """
         gone = [reply for reply in gone if reply]
-        rows = (self.rows[i] for i in _nearest(ids, self.rows))
-        return list(islice((row for row in rows if not any(row[-len(g) :] == g for g in gone)), most))
+        order = [i for i in _nearest(ids, self.rows) if not any(self.rows[i][-len(g) :] == g for g in gone)]
+        nearest, others = order[: -(-most // 3)], order[-(-most // 3) :]
+        rng = torch.Generator().manual_seed(seed)
+        drawn = torch.randperm(len(others), generator=rng)[: most - len(nearest)].tolist()
+        return [self.rows[i] for i in nearest + [others[j] for j in drawn]]
 
     def watched(self) -> list[list[int]]:
         return self.rows[:: max(1, len(self.rows) // WATCHED)][:WATCHED]

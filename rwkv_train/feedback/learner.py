@@ -38,7 +38,7 @@ from rwkv_train.tokenizer import Tokenizer
 from rwkv_train.weightfile import read_weights, write_safetensors
 
 LONGEST = {"question": 2000, "answer": 2000, "text": 1_000_000}  # characters
-FORMS = 16  # in which questions about a correction's subject are made up
+FORMS = 12  # in which questions about a correction's subject are made up
 MOST = 200  # tokens of a reply that is decoded to see what was learnt
 SNAPSHOTS = 8  # newest weights kept as files; older ones are replayed from the journal
 SHARES = (1.0, 0.75, 0.5)  # of a change, tried in turn when the whole of it moves everything else too far
@@ -330,7 +330,7 @@ class Learner:
         ids = {r["id"] for r in earlier}
         gone = {r["answer_before"] for r in self.journal.records if r["kind"] == "committed" and r["of"] in ids}
         gone = [old, *(form.answer(text) for text in gone if text)]
-        kept += [(ids, self.base) for ids in self.guards.near(row.ids, config.guards, gone)]
+        kept += [(ids, self.base) for ids in self.guards.near(row.ids, config.guards, record["id"], gone)]
         return Lesson(new, replayed, kept), wordings, form.shown(old)
 
     def _learn(self, record: dict, lesson: Lesson, tick: Tick = lambda step, loss: None) -> tuple[RWKV, int]:
