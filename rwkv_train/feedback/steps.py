@@ -66,7 +66,7 @@ class FeedbackConfig:
     pull: float = 3.0
     budget: float = 0.05
     reach: int = REACH
-    learn_rate: float = 1e-4
+    learn_rate: float = 1e-2
     learn_decay: float = 1e-3
 
     def __post_init__(self):
