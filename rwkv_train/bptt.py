@@ -5,6 +5,7 @@ Used by training and by feedback. See "Chunk and horizon" in the README for the 
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from rwkv_train.loss import IGNORE, head_loss
 from rwkv_train.models.common import RWKV
@@ -41,13 +42,15 @@ def chunked_loss(
     chunk = _ChunkLoss(model, z_loss, recompute_blocks)
     n_tokens = (targets != IGNORE).sum()
     cuts = [slice(i, i + chunk_len) for i in range(0, tokens.shape[1], chunk_len)]
-    if recompute and len(cuts) > 1 and torch.is_grad_enabled():
+    again = recompute and len(cuts) > 1 and torch.is_grad_enabled()
+    if again and not in_pieces(model):
         trained = [p for p in model.parameters() if p.requires_grad]
         loss, *state = _Sweep.apply(chunk, cuts, tokens, targets, reset, *state, *trained)
         return loss, n_tokens, State(*state)
     total = torch.zeros((), dtype=torch.float64, device=tokens.device)
     for cut in cuts:
-        loss, *state = chunk(*_cut(cut, tokens, targets, reset), *state)
+        inputs = *_cut(cut, tokens, targets, reset), *state
+        loss, *state = checkpoint(chunk, *inputs, use_reentrant=False) if again else chunk(*inputs)
         total = total + loss
     return total.to(loss.dtype), n_tokens, State(*state)
 
@@ -86,12 +89,12 @@ class _Sweep(torch.autograd.Function):
             "enabled": torch.is_autocast_enabled(device),
         }
         before = [_rows(len(cuts), s) for s in state]
-        ctx.rng = [_rows(len(cuts), s) for s in _rng_states(tokens.device)]
+        ctx.rng = [_rows(len(cuts), s) for s in rng_states(tokens.device)]
         total = torch.zeros((), dtype=torch.float64, device=tokens.device)
         # Without autocast's cache: it would keep weights cast here, outside the graph, for later use inside one.
         with torch.autocast(device, cache_enabled=False, **ctx.autocast):
             for i, cut in enumerate(cuts):
-                for buffer, s in zip(before + ctx.rng, [*state, *_rng_states(tokens.device)], strict=True):
+                for buffer, s in zip(before + ctx.rng, [*state, *rng_states(tokens.device)], strict=True):
                     buffer[i].copy_(s)
                 loss, *state = chunk(*_cut(cut, tokens, targets, reset), *state)
                 total += loss
@@ -111,7 +114,7 @@ class _Sweep(torch.autograd.Function):
         device = tokens.device
         with torch.random.fork_rng([device] if device.type == "cuda" else [], device_type=device.type):
             for i in reversed(range(len(ctx.cuts))):
-                _set_rng_states([buffer[i].clone() for buffer in ctx.rng], device)
+                set_rng_states([buffer[i] for buffer in ctx.rng], device)
                 state = [buffer[i].detach().requires_grad_() for buffer in before]
                 inputs = *_cut(ctx.cuts[i], tokens, targets, reset), *state
                 with torch.enable_grad(), torch.autocast(device.type, **ctx.autocast):
@@ -122,15 +125,22 @@ class _Sweep(torch.autograd.Function):
         return None, None, None, None, None, *g_state, *[p.grad for p in leaves]
 
 
+def in_pieces(model: nn.Module) -> bool:
+    """Whether a strategy keeps each weight in pieces on several ranks (FSDP, ZeRO-3): the sweep cannot alias those."""
+    return any(hasattr(p, "device_mesh") or hasattr(p, "ds_id") for p in model.parameters())
+
+
 def _rows(count: int, like: Tensor) -> Tensor:
     return like.new_empty((count, *like.shape))
 
 
-def _rng_states(device: torch.device) -> list[Tensor]:
+def rng_states(device: torch.device) -> list[Tensor]:
+    """Of the random numbers that a computation on a device draws: the CPU's, and the GPU's where it is one."""
     return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
 
 
-def _set_rng_states(states: list[Tensor], device: torch.device) -> None:
-    torch.set_rng_state(states[0])
+def set_rng_states(states: list[Tensor], device: torch.device) -> None:
+    """Go on drawing from where `rng_states` was taken."""
+    torch.set_rng_state(states[0].clone())  # torch crashes on a row of a tensor
     if device.type == "cuda":
-        torch.cuda.set_rng_state(states[1], device)
+        torch.cuda.set_rng_state(states[1].clone(), device)

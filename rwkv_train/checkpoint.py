@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from rwkv_train.files import replace_file
 from rwkv_train.hf import from_hf_name, hf_files, save_hf, to_hf_name
 from rwkv_train.models.rwkv4 import RWKV4, RWKV4Config
+from rwkv_train.savepoint import TRAINER, WEIGHTS, newest_good
 from rwkv_train.weightfile import read_weights, write_pth, write_safetensors
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -79,15 +80,6 @@ def save_model(model: RWKV4, path: str | Path, dtype: torch.dtype | None = None,
         save_hf(tensors, model.config, target, tokenizer)
 
 
-def newest_checkpoint(run_dir: str | Path) -> Path | None:
-    """The checkpoint with the highest step: run_dir/checkpoints/step=N.ckpt; None if there is none."""
-    steps = {}
-    for entry in Path(run_dir).expanduser().glob("checkpoints/step=*.ckpt"):
-        if match := re.fullmatch(r"step=([0-9]+)\.ckpt", entry.name):
-            steps[int(match[1])] = entry
-    return steps[max(steps)] if steps else None
-
-
 def _weight_files(path: Path) -> list[Path]:
     """The file, or the shards, that hold the weights of what path names."""
     if path.is_file():
@@ -97,15 +89,16 @@ def _weight_files(path: Path) -> list[Path]:
         raise FileNotFoundError(f"{path}: no such file or directory; {hint}")
     if (path / "config.json").is_file():
         return hf_files(path)
-    if newest := newest_checkpoint(path):
+    if newest := newest_good(path):
         return _weight_files(newest)
-    if path.suffix == ".ckpt":
-        raise ValueError(f"{path} is a checkpoint in pieces (DeepSpeed, FSDP), expected a file; merge them")
+    for name in (WEIGHTS, TRAINER):  # of one checkpoint
+        if (path / name).is_file():
+            return [path / name]
     others = sorted(p.name for p in path.iterdir() if p.suffix in (".pth", ".safetensors", ".ckpt"))
     hint = f"name the file to load ({', '.join(others[:3])})" if others else "check the name"
     raise ValueError(
         f"{path} holds no model: found neither config.json (a Hugging Face directory) "
-        f"nor checkpoints/step=N.ckpt (a run); {hint}"
+        f"nor a sound checkpoints/step=N (a run); {hint}"
     )
 
 

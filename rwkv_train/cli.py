@@ -173,6 +173,32 @@ class BenchConfig:
 
 
 @dataclass
+class InspectConfig:
+    """Print the exact batch of one optimizer step of a run.
+
+    Args:
+        run: runs/NAME
+        step: the step, as metrics.jsonl counts them: from 1
+        tokens: tokens shown of each stretch of text
+    """
+
+    run: str
+    step: int
+    tokens: int = 24
+
+
+@dataclass
+class ReportConfig:
+    """Write what a run has done so far as one HTML page, RUN/report.html, and its pictures as PNG.
+
+    Args:
+        run: runs/NAME, finished or not
+    """
+
+    run: list[str]
+
+
+@dataclass
 class ExportConfig:
     """Write a model in another format.
 
@@ -223,6 +249,15 @@ COMMANDS = {
     ),
     "generate": Command(
         "write a continuation of a prompt", "rwkv_train.cli:GenerateConfig", "rwkv_train.commands:generate"
+    ),
+    "report": Command(
+        "write a run's curves, samples and settings as one HTML page",
+        "rwkv_train.cli:ReportConfig",
+        "rwkv_train.report:report",
+        positional="run",
+    ),
+    "inspect": Command(
+        "print the exact batch of one step of a run", "rwkv_train.cli:InspectConfig", "rwkv_train.commands:inspect"
     ),
     "chat": Command("talk to a model in the terminal", "rwkv_train.cli:ChatConfig", "rwkv_train.chat:chat"),
     "feedback": Command(

@@ -1,4 +1,4 @@
-"""The short commands: validate, generate, export."""
+"""The short commands: validate, generate, inspect, export."""
 
 import json
 import sys
@@ -8,12 +8,14 @@ import torch
 import yaml
 from tqdm import tqdm
 
+from rwkv_train.batches import make_batches
 from rwkv_train.checkpoint import load_model, save_model
-from rwkv_train.cli import ExportConfig, GenerateConfig, ValidateConfig
+from rwkv_train.cli import ExportConfig, GenerateConfig, InspectConfig, ValidateConfig, parse
 from rwkv_train.data.lanes import LaneBatches, split
 from rwkv_train.data.store import Store
 from rwkv_train.evaluate import Score, Scorer, byte_lengths, position_table
 from rwkv_train.generate import Sampling, generate_text
+from rwkv_train.loss import IGNORE
 from rwkv_train.tokenizer import Tokenizer, load_tokenizer
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -87,6 +89,32 @@ def generate(config: GenerateConfig) -> None:
         sys.stdout.write(piece)
         sys.stdout.flush()
     print()
+
+
+def inspect(config: InspectConfig) -> None:
+    """Print what one optimizer step of a run reads. It is a function of the settings: no checkpoint is needed."""
+    run = Path(config.run)
+    if not (run / "config.yaml").is_file():
+        raise ValueError(f"{run} is no run: it has no config.yaml; name a folder that `fit` has written")
+    settings, _ = parse("fit", ["--config", str(run / "config.yaml")])
+    store = Store.open(settings.data.path)
+    batches, _ = make_batches(settings, store, vocab_size=None)
+    accumulate = settings.train.accumulate
+    if not 1 <= config.step <= len(batches) // accumulate:
+        raise ValueError(f"the run has steps 1 to {len(batches) // accumulate}, found {config.step}")
+    tokenizer = store.tokenizer() or (load_tokenizer(settings.data.tokenizer) if settings.data.tokenizer else None)
+    first = (config.step - 1) * accumulate
+    print(f"step {config.step} trains {int(batches[first]['step_tokens']):,} tokens")
+    for n in range(first, first + accumulate):
+        targets = batches[n]["targets"]
+        for lane in range(batches.all_lanes):
+            for at, start, offset, count in batches.stretches(lane, n):
+                trained = int((targets[lane, at : at + count] != IGNORE).sum())
+                ids = store.tokens[start : start + min(count, config.tokens)].tolist()
+                text = repr(tokenizer.decode(ids)) if tokenizer else ids
+                batch = f"batch {n - first + 1}, " if accumulate > 1 else ""
+                place = f"document {store.document_at(start)}, tokens {offset} to {offset + count - 1}"
+                print(f"{batch}lane {lane}, place {at}: {place}, {trained} trained: {text}")
 
 
 def export(config: ExportConfig) -> None:

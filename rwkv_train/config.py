@@ -3,6 +3,18 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+Strategy = Literal[
+    "auto",
+    "ddp",
+    "fsdp",
+    "deepspeed_stage_1",
+    "deepspeed_stage_2",
+    "deepspeed_stage_3",
+    "deepspeed_stage_1_offload",
+    "deepspeed_stage_2_offload",
+    "deepspeed_stage_3_offload",
+]
+
 
 @dataclass
 class ModelConfig:
@@ -129,10 +141,17 @@ class TrainConfig:
         precision: fp32, or bf16 for matrix products in bfloat16 with float32 weights
         recompute: keep no activations inside blocks and run their forward again in the backward: less memory, slower
         device: where to train; auto takes a GPU if there is one
-        devices: number of devices, each with its share of the lanes
+        devices: number of devices of a machine, each with its share of the lanes
+        nodes: number of machines; start each with torchrun (see configs/multinode.yaml)
+        strategy: how devices share the work: ddp, each holds the whole model; fsdp, weights in pieces; DeepSpeed's
+            ZeRO with optimizer (1), gradients (2), weights (3) in pieces, offload with the optimizer on the CPU;
+            auto is ddp
         val_every: optimizer steps between validations
         save_every: optimizer steps between checkpoints
+        save_async: write checkpoints while training goes on, from a copy in memory; not with DeepSpeed
         keep: newest checkpoints that are kept
+        keep_best: checkpoints of the validations with the lowest loss that are kept besides
+        max_skips: steps in a row whose loss or gradient is no finite number, after which the run gives up
         log_every: optimizer steps between lines of metrics.jsonl
     """
 
@@ -143,9 +162,14 @@ class TrainConfig:
     recompute: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
     devices: int = 1
+    nodes: int = 1
+    strategy: Strategy = "auto"
     val_every: int = 200
     save_every: int = 500
+    save_async: bool = False
     keep: int = 2
+    keep_best: int = 0
+    max_skips: int = 10
     log_every: int = 10
 
     def __post_init__(self):
@@ -154,8 +178,11 @@ class TrainConfig:
             raise ValueError(f"give exactly one of train.steps and train.epochs, found {found}")
         if self.epochs is not None and self.epochs <= 0:
             raise ValueError(f"train.epochs must be above 0, found {self.epochs}")
-        for name in ("accumulate", "devices", "val_every", "save_every", "keep", "log_every"):
+        for name in ("accumulate", "devices", "nodes", "val_every", "save_every", "keep", "max_skips", "log_every"):
             _at_least(1, "train", self, name)
+        _at_least(0, "train", self, "keep_best")
+        if self.save_async and self.strategy.startswith("deepspeed"):
+            raise ValueError("train.save_async and train.strategy: deepspeed contradict each other; drop one of them")
         if self.steps is not None:
             _at_least(1, "train", self, "steps")
 
@@ -221,9 +248,11 @@ class FitConfig:
     def __post_init__(self):
         if not self.data.path:
             raise ValueError("give data.path: a token store (make one with `python train.py prepare`)")
-        if self.data.lanes % self.train.devices:
+        ranks = self.train.devices * self.train.nodes
+        if self.data.lanes % ranks:
+            nodes = f" * train.nodes ({self.train.nodes})" if self.train.nodes > 1 else ""
             raise ValueError(
-                f"data.lanes ({self.data.lanes}) must be a multiple of train.devices ({self.train.devices}), "
+                f"data.lanes ({self.data.lanes}) must be a multiple of train.devices ({self.train.devices}){nodes}, "
                 "so that every device has as many lanes"
             )
         if not self.name or "/" in self.name:

@@ -36,7 +36,7 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict]:
     for name, p in model.named_parameters():
         if p.requires_grad:
             lr = config.lr * MULTIPLIERS.get(name.rsplit(".", 1)[-1], 1.0)
-            decay = config.weight_decay if p.squeeze().ndim >= 2 else 0.0
+            decay = config.weight_decay if sum(size > 1 for size in p.shape) >= 2 else 0.0
             groups.setdefault((lr, decay), []).append(p)
     return [{"params": ps, "lr": lr, "weight_decay": decay} for (lr, decay), ps in groups.items()]
 

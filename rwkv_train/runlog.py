@@ -12,11 +12,13 @@ import torch
 import yaml
 from tqdm import tqdm
 
+from rwkv_train.files import replace_file
+
 QUIET = 10.0  # seconds between lines where there is no terminal to draw a bar on
 
 
 def new_run(runs: str, name: str) -> Path:
-    """Make runs/NAME, or runs/NAME-2, -3, ... where that is taken."""
+    """Make the folder runs/NAME, or runs/NAME-2, -3, ... where that is taken."""
     number = 1
     while True:
         path = Path(runs) / (name if number == 1 else f"{name}-{number}")
@@ -32,7 +34,8 @@ def new_run(runs: str, name: str) -> Path:
 def write_config(path: Path, config: dict) -> None:
     """runs/NAME/config.yaml, which `fit --config` reads again."""
     header = f"# The settings of this run. Continue it with: python train.py fit --config {path} --resume\n"
-    path.write_text(header + yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    text = header + yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+    replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def peak_memory_mb(device: torch.device) -> float:
@@ -70,7 +73,7 @@ class RunLog:
     def start_at(self, step: int) -> None:
         """Go on from a checkpoint: what an earlier try recorded after it is about to happen again."""
         lines = self._path.read_bytes().splitlines(keepends=True)
-        self._file.truncate(sum(map(len, takewhile(lambda line: _step(line) <= step, lines))))
+        self._file.truncate(sum(map(len, takewhile(lambda line: step and _step(line) <= step, lines))))
         self._bar.n = self._bar.last_print_n = self._bar.initial = step
 
     def train(self, record: dict) -> None:
@@ -114,11 +117,16 @@ class RunLog:
         self._file.flush()
 
 
+def read_metrics(path: Path) -> list[dict]:
+    """The records of a metrics.jsonl, without a line that a crash left unfinished."""
+    return [json.loads(line) for line in path.read_bytes().splitlines() if _step(line) < math.inf]
+
+
 def _step(line: bytes) -> float:
     """The step of a record; infinite for a line that a crash left unfinished."""
     try:
         return json.loads(line)["step"]
-    except ValueError:
+    except (ValueError, KeyError, TypeError):
         return math.inf
 
 

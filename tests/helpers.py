@@ -8,6 +8,7 @@ from torch import Tensor
 
 from rwkv_train import load_model
 from rwkv_train.models.rwkv4 import RWKV4, RWKV4Config
+from rwkv_train.savepoint import TRAINER, draft, savepoint, seal
 
 
 def random_model(
@@ -60,6 +61,16 @@ def small_weights(**changes):
         if value is not None:
             tensors[name] = value
     return tensors
+
+
+def save_point(run, step, model, **facts):
+    """A checkpoint of a run, with the weights of a model, as training writes it."""
+    target = savepoint(Path(run), step)
+    draft(target).mkdir(parents=True)
+    weights = {f"model.{k}": v for k, v in model.state_dict().items()}
+    torch.save({"epoch": 0, "state_dict": weights, "optimizer_states": [{}]}, draft(target) / TRAINER)
+    seal(target, step=step, **facts)
+    return target
 
 
 def fails_to_load(path, *parts, error=ValueError):

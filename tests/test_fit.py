@@ -1,6 +1,5 @@
 """Whole runs on small models: the loss falls, resumed = uninterrupted, two processes = one, settings that clash."""
 
-import json
 import os
 import shutil
 import signal
@@ -13,60 +12,14 @@ import pytest
 import torch
 import yaml
 from helpers import assert_close_rel
+from runs import config_of, losses_of, metrics, weights
 
-from rwkv_train import load_model
 from rwkv_train.cli import parse
-from rwkv_train.config import DataConfig, FitConfig, LogConfig, ModelConfig, OptimConfig, SampleConfig, TrainConfig
+from rwkv_train.config import DataConfig, LogConfig, ModelConfig, TrainConfig
 from rwkv_train.data.lanes import LaneBatches
-from rwkv_train.data.prepare import PrepareConfig, prepare
 from rwkv_train.fit import fit
 
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    """Pairs whose prompts are not trained, of very unequal lengths."""
-    folder = tmp_path_factory.mktemp("store")
-    pairs = [{"prompt": "count: " * (i % 4 + 1), "completion": "one two three " * (i % 7 + 1)} for i in range(1, 60)]
-    lines = folder / "pairs.jsonl"
-    lines.write_text("\n".join(map(json.dumps, pairs)), encoding="utf-8")
-    prepare(PrepareConfig([str(lines)], str(folder / "store"), tokenizer="bytes"))
-    return folder / "store"
-
-
-def config_of(store, runs, **changes) -> FitConfig:
-    config = FitConfig(
-        name="run",
-        runs=str(runs),
-        seed=3,
-        model=ModelConfig(n_layer=2, n_embd=24, dropout=0.1),
-        data=DataConfig(path=str(store), lanes=4, chunk_len=16, horizon=2, val_share=0.1, val_lanes=3),
-        optim=OptimConfig(lr=1e-2, warmup=2, weight_decay=0.01),
-        train=TrainConfig(steps=8, accumulate=2, val_every=3, save_every=5, log_every=1, device="cpu"),
-        samples=SampleConfig(prompts=["count: "], tokens=8),
-    )
-    return replace(config, **changes)
-
-
-def weights(run: Path) -> dict[str, torch.Tensor]:
-    return load_model(run).state_dict()
-
-
-def metrics(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def losses_of(run: Path) -> list[tuple[int, float]]:
-    return [(r["step"], r["loss"]) for r in metrics(run) if "loss" in r]
-
-
-@pytest.fixture(scope="module")
-def finished(store, tmp_path_factory):
-    """An uninterrupted run."""
-    runs = tmp_path_factory.mktemp("runs")
-    assert fit(config_of(store, runs)) == 0
-    return runs / "run"
 
 
 def test_a_run_learns_and_leaves_what_it_promises(finished, store, capsys):
@@ -79,7 +32,7 @@ def test_a_run_learns_and_leaves_what_it_promises(finished, store, capsys):
     assert val[0]["val_by_position"][0][0] == 0
     assert train[-1]["tokens"] == 8 * 2 * 4 * 32
     assert {"perplexity", "lr", "grad_norm", "tokens_per_s", "memory_mb", "data_wait", "eta_s"} <= train[0].keys()
-    assert sorted(p.name for p in (finished / "checkpoints").iterdir()) == ["step=00000005.ckpt", "step=00000008.ckpt"]
+    assert sorted(p.name for p in (finished / "checkpoints").iterdir()) == ["step=00000005", "step=00000008"]
     assert yaml.safe_load((finished / "config.yaml").read_text())["data"]["horizon"] == 2
     assert (finished / "tokenizer.json").is_file()
 
@@ -120,7 +73,7 @@ def test_resuming_from_an_older_checkpoint_repeats_what_came_after(finished, sto
     """As after a crash; metrics.jsonl tells each step once."""
     copy = tmp_path / "run"
     shutil.copytree(finished, copy)
-    (copy / "checkpoints" / "step=00000008.ckpt").unlink()
+    shutil.rmtree(copy / "checkpoints" / "step=00000008")
     with open(copy / "metrics.jsonl", "a") as file:
         file.write('{"step": 8, "lo')  # a line that was being written
     assert fit(config_of(store, tmp_path), resume="newest") == 0
@@ -196,7 +149,7 @@ def test_settings_that_clash_are_refused_before_anything_is_written(store, tmp_p
     ]:
         with pytest.raises(ValueError, match=message):
             fit(config_of(store, tmp_path / "runs", **kwargs))
-    with pytest.raises(ValueError, match="no checkpoint to resume"):
+    with pytest.raises(ValueError, match="no run to resume"):
         fit(config_of(store, tmp_path / "runs"), resume="newest")
     with pytest.raises(ValueError, match=r"data\.lanes \(4\) must be a multiple of train\.devices \(3\)"):
         config_of(store, tmp_path, train=TrainConfig(steps=1, devices=3))

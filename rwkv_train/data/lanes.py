@@ -171,7 +171,8 @@ class LaneBatches(Dataset):
         targets = np.full(shape, IGNORE, np.int64)
         position = np.zeros(shape, np.int64)
         for row in range(self.lanes):
-            for at, start, offset, count in self._stretches(self.first + row, n):
+            for at, start, offset, count in self.stretches(self.first + row, n):
+                self.store.check(start - bool(offset), count + bool(offset))
                 text = self.store.tokens[start : start + count].astype(np.int64)
                 self._check(text, start)
                 here = slice(at, at + count)
@@ -184,7 +185,12 @@ class LaneBatches(Dataset):
         batch = {"tokens": tokens, "targets": targets, "position": position, "reset": position == 0}
         return {k: torch.from_numpy(v) for k, v in batch.items()} | {"step_tokens": torch.tensor(self._trained(n))}
 
-    def _stretches(self, lane: int, n: int):
+    def documents_in(self, n: int) -> list[int]:
+        """Numbers, in the store, of the documents that batch n reads, over all ranks."""
+        starts = [start for lane in range(self.all_lanes) for _, start, _, _ in self.stretches(lane, n)]
+        return sorted({self.store.document_at(start) for start in starts})
+
+    def stretches(self, lane: int, n: int):
         """(place in the row, first token in the store, offset in the document, tokens) of a row of step n."""
         for at, document, offset, count in self.schedule.window(lane, n * self.width, (n + 1) * self.width):
             yield at, int(self.documents.starts[document]) + offset, offset, count
@@ -196,7 +202,7 @@ class LaneBatches(Dataset):
             count if mask is None else int(np.count_nonzero(mask[start : start + count]))
             for step in range(group, min(group + self.accumulate, self.steps))
             for lane in range(self.all_lanes)
-            for _, start, _, count in self._stretches(lane, step)
+            for _, start, _, count in self.stretches(lane, step)
         )
 
     def _check(self, text: np.ndarray, start: int) -> None:

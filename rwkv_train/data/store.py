@@ -4,12 +4,14 @@ A store is a folder:
     tokens.bin      the tokens of all documents end to end, uint16 (or int32 for vocabularies over 65536)
     tokens.idx      where each document lies (RWKV / Megatron binidx)
     tokens.mask     uint8 per token, 1 = trained as a target; absent if every token is trained
+    tokens.crc      CRC-32 of each 64 KiB of tokens.bin, then of tokens.mask, uint32
     tokenizer.json  what made the tokens
-    manifest.json   counts, tokenizer fingerprint, sources, and the request that made the store
+    manifest.json   counts, tokenizer fingerprint, sources, the request that made the store, SHA-256 of idx and crc
 Each document ends with the tokenizer's end-of-document id. D documents, N tokens.
 """
 
 import glob
+import hashlib
 import json
 import shutil
 from array import array
@@ -21,10 +23,11 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from rwkv_train.data.binidx import REMAKE, map_file, read_binidx, token_dtype, write_index
+from rwkv_train.data.blocks import BLOCK, Blocks, checksums
 from rwkv_train.files import sync, temporary_beside
 from rwkv_train.tokenizer import Tokenizer, load_tokenizer
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MAX_DOCUMENT_TOKENS = 2**31 - 1  # the index counts tokens in int32
 
 
@@ -43,6 +46,7 @@ class Store:
     offsets: np.ndarray = field(repr=False)
     lengths: np.ndarray = field(repr=False)
     manifest: dict | None = field(repr=False)
+    blocks: tuple[Blocks, ...] = field(default=(), repr=False)
 
     @classmethod
     def open(cls, path: str | Path) -> "Store":
@@ -60,7 +64,8 @@ class Store:
         manifest = _read_manifest(path / "manifest.json")
         tokens, offsets, lengths = read_binidx(path / "tokens")
         _check_manifest(path / "manifest.json", manifest, tokens, lengths)
-        return cls(path, tokens, _read_mask(path / "tokens.mask", manifest), offsets, lengths, manifest)
+        mask = _read_mask(path / "tokens.mask", manifest)
+        return cls(path, tokens, mask, offsets, lengths, manifest, _read_blocks(path, manifest, tokens, mask))
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -72,6 +77,15 @@ class Store:
     def eod(self) -> int:
         """The id that ends a document; 0, RWKV's convention, for a plain binidx."""
         return self.manifest["eod"] if self.manifest else 0
+
+    def check(self, start: int, count: int) -> None:
+        """Raise ValueError if some tokens, or their mask, are not what was written. A plain binidx cannot tell."""
+        for blocks in self.blocks:
+            blocks.check(start, count)
+
+    def document_at(self, token: int) -> int:
+        """Which document a token of the store belongs to."""
+        return int(np.searchsorted(self.offsets, token, "right")) - 1
 
     def tokenizer(self) -> Tokenizer | None:
         """The tokenizer that made the store, None for a plain binidx. ValueError if it was exchanged."""
@@ -103,6 +117,8 @@ def _read_manifest(path: Path) -> dict:
     wrong = [k for k in counts if type(manifest.get(k)) is not int or manifest[k] < 0]
     tokenizer = manifest.get("tokenizer")
     types = {"name": str, "fingerprint": str, "vocab_size": int}
+    if not isinstance(manifest.get("sha256"), dict):
+        wrong.append("sha256")
     if not isinstance(tokenizer, dict) or any(type(tokenizer.get(k)) is not t for k, t in types.items()):
         wrong.append("tokenizer")
     if wrong:
@@ -128,6 +144,31 @@ def _read_mask(path: Path, manifest: dict) -> np.ndarray | None:
         said = f"{manifest['trained_tokens']} of {manifest['tokens']} tokens trained"
         raise ValueError(f"{path} has {len(mask)} entries, but the manifest says {said}. {REMAKE}")
     return mask
+
+
+def _read_blocks(path: Path, manifest: dict, tokens: np.ndarray, mask: np.ndarray | None) -> tuple[Blocks, ...]:
+    """What the files' contents are checked against, after a check of that and of the small files."""
+    for name in ("tokens.idx", "tokens.crc"):
+        if not (path / name).is_file():
+            raise ValueError(f"{path / name} is missing. {REMAKE}")
+        if manifest["sha256"].get(name) != _sha256((path / name).read_bytes()):
+            raise ValueError(f"{path / name} is not what was written. {REMAKE}")
+    if manifest["sha256"].get("manifest.json") != _sha256(_text(manifest | {"sha256": None})):
+        raise ValueError(f"{path / 'manifest.json'} is not what was written. {REMAKE}")
+    sums = np.fromfile(path / "tokens.crc", "<u4")
+    first = -(-tokens.nbytes // BLOCK)
+    found = [Blocks(path / "tokens.bin", tokens, sums[:first])]
+    if mask is not None:
+        found.append(Blocks(path / "tokens.mask", mask, sums[first:]))
+    return tuple(found)
+
+
+def _sha256(content: bytes | str) -> str:
+    return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()
+
+
+def _text(manifest: dict) -> str:
+    return json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
 
 
 class StoreWriter:
@@ -212,6 +253,9 @@ class StoreWriter:
         self._close()
         with open(self._temp / "tokens.idx", "wb") as idx:
             write_index(idx, np.frombuffer(self._lengths, np.int32), self._dtype)
+        contents = [self._temp / name for name in ("tokens.bin", "tokens.mask")]
+        sums = [checksums(map_file(path, np.uint8)) for path in contents if path.exists()]
+        np.concatenate(sums).tofile(self._temp / "tokens.crc")
         self._tokenizer.save(self._temp / "tokenizer.json")
         t = self._tokenizer
         manifest = {
@@ -220,9 +264,11 @@ class StoreWriter:
             "eod": t.eod,
             **{k: getattr(self, k) for k in ("documents", "tokens", "trained_tokens", "text_bytes")},
             **self.manifest,
+            "sha256": None,
         }
-        text = json.dumps(manifest, indent=2, ensure_ascii=False)
-        (self._temp / "manifest.json").write_text(text + "\n", encoding="utf-8")
+        sums = {name: _sha256((self._temp / name).read_bytes()) for name in ("tokens.idx", "tokens.crc")}
+        manifest["sha256"] = sums | {"manifest.json": _sha256(_text(manifest))}
+        (self._temp / "manifest.json").write_text(_text(manifest), encoding="utf-8")
         for file in self._temp.iterdir():
             sync(file)
         sync(self._temp)

@@ -262,7 +262,7 @@ def plot(results: dict[str, dict[str, dict]], path: str | Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ValueError('a plot needs matplotlib: pip install "rwkv_train[bench]"') from None
+        raise ValueError('a plot needs matplotlib: pip install "rwkv_train[plots]"') from None
     names = [name for name in TARGETS if not name.startswith(tuple(UNITS))]
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()

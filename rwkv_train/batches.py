@@ -1,0 +1,48 @@
+"""Settings and a store -> what every step of a run reads."""
+
+from rwkv_train.config import DataConfig, FitConfig
+from rwkv_train.data.lanes import Documents, LaneBatches, split
+from rwkv_train.data.store import Store
+
+
+def make_batches(config: FitConfig, store: Store, vocab_size: int | None) -> tuple[LaneBatches, LaneBatches | None]:
+    """Training and validation batches for all lanes; `OnlineTrainer.setup` takes each rank's rows."""
+    data = config.data
+    train, val = split(store, 0 if data.val else data.val_share)
+    if len(train) < data.lanes:
+        cut = train.cut(-(-train.tokens // data.lanes))
+        print(
+            f"{store.path}: fewer documents ({len(train)}) than lanes ({data.lanes}), so they are cut into "
+            f"{len(cut)} pieces; data.lanes={len(train)} would read them whole"
+        )
+        train = cut
+    width = data.chunk_len * data.horizon
+    if config.train.steps is None:
+        steps = max(1, round(config.train.epochs * train.tokens / (width * data.lanes * config.train.accumulate)))
+    else:
+        steps = config.train.steps
+    batches = LaneBatches(
+        store,
+        train,
+        tokens_per_row=width,
+        lanes=data.lanes,
+        seed=config.seed,
+        accumulate=config.train.accumulate,
+        steps=steps * config.train.accumulate,
+        vocab_size=vocab_size,
+    )
+    return batches, validation_batches(data, store, val, vocab_size, config.train.devices * config.train.nodes)
+
+
+def validation_batches(
+    data: DataConfig, store: Store, held_out: Documents, vocab_size: int | None, ranks: int = 1
+) -> LaneBatches | None:
+    """One pass over data.val, or over what is held out of data.path; None if that is nothing."""
+    if data.val:
+        store = Store.open(data.val)
+        held_out = split(store, 0)[0]
+    if not len(held_out):
+        return None
+    lanes = min(data.val_lanes, len(held_out))
+    lanes = -(-lanes // ranks) * ranks
+    return LaneBatches(store, held_out, tokens_per_row=data.chunk_len, lanes=lanes, vocab_size=vocab_size)
