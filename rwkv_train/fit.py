@@ -5,6 +5,8 @@ import logging
 import os
 import secrets
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -54,13 +56,14 @@ def fit(config: FitConfig, resume: str | None = None) -> int:
             f"{trainer.max_steps} steps of {config.data.lanes} x {train.width} tokens"
             + (f" x {config.train.accumulate}" if config.train.accumulate > 1 else "")
         )
-    try:
-        trainer.fit(module, ckpt_path=checkpoint and checkpoint / TRAINER, weights_only=True)
-    finally:
-        monitor.close()
-    stopped = stopper.signal
-    if rank == 0:
-        _farewell(config, run, trainer, monitor, tokenizer, stopped)
+    with _closing(trainer):
+        try:
+            trainer.fit(module, ckpt_path=checkpoint and checkpoint / TRAINER, weights_only=True)
+        finally:
+            monitor.close()
+        stopped = stopper.signal
+        if rank == 0:
+            _farewell(config, run, trainer, monitor, tokenizer, stopped)
     return SIGNALS[stopped] if stopped else 0
 
 
@@ -127,6 +130,19 @@ def _loggers(log: LogConfig, run: Path) -> list:
             )
         )
     return loggers
+
+
+@contextmanager
+def _closing(trainer: L.Trainer) -> Iterator[None]:
+    """End what outlives a run otherwise: wandb's run, which the next one would write into, and the ranks' threads."""
+    try:
+        yield
+    finally:
+        for logger in trainer.loggers:
+            if isinstance(logger, L.pytorch.loggers.WandbLogger) and trainer.is_global_zero:
+                logger.experiment.finish()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 def _wandb_id(run: Path) -> str:

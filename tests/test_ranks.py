@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 from helpers import assert_close_rel
-from runs import config_of, losses_of, weights
+from runs import config_of, metrics, weights
 
 from rwkv_train.config import DataConfig, FitConfig, ModelConfig, OptimConfig, TrainConfig
 from rwkv_train.data.prepare import PrepareConfig, prepare
@@ -24,6 +24,9 @@ from rwkv_train.savepoint import damage, savepoint
 ROOT = Path(__file__).parent.parent
 TRAIN = TrainConfig(steps=8, accumulate=2, val_every=3, save_every=4, log_every=1, device="cpu")
 PLAIN = ModelConfig(n_layer=2, n_embd=24)  # without dropout, whose draws depend on the ranks
+# A large eps, since AdamW with a small one takes the same steps if all gradients are twice as large; the first gradient
+# is clipped and the others are not.
+OPTIM = OptimConfig(lr=0.1, warmup=2, weight_decay=0.01, eps=1.0, clip=5.0)
 
 
 def quiet_environment(**more) -> dict[str, str]:
@@ -55,7 +58,7 @@ def flat(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
 def single(store, tmp_path_factory):
     """The same run in one process."""
     runs = tmp_path_factory.mktemp("single")
-    assert fit(config_of(store, runs, model=PLAIN, train=TRAIN)) == 0
+    assert fit(config_of(store, runs, model=PLAIN, optim=OPTIM, train=TRAIN)) == 0
     return runs / "run"
 
 
@@ -68,13 +71,14 @@ def test_two_ranks_are_one_and_go_on_from_their_checkpoint(single, store, tmp_pa
     if strategy.startswith("deepspeed"):
         pytest.importorskip("deepspeed")
     train = replace(TRAIN, devices=2, strategy=strategy)
-    config = config_of(store, tmp_path, model=PLAIN, train=train)
+    config = config_of(store, tmp_path, model=PLAIN, optim=OPTIM, train=train)
     on_ranks(config, tmp_path)
     run = tmp_path / "run"
     whole = weights(run)
     assert_close_rel(flat(whole), flat(weights(single)), 1e-6)
-    losses = [[loss for _, loss in losses_of(r)] for r in (run, single)]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    for key in ("loss", "grad_norm"):
+        ours, theirs = ([r[key] for r in metrics(folder) if key in r] for folder in (run, single))
+        assert ours == pytest.approx(theirs, rel=2e-6), key
     assert damage(savepoint(run, 4)) is None
     shutil.rmtree(savepoint(run, 8))
     on_ranks(config, tmp_path, "--resume")
@@ -85,7 +89,8 @@ def test_two_ranks_are_one_and_go_on_from_their_checkpoint(single, store, tmp_pa
 def test_one_rank_with_all_lanes_goes_on_as_two_with_half_of_them(single, store, tmp_path):
     shutil.copytree(single, tmp_path / "run")
     shutil.rmtree(savepoint(tmp_path / "run", 8))
-    on_ranks(config_of(store, tmp_path, model=PLAIN, train=replace(TRAIN, devices=2)), tmp_path, "--resume")
+    config = config_of(store, tmp_path, model=PLAIN, optim=OPTIM, train=replace(TRAIN, devices=2))
+    on_ranks(config, tmp_path, "--resume")
     assert_close_rel(flat(weights(tmp_path / "run")), flat(weights(single)), 1e-6)
 
 
@@ -125,6 +130,6 @@ def test_a_signal_to_any_rank_ends_all_of_them_saved(store, tmp_path, hit):
             process.send_signal(signal.SIGTERM)
         out, _ = first.communicate(timeout=120)
     assert first.returncode == 143
-    assert not second[0].is_running()
+    assert not second[0].is_running() or second[0].status() == psutil.STATUS_ZOMBIE  # which nobody asked about
     step = int(out.split("Stopped at step ")[1].split()[0])
     assert damage(savepoint(tmp_path / "run", step)) is None

@@ -28,8 +28,8 @@ LAYERS = [
     ["bptt", "optim", "data"],
     ["evaluate", "generate", "dialogue", "room", "runlog", "batches", "strategies", "feedback"],
     ["module"],
-    ["callbacks", "report"],
-    ["fit", "commands", "chat", "corrections", "cli"],
+    ["callbacks"],
+    ["fit", "commands", "report", "chat", "corrections", "cli"],
 ]
 HEAVY = {
     "lightning": {"module", "callbacks", "strategies", "fit"},

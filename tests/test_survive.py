@@ -202,7 +202,7 @@ def test_wandb_offline_is_read_back_and_a_resumed_run_keeps_its_id(store, tmp_pa
     shutil.rmtree(savepoint(tmp_path / "run", 4))
     assert fit(config, resume="newest") == 0
     ids, logged = set(), {}
-    for path in (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"):
+    for path in sorted((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")):
         for content in log_records(path.read_bytes()):
             record = wandb_internal_pb2.Record.FromString(content)
             if record.HasField("run"):
