@@ -1,9 +1,16 @@
 """Fixtures that several files use."""
 
 import pytest
+from helpers import GENERATIONS
 from runs import config_of, store_in
 
 from rwkv_train.fit import fit
+
+
+@pytest.fixture(params=GENERATIONS)
+def generation(request):
+    """What `random_model` takes: both generations of models, one after the other."""
+    return request.param
 
 
 @pytest.fixture(scope="session")

@@ -27,7 +27,10 @@ def random_model(
     head_size: int = 8,
     **config,
 ) -> RWKV:
-    """A model in eval mode whose every parameter matters (`init_weights` leaves whole matrices at zero)."""
+    """A model in eval mode whose every parameter matters (`init_weights` leaves whole matrices at zero).
+
+    n_att is of RWKV-4 alone, head_size of RWKV-7.
+    """
     rng = torch.Generator().manual_seed(seed)
     if generation == "rwkv4":
         model = RWKV4(RWKV4Config(vocab_size, n_embd, n_layer, n_att, n_ffn, **config))
@@ -62,9 +65,9 @@ def assert_close_rel(a: Tensor, b: Tensor, tol: float, name: str = "tensor") -> 
     return error
 
 
-def small_weights(**changes):
+def small_weights(generation="rwkv4", **changes):
     """A small model's tensors, some replaced (a value of None: removed); '__' in a name stands for '.'."""
-    tensors = dict(random_model(n_embd=8, n_layer=2, vocab_size=11).state_dict())
+    tensors = dict(random_model(n_embd=8, n_layer=2, vocab_size=11, generation=generation).state_dict())
     for name, value in changes.items():
         name = name.replace("__", ".")
         tensors.pop(name, None)

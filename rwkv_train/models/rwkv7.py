@@ -1,4 +1,4 @@
-"""RWKV-7 "Goose". Parameter names and shapes are those of BlinkDL's `.pth` files, so they load without a renaming table.
+"""RWKV-7. Parameter names and shapes are those of BlinkDL's `.pth` files, so they load without a renaming table.
 
 Source: Peng et al., "RWKV-7 'Goose' with Expressive Dynamic State Evolution" (arXiv:2503.14456).
 """
