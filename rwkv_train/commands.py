@@ -129,7 +129,7 @@ def export(config: ExportConfig) -> None:
         load_tokenizer(tokenizer) if folder and tokenizer.is_file() else None,
     )
     c = model.config
-    print(f"{config.out}: RWKV-4, {c.n_layer} layers x {c.n_embd} channels, vocabulary {c.vocab_size}")
+    print(f"{config.out}: {model.name}, {c.n_layer} layers x {c.n_embd} channels, vocabulary {c.vocab_size}")
 
 
 def tokenizer_of(model: str, given: str | None, vocab_size: int) -> Tokenizer:
