@@ -1,7 +1,8 @@
 """The recurrences of RWKV, one function each, with interchangeable backends.
 
-reference.py  the specification, plain torch        fallback.py  vectorised torch, any device
-cpu.py        the C++ kernel, built at first use    wkv4.h       formulas shared by C++ and CUDA
+wkv7.py       the operator of RWKV-7; that of RWKV-4 is here
+reference.py  the specification, plain torch         fallback.py, chunked7.py  vectorised torch, any device
+cpu.py        the C++ kernels, built at first use    wkv4.h, wkv7.h            formulas shared by C++ and CUDA
 """
 
 import torch
