@@ -19,6 +19,7 @@ from rwkv_train.models.common import RWKV
 from rwkv_train.models.rwkv4 import RWKV4, RWKV4Config
 from rwkv_train.models.rwkv7 import RWKV7, RWKV7Config
 from rwkv_train.savepoint import TRAINER, WEIGHTS, newest_good
+from rwkv_train.tuning import is_adapter, put_on
 from rwkv_train.weightfile import read_weights, write_pth, write_safetensors
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -28,18 +29,19 @@ def load_model(path: str | Path, dtype: torch.dtype | None = None, device: str |
     """Open a model, in eval mode, with weights that no longer depend on the file.
 
     path: a `.pth` or `.safetensors` file with BlinkDL's or Hugging Face's names, a Hugging Face directory,
-    a run directory (its newest checkpoint), or one checkpoint of a run.
+    a run directory (its newest checkpoint), or one checkpoint of a run. "BASE+ADAPTER" puts an adapter (see tuning.py)
+    on a model; that of a run comes with the run.
     dtype: None keeps the file's; if it mixes several, all get the widest.
     Raises FileNotFoundError if there is nothing at path, ValueError if there is no RWKV-4 or RWKV-7.
     """
     _check_dtype(dtype)
-    path = Path(path).expanduser()
-    files = _weight_files(path)
-    content: dict[str, object] = {}
-    for file in files:
-        content |= read_weights(file)
-    found = _sort_keys(files[0] if len(files) == 1 else path, content)
-    del content  # so that `_own` frees each of the file's tensors as it goes
+    path, *others = parts_of(path)
+    found = _read(path)
+    adapters = [(path, found.take_adapter())]
+    for other in others:
+        adapters.append((other, _read(other).take_adapter()))
+        if not adapters[-1][1]:
+            raise ValueError(f"{other} holds no adapter: no low-rank factors, and no state to begin in")
     with torch.device("meta"), _NoInit():  # no memory, no initialisation: every weight is assigned
         model = RWKV7(_rwkv7_config(found)) if found.generation is RWKV7 else RWKV4(_rwkv4_config(found))
     tensors = {name: found.fitted(name, t.shape) for name, t in model.state_dict().items()}
@@ -51,7 +53,27 @@ def load_model(path: str | Path, dtype: torch.dtype | None = None, device: str |
     found.tensors.clear()
     dtype = dtype or reduce(torch.promote_types, (t.dtype for t in tensors.values()))
     model.load_state_dict(_own(tensors, dtype, device), assign=True)
+    for source, adapter in adapters:
+        put_on(model, adapter, source)
     return model.eval()
+
+
+def parts_of(path: str | Path) -> list[Path]:
+    """The model and the adapters that a path names: BASE, or BASE+ADAPTER where there is no file of that name."""
+    whole = Path(path).expanduser()
+    return [whole] if whole.exists() else [Path(part).expanduser() for part in str(path).split("+")]
+
+
+def save_adapter(path: str | Path, target: str | Path) -> None:
+    """Write the adapter that a run trained, and nothing else, to a `.pth` or `.safetensors` file."""
+    adapter, target = _read(Path(path).expanduser()).take_adapter(), Path(target).expanduser().resolve()
+    if not adapter:
+        raise ValueError(f"{path} holds no adapter; a run with model.tune has one")
+    if target.suffix not in (".pth", ".safetensors"):
+        raise ValueError(f"{target}: an adapter is written to a .pth or .safetensors file")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write = write_pth if target.suffix == ".pth" else write_safetensors
+    replace_file(target, lambda temporary: write(_own(adapter, None, "cpu"), temporary))
 
 
 def save_model(model: RWKV, path: str | Path, dtype: torch.dtype | None = None, tokenizer=None) -> None:
@@ -80,6 +102,15 @@ def save_model(model: RWKV, path: str | Path, dtype: torch.dtype | None = None, 
         replace_file(target, lambda temporary: write(tensors, temporary))
     else:
         save_hf(tensors, model, target, tokenizer)
+
+
+def _read(path: Path) -> "_Found":
+    """The tensors of what path names."""
+    files = _weight_files(path)
+    content: dict[str, object] = {}
+    for file in files:
+        content |= read_weights(file)
+    return _sort_keys(files[0] if len(files) == 1 else path, content)
 
 
 def _weight_files(path: Path) -> list[Path]:
@@ -129,6 +160,13 @@ class _Found:
                 f"(the file's {len(self.keys)} keys: {some}, ...); is it complete, and an {kind}?"
             )
         return self.tensors[name]
+
+    def take_adapter(self) -> dict[str, Tensor]:
+        """The tensors of an adapter, which this then no longer has."""
+        names = list(filter(is_adapter, self.tensors))
+        for name in names:
+            del self.keys[name]
+        return {name: self.tensors.pop(name) for name in names}
 
     def matrix(self, name: str) -> torch.Size:
         """The shape of what has to be a matrix."""

@@ -30,6 +30,9 @@ class ModelConfig:
         n_ffn: hidden channels of the channel mix of a fresh model; 4 * n_embd if not given
         vocab_size: vocabulary of a fresh model; that of the data's tokenizer if not given
         dropout: share of each block's output that is dropped in training
+        tune: what of init is trained: all of it; lora, low-rank factors beside the blocks' matrices; state, only the
+            state in which documents begin
+        rank: of the factors of tune lora; 16 if not given
     """
 
     init: str | None = None
@@ -41,8 +44,14 @@ class ModelConfig:
     n_ffn: int | None = None
     vocab_size: int | None = None
     dropout: float = 0.0
+    tune: Literal["all", "lora", "state"] = "all"
+    rank: int | None = None
 
     def __post_init__(self):
+        if self.tune != "all" and not self.init:
+            raise ValueError(f"model.tune: {self.tune} needs model.init: a fresh model has to be trained as a whole")
+        if self.rank is not None and self.tune != "lora":
+            raise ValueError("model.rank is that of model.tune: lora; drop it")
         sizes = ("n_layer", "n_embd", "n_att", "head_size", "n_ffn", "vocab_size")
         given = [name for name in ("architecture", *sizes) if getattr(self, name) is not None]
         if self.init and given:
@@ -257,6 +266,8 @@ class FitConfig:
     def __post_init__(self):
         if not self.data.path:
             raise ValueError("give data.path: a token store (make one with `python train.py prepare`)")
+        if self.model.tune == "state" and self.train.strategy.startswith(("fsdp", "deepspeed_stage_3")):
+            raise ValueError("model.tune: state and train.strategy contradict each other; use ddp, a state is small")
         ranks = self.train.devices * self.train.nodes
         if self.data.lanes % ranks:
             nodes = f" * train.nodes ({self.train.nodes})" if self.train.nodes > 1 else ""

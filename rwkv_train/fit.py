@@ -27,6 +27,7 @@ from rwkv_train.runlog import duration, new_run, write_config
 from rwkv_train.savepoint import TRAINER, damage, newest_good, savepoints
 from rwkv_train.strategies import make_strategy
 from rwkv_train.tokenizer import Tokenizer, load_tokenizer
+from rwkv_train.tuning import tune
 
 
 def fit(config: FitConfig, resume: str | None = None) -> int:
@@ -85,6 +86,8 @@ def make_model(config: ModelConfig, tokenizer: Tokenizer | None) -> RWKV:
         )
     for block in model.blocks:
         block.dropout = config.dropout
+    if config.tune != "all":
+        tune(model, config.tune, config.rank or 16)
     return model.train()
 
 

@@ -148,6 +148,8 @@ def save_hf(tensors: dict[str, Tensor], model: RWKV, target: Path, tokenizer) ->
 
     tensors: the model's, by our names. Raises ValueError if target holds something else than an RWKV.
     """
+    if model.initial_wkv is not None:
+        raise ValueError(f"{target}: a Hugging Face directory has no place for the state a model begins in; use .pth")
     occupied = target.is_dir() and any(target.iterdir())
     config = target / "config.json"
     if occupied and not (config.is_file() and read_json(config).get("model_type") in MODEL_TYPES):

@@ -1,6 +1,7 @@
 """What every RWKV generation shares: token shift, blocks, initialisation helpers, the outer shape of a model."""
 
 from collections.abc import Iterable
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -89,8 +90,7 @@ class RWKV(nn.Module):
     def empty_state(self, batch: int) -> State:
         """The state before a document's first token, for `batch` lanes.
 
-        A model that begins elsewhere than at nothing has it as initial_shift [1,L,2,C] and initial_wkv [1,L,...];
-        a reset inside a text still goes back to nothing.
+        A model that begins elsewhere than at nothing has it as initial_shift [1,L,2,C] and initial_wkv [1,L,...].
         """
         if self.initial_wkv is None:
             return self.zero_state(batch)
@@ -137,6 +137,8 @@ class RWKV(nn.Module):
         state = self.empty_state(tokens.shape[0]) if state is None else state
         if state.shift.shape[0] != tokens.shape[0]:
             raise ValueError(f"state has {state.shift.shape[0]} lanes and tokens {tokens.shape[0]}; they must agree")
+        if reset is not None and self.initial_wkv is not None:
+            return self._hidden_from_initial(tokens, state, reset, recompute)
         x, carry = self.enter(tokens)
         shifts, wkvs = [], []
         for block, shift, wkv in zip(self.blocks, state.shift.unbind(1), state.wkv.unbind(1), strict=True):
@@ -147,6 +149,17 @@ class RWKV(nn.Module):
             shifts.append(shift)
             wkvs.append(wkv)
         return self.ln_out(x), State(torch.stack(shifts, 1), torch.stack(wkvs, 1))
+
+    def _hidden_from_initial(self, tokens, state: State, reset: Tensor, recompute: bool) -> tuple[Tensor, State]:
+        """Blocks reset to nothing. Where documents begin otherwise, they are read from one beginning to the next."""
+        cuts, xs = sorted({0, *reset.any(0).nonzero().flatten().tolist()}), []
+        for start, end in pairwise([*cuts, tokens.shape[1]]):
+            begins, initial = reset[:, start], self.empty_state(len(tokens))
+            pairs = zip(initial, state, strict=True)
+            state = State(*(torch.where(begins.view(-1, *[1] * (s.ndim - 1)), i, s) for i, s in pairs))
+            x, state = self.hidden(tokens[:, start:end], state, None, recompute)
+            xs.append(x)
+        return torch.cat(xs, 1), state
 
     @property
     def dtype(self) -> torch.dtype:
