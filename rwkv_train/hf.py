@@ -113,7 +113,7 @@ def hf_files(folder: Path) -> list[Path]:
     expected = {"layer_norm_epsilon": 1e-5, "norm_eps": 1e-5, "norm_first": True, "norm_bias": True, "attn": None}
     if kind == "rwkv7":
         expected["head_norm_eps"] = HEAD_NORM_EPS
-        config.setdefault("head_norm_eps", config.get("head_dim", 64) * 1e-5)
+        config.setdefault("head_norm_eps", (config.get("head_dim") or 64) * 1e-5)
     for name, value in expected.items():
         if (found := config.get(name, value)) != value:
             raise ValueError(f"{folder}/config.json: {name} is {found}, expected {value}; it is not supported")

@@ -5,6 +5,7 @@ import os
 import stat
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -139,8 +140,10 @@ def test_hf_shapes_of_rwkv7_are_those_of_released_files(tmp_path):
     assert not any("layers.0.attn.v_lora" in name for name in names)
     config = json.loads((tmp_path / "hf/config.json").read_text())
     assert config["model_type"] == "rwkv7" and config["head_dim"] == 64 and config["decay_low_rank_dim"] == 3
+    del config["head_norm_eps"]  # which is ours
+    (tmp_path / "hf/config.json").write_text(json.dumps(config))
+    assert load_model(tmp_path / "hf").config == replace(model.config, first_v=False)
     config["head_dim"] = 32
-    del config["head_norm_eps"]
     (tmp_path / "hf/config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"head_norm_eps is 0.00032, expected 0.00064"):
         load_model(tmp_path / "hf")

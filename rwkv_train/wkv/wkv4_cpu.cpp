@@ -88,6 +88,8 @@ template <class R> WKV_FN R wkv_log(R x) {
 
 #include "wkv4.h"
 
+namespace {  // wkv7_cpu.cpp has other structures of these names
+
 // ---- walking the tokens
 
 constexpr int WIDEST = 256;  // channels of a block
@@ -210,6 +212,8 @@ template <class R> static void run_backward(const Inputs<R>* in, const Gradients
     for_each_block(in->B, in->T, in->C, threads,
                    [=](int64_t lane, int64_t c0, int n) { backward(*in, *g, lane, c0, n); });
 }
+
+}  // namespace
 
 extern "C" {
 void wkv4_forward_f32(const Inputs<float>* in, const Results<float>* out, int threads) {

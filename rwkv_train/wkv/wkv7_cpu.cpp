@@ -10,6 +10,8 @@
 #include "jobs.h"
 #include "wkv7.h"
 
+namespace {  // wkv4_cpu.cpp has other structures of these names
+
 template <class R> struct Wide;  // vectors of 64 bytes, and the indices that shuffle them
 template <> struct Wide<float> {
     typedef float V __attribute__((vector_size(64)));
@@ -53,7 +55,7 @@ template <class R> WKV_FN void store(R* to, V<R> x) { memcpy(to, &x, sizeof x); 
 template <class R, int W, bool UPPER> WKV_FN V<R> halves(V<R> x, V<R> y) {
     typename Wide<R>::Index index;
     for (int l = 0; l < LANES<R>; l++) index[l] = l % (2 * W) < W ? l + UPPER * W : l + LANES<R> - W + UPPER * W;
-#ifdef __clang__
+#ifdef __clang__  // which has no such builtin for an index that is a variable, and finds the instruction itself
     V<R> out;
     for (int l = 0; l < LANES<R>; l++) out[l] = index[l] < LANES<R> ? x[index[l]] : y[index[l] - LANES<R>];
     return out;
@@ -252,6 +254,8 @@ template <class R> static void run_forward(const Inputs<R>* in, const Results<R>
 template <class R> static void run_backward(const Inputs<R>* in, const Gradients<R>* g, int threads) {
     for_each_head(*in, threads, [=](int64_t head, int64_t i0, auto P) { Backward<R, P.value>(*in, *g, head, i0); });
 }
+
+}  // namespace
 
 extern "C" {
 void wkv7_forward_f32(const Inputs<float>* in, const Results<float>* out, int threads) {
