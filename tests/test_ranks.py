@@ -1,5 +1,6 @@
 """Several ranks are one: DDP, FSDP and DeepSpeed on two CPU processes, their gradients, checkpoints and signals."""
 
+import functools
 import json
 import os
 import shutil
@@ -14,16 +15,16 @@ import pytest
 import torch
 import yaml
 from helpers import assert_close_rel
-from runs import config_of, metrics, weights
+from runs import config_of, metrics, model_of, weights
 
-from rwkv_train.config import DataConfig, FitConfig, ModelConfig, OptimConfig, TrainConfig
+from rwkv_train.config import DataConfig, FitConfig, OptimConfig, TrainConfig
 from rwkv_train.data.prepare import PrepareConfig, prepare
 from rwkv_train.fit import fit
 from rwkv_train.savepoint import damage, savepoint
 
 ROOT = Path(__file__).parent.parent
 TRAIN = TrainConfig(steps=8, accumulate=2, val_every=3, save_every=4, log_every=1, device="cpu")
-PLAIN = ModelConfig(n_layer=2, n_embd=24)  # without dropout, whose draws depend on the ranks
+PLAIN = model_of()  # without dropout, whose draws depend on the ranks
 # A large eps, since AdamW with a small one takes the same steps if all gradients are twice as large; the first gradient
 # is clipped and the others are not.
 OPTIM = OptimConfig(lr=0.1, warmup=2, weight_decay=0.01, eps=1.0, clip=5.0)
@@ -55,23 +56,36 @@ def flat(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def single(store, tmp_path_factory):
-    """The same run in one process."""
-    runs = tmp_path_factory.mktemp("single")
-    assert fit(config_of(store, runs, model=PLAIN, optim=OPTIM, train=TRAIN)) == 0
-    return runs / "run"
+def single_of(store, tmp_path_factory):
+    """single_of(generation): the same run in one process."""
+
+    @functools.cache
+    def run(generation):
+        runs = tmp_path_factory.mktemp("single")
+        assert fit(config_of(store, runs, model=model_of(generation), optim=OPTIM, train=TRAIN)) == 0
+        return runs / "run"
+
+    return run
+
+
+@pytest.fixture
+def single(single_of):
+    return single_of("rwkv4")
 
 
 DEEPSPEED = [f"deepspeed_stage_{stage}" for stage in ("1", "2", "3", "2_offload")]
+STRATEGIES = [("rwkv4", s) for s in ("ddp", "fsdp", *DEEPSPEED)]
+STRATEGIES += [("rwkv7", s) for s in ("ddp", "fsdp", "deepspeed_stage_3")]
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp", *DEEPSPEED])
-def test_two_ranks_are_one_and_go_on_from_their_checkpoint(single, store, tmp_path, strategy):
+@pytest.mark.parametrize(("generation", "strategy"), STRATEGIES)
+def test_two_ranks_are_one_and_go_on_from_their_checkpoint(single_of, store, tmp_path, generation, strategy):
     """With a horizon of two chunks, accumulation, clipping, uneven masks."""
     if strategy.startswith("deepspeed"):
         pytest.importorskip("deepspeed")
     train = replace(TRAIN, devices=2, strategy=strategy)
-    config = config_of(store, tmp_path, model=PLAIN, optim=OPTIM, train=train)
+    config = config_of(store, tmp_path, model=model_of(generation), optim=OPTIM, train=train)
+    single = single_of(generation)
     on_ranks(config, tmp_path)
     run = tmp_path / "run"
     whole = weights(run)

@@ -24,7 +24,7 @@ MODULES = sorted((ROOT / "rwkv_train").rglob("*.py"))
 LAYERS = [
     ["__init__", "files", "weightfile", "savepoint", "config", "wkv", "tokenizer", "state"],
     ["models"],
-    ["loss", "hf", "checkpoint"],
+    ["loss", "hf", "tuning", "checkpoint"],
     ["bptt", "optim", "data"],
     ["evaluate", "generate", "dialogue", "room", "runlog", "batches", "strategies", "feedback"],
     ["module"],

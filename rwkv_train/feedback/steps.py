@@ -171,7 +171,7 @@ def learn(
             for name, p in parameters.items():
                 p -= size * ways[name]
             if config.scope == "state":
-                twin.initial_wkv[:, :, 1].clamp_(min=0)  # a denominator
+                twin.repair_state(State(twin.initial_shift, twin.initial_wkv))
         tick(step + 1, loss.item())
     return _finished(twin, config.scope), step
 
@@ -180,12 +180,8 @@ def _trainable(model: RWKV, scope: Scope) -> tuple[RWKV, dict[str, nn.Parameter]
     """A twin of a model, and what of it is trained, by name."""
     names, own = localised_names(model), dict(model.named_parameters())
     if scope == "state":
-        # Exactly the empty state, but with an exponent that gradients come through.
-        empty = model.empty_state(1)
-        wkv = empty.wkv.clone()
-        wkv[:, :, 2] = wkv[:, :, 2].clamp(min=0)
-        own |= {"initial_shift": empty.shift, "initial_wkv": wkv}
         names = ["initial_shift", "initial_wkv"]
+        own = dict(zip(names, model.trainable_state(), strict=True)) | own
     elif scope == "full":
         names = list(own)
     twin = with_weights(model, {name: own[name].detach() for name in names})
@@ -283,12 +279,14 @@ def _upper(model: RWKV, tokens: Tensor, state: State | None, scope: Scope) -> tu
     state = model.empty_state(len(tokens)) if state is None else state
     first = len(model.blocks) // 2
     with torch.no_grad():
-        x = model.emb(tokens)
+        x, carry = model.enter(tokens)
         for i, block in enumerate(model.blocks[:first]):
-            x, _, _ = block(x, state.shift[:, i], state.wkv[:, i], None)
+            x, _, _, carry = block(x, state.shift[:, i], state.wkv[:, i], None, carry)
+    entered = [None if part is None else part.flatten(0, 1) for part in (x, carry)]
     upper = copy.copy(model)
     upper._modules = dict(model._modules)
-    upper.emb, upper.blocks = nn.Embedding.from_pretrained(x.flatten(0, 1)), model.blocks[first:]
+    upper.enter = lambda places: [None if part is None else part[places] for part in entered]
+    upper.blocks = model.blocks[first:]
     places = torch.arange(tokens.numel(), device=tokens.device).view_as(tokens)
     return upper, places, State(*(part[:, first:] for part in state))
 
