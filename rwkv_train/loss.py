@@ -4,8 +4,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from rwkv_train.wkv.elementwise import cross_entropy_, products_dtype
+
 IGNORE = -100  # a target that is not trained
-SLICE = 1 << 23  # logits held at once
+SLICE = 1 << 25  # logits held at once
 
 
 def head_loss(x: Tensor, weight: Tensor, targets: Tensor, z_loss: float = 0.0) -> Tensor:
@@ -25,8 +27,7 @@ def head_loss(x: Tensor, weight: Tensor, targets: Tensor, z_loss: float = 0.0) -
 def token_nll(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Cross entropy of each trained token, in nats: a vector over the targets that are not -100, in order."""
     x, targets = _trained(x, targets)
-    parts = [_row_nll(*part)[0] for part in _slices(x, weight, targets)]
-    return torch.cat(parts) if parts else x.new_zeros(0, dtype=_wide(x))
+    return torch.cat([cross_entropy_(F.linear(xs, weight), ts) for xs, ts in _slices(x, targets, weight)])
 
 
 def _trained(x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -39,17 +40,9 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _slices(x: Tensor, weight: Tensor, targets: Tensor):
+def _slices(x: Tensor, targets: Tensor, weight: Tensor):
     rows = max(1, SLICE // weight.shape[0])
-    for i in range(0, x.shape[0], rows):
-        yield x[i : i + rows], weight, targets[i : i + rows]
-
-
-def _row_nll(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(cross entropy [N], logits [N,V], their logsumexp [N,1]) of one slice."""
-    logits = F.linear(x, weight).to(_wide(x))
-    lse = logits.logsumexp(-1, keepdim=True)
-    return (lse - logits.gather(1, targets[:, None]))[:, 0], logits, lse
+    return zip(x.split(rows), targets.split(rows), strict=True)  # one empty pair where there is nothing
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -57,37 +50,24 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, targets, z_loss):
-        need_x, need_w = ctx.needs_input_grad[:2]
         total = torch.zeros((), dtype=torch.float64, device=x.device)
-        dx = torch.empty_like(x) if need_x else None
-        dw = torch.zeros_like(weight, dtype=_wide(weight)) if need_w else None
-        done = 0
-        for xs, _, ts in _slices(x, weight, targets):
-            nll, p, lse = _row_nll(xs, weight, ts)
-            total += nll.sum(dtype=torch.float64)
-            if need_x or need_w:
-                if z_loss:
-                    top, where = p.max(-1, keepdim=True)
-                p.sub_(lse).exp_()
-                p.scatter_add_(1, ts[:, None], -torch.ones_like(lse))
-                if z_loss:
-                    p.scatter_add_(1, where, z_loss * top)
-                p = p.to(x.dtype)
-            if need_x:
-                dx[done : done + len(ts)] = p @ weight.to(x.dtype)
-            if need_w:
-                dw += p.t() @ xs
-            done += len(ts)
+        dtype = products_dtype(x)
+        w, dx, dw = weight.to(dtype), [], None
+        with torch.autocast(x.device.type, enabled=False):
+            for xs, ts in _slices(x.to(dtype), targets, weight):
+                logits = F.linear(xs, w)
+                total += cross_entropy_(logits, ts, z_loss).sum(dtype=torch.float64)
+                if ctx.needs_input_grad[0]:
+                    dx.append(logits @ w)
+                if ctx.needs_input_grad[1]:
+                    part = logits.t() @ xs
+                    dw = part if dw is None else dw.to(_wide(x)).add_(part)
+        dx = torch.cat(dx).to(x.dtype) if dx else None
         ctx.save_for_backward(dx, None if dw is None else dw.to(weight.dtype))
         return total.to(_wide(x))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
-        dx, dw = ctx.saved_tensors
-        return (
-            None if dx is None else dx * g.to(dx.dtype),
-            None if dw is None else dw * g.to(dw.dtype),
-            None,
-            None,
-        )
+        dx, dw = (None if part is None else part * g.to(part.dtype) for part in ctx.saved_tensors)
+        return dx, dw, None, None

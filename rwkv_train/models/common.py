@@ -1,4 +1,4 @@
-"""What every RWKV generation shares: token shift, blocks, initialisation helpers, the outer shape of a model."""
+"""What every RWKV generation shares: blocks, initialisation helpers, the outer shape of a model."""
 
 from collections.abc import Iterable
 from itertools import pairwise
@@ -9,17 +9,6 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from rwkv_train.state import State
-
-
-def token_shift(x: Tensor, last: Tensor, reset: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Each token's predecessor: x [B,T,C], last [B,C] the token before the first, reset [B,T] bool or None.
-
-    A document's first token has zeros before it. Returns (shifted [B,T,C], last token [B,C] in last's dtype).
-    """
-    shifted = torch.cat([last.to(x.dtype).unsqueeze(1), x[:, :-1]], 1)
-    if reset is not None:
-        shifted = shifted.masked_fill(reset.unsqueeze(-1), 0)
-    return shifted, x[:, -1].to(last.dtype)
 
 
 def orthogonal_(weight: Tensor, scale: float = 1.0) -> None:

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from rwkv_train.models.common import RWKV, orthogonal_, token_shift
+from rwkv_train.models.common import RWKV, orthogonal_
 from rwkv_train.state import State
-from rwkv_train.wkv import wkv4
+from rwkv_train.wkv import gate, shift_mix, squared_relu, wkv4
 
 
 @dataclass(frozen=True)
@@ -46,13 +46,11 @@ class TimeMix(nn.Module):
         self.output = nn.Linear(c.n_att, c.n_embd, bias=False)
 
     def forward(self, x: Tensor, last: Tensor, wkv: Tensor, reset: Tensor | None, carry: None):
-        shifted, last = token_shift(x, last, reset)
-        k = self.key(torch.lerp(shifted, x, self.time_mix_k.to(x.dtype)))
-        v = self.value(torch.lerp(shifted, x, self.time_mix_v.to(x.dtype)))
-        r = self.receptance(torch.lerp(shifted, x, self.time_mix_r.to(x.dtype)))
+        xk, xv, xr, last = shift_mix(x, last, reset, self.time_mix_k, self.time_mix_v, self.time_mix_r)
+        k, v, r = self.key(xk), self.value(xv), self.receptance(xr)
         w, u = -torch.exp(self.time_decay.to(wkv.dtype)), self.time_first.to(wkv.dtype)
         y, wkv = wkv4(w, u, k, v, wkv, reset)
-        return self.output(torch.sigmoid(r) * y), last, wkv, carry
+        return self.output(gate(r, y)), last, wkv, carry
 
 
 class ChannelMix(nn.Module):
@@ -67,10 +65,8 @@ class ChannelMix(nn.Module):
         self.value = nn.Linear(c.n_ffn, c.n_embd, bias=False)
 
     def forward(self, x: Tensor, last: Tensor, reset: Tensor | None):
-        shifted, last = token_shift(x, last, reset)
-        k = self.key(torch.lerp(shifted, x, self.time_mix_k.to(x.dtype)))
-        r = self.receptance(torch.lerp(shifted, x, self.time_mix_r.to(x.dtype)))
-        return torch.sigmoid(r) * self.value(torch.relu(k).square()), last
+        xk, xr, last = shift_mix(x, last, reset, self.time_mix_k, self.time_mix_r)
+        return gate(self.receptance(xr), self.value(squared_relu(self.key(xk)))), last
 
 
 class RWKV4(RWKV):

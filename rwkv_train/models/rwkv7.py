@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rwkv_train.models.common import RWKV, orthogonal_, token_shift
-from rwkv_train.wkv import wkv7
+from rwkv_train.models.common import RWKV, orthogonal_
+from rwkv_train.wkv import shift_mix, squared_relu, wkv7
 
 FASTEST = math.exp(-0.5)  # of all log decays per token, the largest in size
 RANK_FACTORS = {"w": 2.5, "a": 2.5, "v": 1.7, "g": 5.0}  # ranks of fresh models are these times sqrt(n_embd)
@@ -85,8 +85,8 @@ class TimeMix(nn.Module):
         self.ln_x = nn.GroupNorm(c.n_head, c.n_embd, eps=HEAD_NORM_EPS)
 
     def forward(self, x: Tensor, last: Tensor, wkv: Tensor, reset: Tensor | None, v_first: Tensor | None):
-        shifted, last = token_shift(x, last, reset)
-        xr, xw, xk, xv, xa, xg = (torch.lerp(x, shifted, getattr(self, f"x_{i}").to(x.dtype)) for i in "rwkvag")
+        mixes = (1 - getattr(self, f"x_{letter}") for letter in "rwkvag")
+        xr, xw, xk, xv, xa, xg, last = shift_mix(x, last, reset, *mixes)
         r, k, v = self.receptance(xr), self.key(xk), self.value(xv)
         w = -FASTEST * torch.sigmoid((self.w0 + torch.tanh(xw @ self.w1) @ self.w2).to(wkv.dtype))
         a = torch.sigmoid(self.a0 + xa @ self.a1 @ self.a2)
@@ -116,9 +116,8 @@ class ChannelMix(nn.Module):
         self.value = nn.Linear(c.n_ffn, c.n_embd, bias=False)
 
     def forward(self, x: Tensor, last: Tensor, reset: Tensor | None):
-        shifted, last = token_shift(x, last, reset)
-        k = self.key(torch.lerp(x, shifted, self.x_k.to(x.dtype)))
-        return self.value(torch.relu(k).square()), last
+        xk, last = shift_mix(x, last, reset, 1 - self.x_k)
+        return self.value(squared_relu(self.key(xk))), last
 
 
 class RWKV7(RWKV):

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from rwkv_train.wkv import cpu, fallback, reference
 from rwkv_train.wkv.arguments import cast, check
+from rwkv_train.wkv.elementwise import cross_entropy_, gate, shift_mix, squared_relu
 from rwkv_train.wkv.wkv7 import wkv7
 
-__all__ = ["empty_state", "wkv4", "wkv7"]
+__all__ = ["cross_entropy_", "empty_state", "gate", "shift_mix", "squared_relu", "wkv4", "wkv7"]
 
 
 def empty_state(batch: int, channels: int, *, dtype=torch.float32, device=None) -> Tensor:

@@ -18,8 +18,8 @@ import torch
 from torch.autograd.function import once_differentiable
 
 FOLDER = Path(__file__).parent
-SOURCES = (FOLDER / "wkv4_cpu.cpp", FOLDER / "wkv7_cpu.cpp")
-HEADERS = (FOLDER / "jobs.h", FOLDER / "wkv4.h", FOLDER / "wkv7.h")
+SOURCES = tuple(FOLDER / name for name in ("wkv4_cpu.cpp", "wkv7_cpu.cpp", "elementwise_cpu.cpp"))
+HEADERS = tuple(FOLDER / name for name in ("jobs.h", "exp_log.h", "wkv4.h", "wkv7.h"))
 COMPILERS = ("c++", "g++", "clang++")
 # No -ffast-math: it would reorder the operations that split an exponent into an integer and a small rest.
 FLAGS = (
