@@ -1,5 +1,6 @@
 """What every benchmark shares: turns of repeats, agreement before speed, tables, and JSON that names the machine."""
 
+import functools
 import json
 import os
 import platform
@@ -13,7 +14,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LEAST = 0.02  # seconds that one repeat lasts at least: what is faster is called several times in it
 
 
@@ -31,7 +32,7 @@ class Times:
         """Median and, in brackets, the range, divided by `count`."""
         scale = {"s": 1, "ms": 1e3, "us": 1e6, "ns": 1e9}[unit] / count
         low, high = min(self.seconds) * scale, max(self.seconds) * scale
-        return f"{self.median * scale:.3g} {unit} ({low:.3g}-{high:.3g})"
+        return f"{number(self.median * scale)} {unit} ({number(low)}-{number(high)})"
 
     def rate(self, count: int) -> str:
         """`count` a second: of the median and, in brackets, of the range."""
@@ -81,6 +82,12 @@ def _timed(call: Callable[[], object], inner: int, device: str) -> float:
     return (time.perf_counter() - begun) / inner
 
 
+def need(device: str) -> None:
+    """ValueError where a device is not there."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("torch sees no GPU here; run this on a machine with one, and with torch built for it")
+
+
 def synchronize(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
@@ -93,7 +100,7 @@ def graphed(call: Callable[[], object], device: str) -> tuple[Callable[[], objec
     """
     if device != "cuda":
         return call, "calls"
-    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream, graph = side_stream(), torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream())
     try:
         with torch.cuda.stream(stream):
@@ -110,6 +117,12 @@ def graphed(call: Callable[[], object], device: str) -> tuple[Callable[[], objec
     return graph.replay, "graph"
 
 
+@functools.cache
+def side_stream() -> torch.cuda.Stream:
+    """The one stream of all captures: a backward runs where its forward did, and must not reach outside its graph."""
+    return torch.cuda.Stream()
+
+
 def one_line(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:160]
 
@@ -118,7 +131,7 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     """|found - expected| / |expected| in the 2-norm; infinite for a wrong shape or what is no finite number."""
     if found.shape != expected.shape:
         return float("inf")
-    found, expected = found.detach().double().cpu(), expected.detach().double().cpu()
+    found, expected = found.detach().double(), expected.detach().double().to(found.device)
     error, norm = (found - expected).norm().item(), expected.norm().item()
     error = error / norm if norm > 0 else error
     return error if error == error else float("inf")
@@ -126,17 +139,20 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far a contestant is from the reference, and where it is farthest."""
+    """How far a contestant is from the reference, and where it is farthest; or how it failed."""
 
     error: float
-    where: str
     allowed: float
+    where: str = ""
+    failed: str = ""
 
     @property
     def good(self) -> bool:
         return self.error <= self.allowed
 
     def __str__(self) -> str:
+        if self.failed:
+            return f"failed: {self.failed}"
         return f"{self.error:.1e}" if self.good else f"disagrees: {self.where} is off by {self.error:.1e}"
 
 
@@ -145,10 +161,10 @@ def agreement(run: Callable[[], Mapping[str, Tensor]], expected: Mapping[str, Te
     try:
         found = run()
     except Exception as error:  # a peer may fail in any way; that is its result
-        return Agreement(float("inf"), one_line(error), allowed)
+        return Agreement(float("inf"), allowed, failed=one_line(error))
     errors = {name: relative_error(found[name], t) if name in found else float("inf") for name, t in expected.items()}
     worst = max(errors, key=errors.__getitem__)
-    return Agreement(errors[worst], worst, allowed)
+    return Agreement(errors[worst], allowed, worst)
 
 
 def table(rows: list[Mapping[str, str]]) -> str:
@@ -161,10 +177,11 @@ def table(rows: list[Mapping[str, str]]) -> str:
 
 def target(what: str, found: float, wanted: float | None, more: bool) -> dict[str, str]:
     """A row of the table of targets: a ratio, what it should be, and whether it is."""
+    row = {"what": what, "found": number(found), "target": "-", "met": "-"}
     if wanted is None:
-        return {"what": what, "found": f"{found:.3g}", "target": "-", "": "-"}
+        return row
     met = found >= wanted if more else found <= wanted
-    return {"what": what, "found": f"{found:.3g}", "target": f"{'≥' if more else '≤'} {wanted:g}", "": "✓" if met else "✗"}
+    return row | {"target": f"{'≥' if more else '≤'} {wanted:g}", "met": "yes" if met else "no"}
 
 
 def installed(package: str) -> str | None:

@@ -27,9 +27,10 @@ def memory(config: MemoryBench) -> None:
         for kind, points in found.items():
             ended = next((p for p in points.values() if p.why_not), None)
             points[length] = ended or _point(kind, length, config)
-    print(table([{"tokens": f"{n:,}"} | {kind: _shown(found[kind][n]) for kind in kinds} for n in sorted(config.lengths)]))
+    lengths = sorted(config.lengths)
+    print(table([{"tokens": f"{n:,}"} | {kind: _shown(found[kind][n]) for kind in kinds} for n in lengths]))
     ratios = compared(found, config)
-    print("\n" + table(ratios) if ratios else "")
+    print(f"\n{table(ratios)}")
     results = {k: {n: p.__dict__ for n, p in points.items()} for k, points in found.items()}
     write_json(config.json, "memory", config, {"points": results, "ratios": ratios})
     if config.plot:
@@ -50,7 +51,8 @@ def step(kind: str, length: int, size: str, chunk_len: int, threads: int) -> dic
         run = transformers_step(_peer(kind, config, length), text[0])
     else:
         model = random_model(config)
-        run = truncated_step(model, text, chunk_len) if kind == TRUNCATED else training_step(model, text, "fp32", chunk_len)
+        exact = kind == EXACT
+        run = training_step(model, text, "fp32", chunk_len) if exact else truncated_step(model, text, chunk_len)
     loaded, begun = peak_mb(), time.perf_counter()
     run()
     return {"seconds": time.perf_counter() - begun, "loaded_mb": loaded}

@@ -73,14 +73,17 @@ def training_step(
     return step
 
 
-def truncated_step(model: RWKV4, text: tuple[Tensor, Tensor], chunk_len: int) -> Callable[[], None]:
+def truncated_step(
+    model: RWKV4, text: tuple[Tensor, Tensor], chunk_len: int, precision: str = "fp32"
+) -> Callable[[], None]:
     """The same text chunk by chunk, the state detached between them: classic truncated backpropagation."""
 
     def step() -> None:
         model.zero_grad(set_to_none=True)
         state = None
         for tokens, targets in zip(*(t.split(chunk_len, 1) for t in text), strict=True):
-            loss, n, state = chunked_loss(model, tokens, targets, state, None, chunk_len)
+            with torch.autocast(tokens.device.type, torch.bfloat16, enabled=precision == "bf16"):
+                loss, n, state = chunked_loss(model, tokens, targets, state, None, chunk_len)
             (loss / n).backward()
             state = state.detach()
 
@@ -88,9 +91,11 @@ def truncated_step(model: RWKV4, text: tuple[Tensor, Tensor], chunk_len: int) ->
 
 
 def gradients(step: Callable[[], Tensor], model: torch.nn.Module, rename=lambda name: name) -> dict[str, Tensor]:
-    """The loss and every gradient of one step, on the CPU."""
-    found = {"loss": step().detach().cpu()}
-    return found | {rename(name): p.grad.detach().cpu() for name, p in model.named_parameters()}
+    """The loss and every gradient of one step."""
+    found = {"loss": step()}
+    found |= {rename(name): p.grad for name, p in model.named_parameters()}
+    model.zero_grad(set_to_none=True)
+    return found
 
 
 @contextmanager
@@ -135,5 +140,3 @@ def transformers_step(theirs: torch.nn.Module, tokens: Tensor) -> Callable[[], T
 def hf_names(model: RWKV4) -> dict[str, str]:
     """Their name of a parameter: ours."""
     return {to_hf_name(name): name for name, _ in model.named_parameters()}
-
-

@@ -127,6 +127,8 @@ class GpuBench:
         chunk_lens: tokens of a training step's chunk
         lengths: tokens of the texts over which memory should stay flat
         generated: tokens generated in each repeat
+        copy_mb: size of the copy that measures bandwidth, MB
+        square: rows and columns of the matrix product that measures its limit
         deepspeed_steps: steps of `fit` with deepspeed_stage_2, where deepspeed is installed
         repeats: times that each contestant is measured, in turns
         json: also write the figures to this file
@@ -139,6 +141,8 @@ class GpuBench:
     chunk_lens: list[int] = field(default_factory=lambda: [512, 1024, 4096])
     lengths: list[int] = field(default_factory=lambda: [4096, 16384, 65536])
     generated: int = 64
+    copy_mb: int = 2000
+    square: int = 8192
     deepspeed_steps: int = 20
     repeats: int = 5
     json: str | None = None

@@ -19,6 +19,7 @@ from rwkv_train.bench.measure import (
     graphed,
     installed,
     machine,
+    need,
     race,
     table,
     write_json,
@@ -27,11 +28,11 @@ from rwkv_train.bench.settings import WkvBench
 from rwkv_train.wkv import cpu, wkv4
 
 Operator = Callable[..., tuple[Tensor, Tensor]]  # (w, u, k, v, state, reset) -> (y, state), as rwkv_train.wkv.wkv4
-ALLOWED = {"fp32": 1e-4, "bf16": 1e-2}  # relative error of each result and gradient
+ALLOWED = {"fp64": 1e-9, "fp32": 1e-4, "bf16": 1e-2, "fp16": 2e-3}  # relative error of each result and gradient
 CHECKS = [(3, 37, 29), (2, 301, 67)]  # B, T, C: odd, and more than one chunk of any kernel
-BYTES = {"fp32": (12, 20), "bf16": (6, 10)}  # fewest a token and channel: read k, v, write y; read k, v, gy, write gk, gv
-FEW = {"reference", "transformers"}  # whose time grows so fast that a long text is not tried
-LONGEST = 2048
+# Fewest bytes a token and channel: forward reads k, v and writes y; backward reads k, v, gy and writes gk, gv.
+BYTES = {"fp32": (12, 20), "bf16": (6, 10)}
+LOOPS, LONGEST = {"reference", "transformers"}, 2048  # a loop over the tokens in Python is tried up to so many
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,11 @@ def backends(device: str) -> dict[str, Backend]:
         return {name: Backend(run) for name, run in cuda_paths().items()} | {"torch": Backend(_by("torch"))}
     names = ["cpu"] * cpu.available() + ["torch", "reference"]
     return {name: Backend(_by(name)) for name in names}
+
+
+def dtypes_of(backend: Backend) -> list[str]:
+    """The number formats it has to agree in: peers have no float64."""
+    return [dtype for dtype in DTYPES if backend.ours or dtype != "fp64"]
 
 
 def cuda_paths() -> dict[str, Operator]:
@@ -95,10 +101,11 @@ class Case:
         """Decays, bonuses and keys of a trained model's size, a state that has seen text; shape is B, T, C."""
         B, T, C = shape
         rng = torch.Generator().manual_seed(seed)
-        normal = partial(torch.randn, generator=rng)
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        normal = partial(torch.randn, generator=rng, dtype=wide)
         w, u = -torch.exp(normal(C) * 2 - 2), normal(C)
         k, v, gy = (normal(B, T, C).to(dtype) for _ in range(3))
-        state = torch.stack([normal(B, C), torch.rand(B, C, generator=rng) + 0.5, normal(B, C)], 1)
+        state = torch.stack([normal(B, C), torch.rand(B, C, generator=rng, dtype=wide) + 0.5, normal(B, C)], 1)
         reset = (torch.rand(B, T, generator=rng) < 0.05).to(device) if resets else None
         inputs = tuple(x.to(device).requires_grad_() for x in (w, u, k, v, state))
         return cls(inputs, reset, (gy.to(device), normal(B, 3, C).to(device)))
@@ -106,9 +113,12 @@ class Case:
     def results(self, run: Operator) -> dict[str, Tensor]:
         """Both results, and the gradients of all inputs."""
         out = run(*self.inputs, self.reset)
-        slopes = torch.autograd.grad(out, self.inputs, [g.to(o.dtype) for g, o in zip(self.arriving, out, strict=True)])
+        slopes = torch.autograd.grad(out, self.inputs, self.arriving_as(out))
         names = ("y", "state", *(f"gradient of {name}" for name in ("w", "u", "k", "v", "state")))
         return dict(zip(names, (*out, *slopes), strict=True))
+
+    def arriving_as(self, out: tuple[Tensor, Tensor]) -> list[Tensor]:
+        return [g.to(o.dtype) for g, o in zip(self.arriving, out, strict=True)]
 
     def double(self) -> "Case":
         """The same numbers in float64, on the CPU."""
@@ -132,8 +142,8 @@ def times(
     runs: Mapping[str, Operator], shape: tuple[int, int, int], dtype: str, device: str, repeats: int, budget: float
 ) -> tuple[dict[str, tuple[Times, Times]], str]:
     """Seconds of each operator's forward, as in training, and backward; and how a GPU's kernels were started."""
-    each = sum(x.nbytes for x in Case.draw(shape, DTYPES[dtype], "cpu", False).inputs) * 2
-    several = range(min(16, math.ceil(3 * _cache(device) / each)))
+    each = 3 * math.prod(shape) * DTYPES[dtype].itemsize
+    several = range(min(64, math.ceil(3 * _cache(device) / each)))
     cases = [Case.draw(shape, DTYPES[dtype], device, False, seed) for seed in several]
     calls, how = {}, set()
     for name, run in runs.items():
@@ -165,18 +175,24 @@ def backwards_of(run: Operator, cases: list[Case]) -> Callable[[], None]:
         if not kept:  # here and not before: a backward runs on the stream of its forward
             kept.extend(run(*case.inputs, None) for case in cases)
         for case, out in zip(cases, kept, strict=True):
-            torch.autograd.grad(out, case.inputs, case.arriving, retain_graph=True)
+            torch.autograd.grad(out, case.inputs, case.arriving_as(out), retain_graph=True)
 
     return backwards
 
 
 def measured(
-    found: Mapping[str, Backend], shape: tuple[int, int, int], dtype: str, device: str, config, bandwidth: float
+    found: Mapping[str, Backend],
+    shape: tuple[int, int, int],
+    dtype: str,
+    device: str,
+    repeats: int,
+    budget: float,
+    bandwidth: float,
 ) -> list[dict[str, object]]:
     """One row for each backend: its error, and its times if it agrees with the specification."""
     checked = {name: check(backend, dtype, device) for name, backend in found.items()}
-    tried = {n: b.run for n, b in found.items() if checked[n].good and (n not in FEW or shape[1] <= LONGEST)}
-    timed, how = times(tried, shape, dtype, device, config.repeats, getattr(config, "budget", 10.0))
+    tried = {n: b.run for n, b in found.items() if checked[n].good and (n not in LOOPS or shape[1] <= LONGEST)}
+    timed, how = times(tried, shape, dtype, device, repeats, budget)
     rows = []
     for name, backend in found.items():
         row = {"B x T x C": "x".join(map(str, shape)), "dtype": dtype, "backend": name, "error": checked[name]}
@@ -194,7 +210,7 @@ def shown(row: Mapping, unit: str = "ms") -> dict[str, str]:
     """A row as people read it."""
     cells = {name: str(row[name]) for name in ("B x T x C", "dtype", "backend", "error")}
     if "forward" not in row:
-        return cells | {"forward": "not run: too slow" if row["error"].good else "refused"}
+        return cells | {"forward": f"not run: over {LONGEST:,} tokens" if row["error"].good else "refused"}
     both = row["forward"].median + row["backward"].median
     cells |= {kind: row[kind].shown(1, unit) for kind in ("forward", "backward")}
     elements = math.prod(map(int, row["B x T x C"].split("x")))
@@ -204,6 +220,7 @@ def shown(row: Mapping, unit: str = "ms") -> dict[str, str]:
 
 def wkv(config: WkvBench) -> int:
     """Print the table; 1 if a backend of ours disagrees with the specification."""
+    need(config.device)
     print(about(machine(config.device)))
     bandwidth = copy_bandwidth(config.device)
     print(f"copy: {bandwidth / 1e9:.1f} GB/s\n")
@@ -212,7 +229,7 @@ def wkv(config: WkvBench) -> int:
     for dtype in config.dtypes:
         for tokens in config.tokens:
             shape = (config.lanes, tokens, config.channels)
-            rows += measured(found, shape, dtype, config.device, config, bandwidth)
+            rows += measured(found, shape, dtype, config.device, config.repeats, config.budget, bandwidth)
     print(table([shown(row) for row in rows]))
     write_json(config.json, "wkv", config, {"copy bytes/s": bandwidth, "rows": rows}, config.device)
     return int(any(row["ours"] and not row["error"].good for row in rows))

@@ -13,7 +13,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-import platformdirs
 import torch
 from torch.autograd.function import once_differentiable
 
@@ -71,8 +70,10 @@ def load() -> tuple[ctypes.CDLL | None, str]:
             f"no C++ compiler found ({', '.join(COMPILERS)}). Install one: apt install g++ (Debian, Ubuntu), "
             "dnf install gcc-c++ (Fedora), xcode-select --install (macOS)."
         )
-    cache = Path(platformdirs.user_cache_dir("rwkv_train"))
     try:
+        import platformdirs
+
+        cache = Path(platformdirs.user_cache_dir("rwkv_train"))
         stem = f"wkv4-{_key(compiler)}"
         return _find(cache, stem) or _build(compiler, cache, stem), ""
     except subprocess.CalledProcessError as error:
@@ -82,6 +83,8 @@ def load() -> tuple[ctypes.CDLL | None, str]:
             None,
             f"{compiler} could not build the CPU kernel ({reason}). Install a current g++ or clang++.",
         )
+    except ImportError as error:
+        return None, f"the CPU kernel needs a package ({error}): pip install platformdirs."
     except OSError as error:
         return None, (
             f"the CPU kernel could not be built or loaded ({error}). Make {cache} writable, "
