@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -29,7 +31,7 @@ TOY_GPU = {
 TOY = {
     "bench wkv": ["--channels=8", "--tokens=[24,33]", "--dtypes=[fp32,bf16]", "--repeats=2"],
     "bench train": ["--sizes=[16x2x31]", "--tokens=[24]", "--exact-size=16x1", "--chunks=3", "--chunk-len=8"],
-    "bench memory": ["--size=16x2x31", "--lengths=[16,32]", "--chunk-len=8"],
+    "bench memory": ["--size=16x2x31", "--lengths=[16]", "--chunk-len=8", "--peers=false"],
     "bench generate": ["--size=16x2x31", "--tokens=4", "--prompt=6", "--repeats=2"],
     "bench gpu": [f"--{name.replace('_', '-')}={json.dumps(value)}" for name, value in TOY_GPU.items()],
     "bench feedback": ["--seeds=1"],
@@ -52,15 +54,15 @@ def here(tmp_path, monkeypatch):
 def test_a_benchmark_prints_a_table_and_writes_json(name, here, capsys):
     pytest.importorskip("transformers")
     pytest.importorskip("rwkv")
-    draws = ["--plot=m.svg"] * (name == "bench memory")
-    code, out, err = run(*name.split(), *TOY[name], "--json=f.json", *draws, capsys=capsys)
+    more = ["--lengths=[16,32]", "--peers=true", "--plot=m.svg"] if name == "bench memory" else []
+    code, out, err = run(*name.split(), *TOY[name], "--json=f.json", *more, capsys=capsys)
     assert code == 0, err
     assert all(column in out for column in COLUMNS[name]), out
     assert not any(word in out for word in ("refused", "disagrees", "failed", "not run")), out
     found = json.loads((here / "f.json").read_text())
     assert found["benchmark"] == name.split()[1] and found["results"] and found["settings"]
     assert found["machine"]["cores"] and found["machine"]["packages"]["torch"]
-    if draws:
+    if more:
         assert "<svg" in (here / "m.svg").read_text()
 
 
@@ -191,6 +193,32 @@ def this_module(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
 
 
+def test_bench_gpu_needs_nothing_but_torch():
+    """On a bare machine: flags are read, everything is imported, and the sections run that need no time."""
+    banned = "jsonargparse platformdirs lightning datasets filelock yaml tokenizers pyrwkv_tokenizer safetensors tqdm"
+    flags = [*TOY["bench gpu"], "--lengths", "[16]", "--json=x.json"]
+    code = f"""
+import sys
+sys.modules |= dict.fromkeys({banned.split()})
+from rwkv_train import cli
+from rwkv_train.bench import gpu
+config, _ = cli.parse("bench gpu", {flags})
+assert (config.lengths, config.square, config.json) == ([16], 32, "x.json")
+rows, short, good = gpu.training(config, "cpu", {{}})
+assert good, rows
+try:
+    cli.main(["bench", "gpu", "--nonsense=1"])
+except SystemExit as stop:
+    assert stop.code == 2
+cli.main(["fit", "--name=x"])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parent.parent, capture_output=True, text=True
+    )
+    last = done.stderr.splitlines()[-2:]
+    assert done.returncode == 1 and "--nonsense=1" in last[0] and "fit: this command needs packages" in last[1], last
+
+
 def hold(megabytes: int) -> int:
     return len(bytes(megabytes * 10**6).replace(b"\0", b"\1"))
 
@@ -210,7 +238,7 @@ def test_limits_end_a_process(this_module):
 
 
 def test_a_text_over_the_limit_is_told_and_longer_ones_are_not_tried(here, capsys):
-    code, out, _ = run("bench", "memory", *TOY["bench memory"], "--limit-s=0", "--peers=false", capsys=capsys)
+    code, out, _ = run("bench", "memory", *TOY["bench memory"], "--limit-s=0", "--lengths=[16,32]", capsys=capsys)
     assert code == 0 and out.count("not run: over 0 s") == 4
 
 

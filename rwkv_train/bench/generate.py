@@ -47,9 +47,10 @@ def generate(config: GenerateBench) -> int:
         timed = race(calls, config.repeats, "cpu", config.budget)
     rows = []
     for who in dict.fromkeys([*checked, *timed]):
-        row = {"who": who, "error": str(checked.get(who, "-"))}
-        done = {"tokens/s": timed[who].rate(config.tokens), "a token": timed[who].shown(config.tokens)}
-        rows.append(row | (done if who in timed else {"tokens/s": "refused"}))
+        row = {"who": who, "error": str(checked.get(who, "-")), "tokens/s": "refused"}
+        if who in timed:
+            row |= {"tokens/s": timed[who].rate(config.tokens), "a token": timed[who].shown(config.tokens)}
+        rows.append(row)
     print(table(rows))
     ratios = []
     if PEER in timed and "ours" in timed:
