@@ -28,7 +28,8 @@ def matrix_products(model: nn.Module, tokens: int, precision: str = "fp32") -> C
     """
     dtype = DTYPES[precision]
     weights = [w.to(dtype) for w in matrices_of(model)]
-    rows = {size: weights[0].new_empty(tokens, size).normal_() for w in weights for size in w.shape}
+    sizes = {size for w in weights for size in w.shape}
+    rows = {size: weights[0].new_empty(tokens, size).normal_() for size in sizes}
     results = {size: torch.empty_like(x) for size, x in rows.items()}
     slopes = [torch.empty_like(w) for w in weights]
 

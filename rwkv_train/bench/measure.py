@@ -111,7 +111,7 @@ def graphed(call: Callable[[], object], device: str) -> tuple[Callable[[], objec
             call()
         graph.replay()
         torch.cuda.synchronize()
-    except RuntimeError as error:
+    except Exception as error:  # torch's or the kernels' own
         torch.cuda.synchronize()
         return call, f"calls; no graph: {one_line(error)}"
     return graph.replay, "graph"

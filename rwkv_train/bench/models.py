@@ -4,6 +4,7 @@ import re
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 
@@ -111,8 +112,7 @@ def plain_recurrence() -> Iterator[None]:
 
 def reference_gradients(model: RWKV4, text: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
     """Loss and gradients in float64, by the specification."""
-    exact = RWKV4(model.config).to(model.device, torch.float64)
-    exact.load_state_dict(model.state_dict())
+    exact = deepcopy(model).double()
     with plain_recurrence():
         return gradients(training_step(exact, text), exact)
 

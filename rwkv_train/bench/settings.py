@@ -9,7 +9,7 @@ Precision = Literal["fp32", "bf16"]
 
 @dataclass
 class WkvBench:
-    """Time the WKV operator's backends, forward and backward, beside peers' and a copy (half a minute on 2 cores).
+    """Time the WKV operator's backends, forward and backward, beside peers' and a copy (1 min on 2 cores).
 
     Args:
         channels: C, the operator's width
@@ -34,7 +34,7 @@ class WkvBench:
 
 @dataclass
 class TrainBench:
-    """Time a training step's forward and backward beside transformers and its bare matrix products (6 min on 2 cores).
+    """Time a training step's forward and backward beside transformers and its bare matrix products (7 min on 2 cores).
 
     Args:
         sizes: 256x4, 169M or 1.5B, or CxL or CxLxV: channels, layers, vocabulary
@@ -94,7 +94,7 @@ class MemoryBench:
 
 @dataclass
 class GenerateBench:
-    """Time generation, token by token, beside the package rwkv and transformers (one minute on 2 cores).
+    """Time generation, token by token, beside the package rwkv and transformers (1 min on 2 cores).
 
     Args:
         size: 256x4, 169M or 1.5B, or CxL or CxLxV: channels, layers, vocabulary
@@ -134,7 +134,7 @@ class GpuBench:
         json: also write the figures to this file
     """
 
-    minutes: float = 7.0
+    minutes: float = 5.0
     shapes: list[str] = field(default_factory=lambda: ["8x4096x2048", "1x4096x2048", "8x512x768", "1x512x768"])
     dtypes: list[Precision] = field(default_factory=lambda: ["bf16", "fp32"])
     models: list[str] = field(default_factory=lambda: ["169M:8", "1.5B:1"])

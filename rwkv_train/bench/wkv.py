@@ -58,8 +58,10 @@ def dtypes_of(backend: Backend) -> list[str]:
 
 
 def cuda_paths() -> dict[str, Operator]:
-    """The CUDA kernel as it chooses for itself, and each of its ways by force, where it can be forced."""
-    return {"cuda": _by("cuda")}
+    """The CUDA kernels as they choose for themselves, and each of their two ways by force."""
+    from rwkv_train.wkv import cuda
+
+    return {"cuda": _by("cuda")} | {f"cuda, {p}": partial(cuda.wkv4, path=p) for p in ("serial", "chunked")}
 
 
 def _by(name: str) -> Operator:
@@ -182,6 +184,7 @@ def backwards_of(run: Operator, cases: list[Case]) -> Callable[[], None]:
 
 def measured(
     found: Mapping[str, Backend],
+    checked: Mapping[str, Agreement],
     shape: tuple[int, int, int],
     dtype: str,
     device: str,
@@ -190,7 +193,6 @@ def measured(
     bandwidth: float,
 ) -> list[dict[str, object]]:
     """One row for each backend: its error, and its times if it agrees with the specification."""
-    checked = {name: check(backend, dtype, device) for name, backend in found.items()}
     tried = {n: b.run for n, b in found.items() if checked[n].good and (n not in LOOPS or shape[1] <= LONGEST)}
     timed, how = times(tried, shape, dtype, device, repeats, budget)
     rows = []
@@ -227,9 +229,10 @@ def wkv(config: WkvBench) -> int:
     found = backends(config.device) | peers(config.device)
     rows = []
     for dtype in config.dtypes:
+        checked = {name: check(backend, dtype, config.device) for name, backend in found.items()}
         for tokens in config.tokens:
             shape = (config.lanes, tokens, config.channels)
-            rows += measured(found, shape, dtype, config.device, config.repeats, config.budget, bandwidth)
+            rows += measured(found, checked, shape, dtype, config.device, config.repeats, config.budget, bandwidth)
     print(table([shown(row) for row in rows]))
     write_json(config.json, "wkv", config, {"copy bytes/s": bandwidth, "rows": rows}, config.device)
     return int(any(row["ours"] and not row["error"].good for row in rows))

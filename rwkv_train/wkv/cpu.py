@@ -70,10 +70,8 @@ def load() -> tuple[ctypes.CDLL | None, str]:
             f"no C++ compiler found ({', '.join(COMPILERS)}). Install one: apt install g++ (Debian, Ubuntu), "
             "dnf install gcc-c++ (Fedora), xcode-select --install (macOS)."
         )
+    cache = _cache()
     try:
-        import platformdirs
-
-        cache = Path(platformdirs.user_cache_dir("rwkv_train"))
         stem = f"wkv4-{_key(compiler)}"
         return _find(cache, stem) or _build(compiler, cache, stem), ""
     except subprocess.CalledProcessError as error:
@@ -83,13 +81,19 @@ def load() -> tuple[ctypes.CDLL | None, str]:
             None,
             f"{compiler} could not build the CPU kernel ({reason}). Install a current g++ or clang++.",
         )
-    except ImportError as error:
-        return None, f"the CPU kernel needs a package ({error}): pip install platformdirs."
     except OSError as error:
         return None, (
             f"the CPU kernel could not be built or loaded ({error}). Make {cache} writable, "
             "or set XDG_CACHE_HOME to a folder that is, and check that the C++ compiler fits this Python."
         )
+
+
+def _cache() -> Path:
+    try:
+        import platformdirs
+    except ImportError:  # a bare machine with torch and a GPU, where only `bench gpu` runs
+        return Path.home() / ".cache" / "rwkv_train"
+    return Path(platformdirs.user_cache_dir("rwkv_train"))
 
 
 def _key(compiler: str) -> str:
