@@ -11,8 +11,8 @@ import torch
 from test_cli import run
 from torch.utils.flop_counter import FlopCounterMode
 
-from rwkv_train.bench import gpu, measure, models
-from rwkv_train.bench.apart import apart, peak_mb
+from rwkv_train.bench import gpu, measure, memory, models
+from rwkv_train.bench.apart import Apart, apart, peak_mb
 from rwkv_train.bench.limits import matrices_of, matrix_products
 from rwkv_train.bench.settings import GpuBench
 from rwkv_train.wkv import fallback
@@ -54,7 +54,7 @@ def here(tmp_path, monkeypatch):
 def test_a_benchmark_prints_a_table_and_writes_json(name, here, capsys):
     pytest.importorskip("transformers")
     pytest.importorskip("rwkv")
-    more = ["--lengths=[16,32]", "--peers=true", "--plot=m.svg"] if name == "bench memory" else []
+    more = ["--peers=true", "--plot=m.svg"] if name == "bench memory" else []
     code, out, err = run(*name.split(), *TOY[name], "--json=f.json", *more, capsys=capsys)
     assert code == 0, err
     assert all(column in out for column in COLUMNS[name]), out
@@ -239,9 +239,23 @@ def test_limits_end_a_process(this_module):
     assert "unexpected keyword argument" in apart("test_bench:hold", 10, 300, gigabytes=1).why_not
 
 
-def test_a_text_over_the_limit_is_told_and_longer_ones_are_not_tried(here, capsys):
-    code, out, _ = run("bench", "memory", *TOY["bench memory"], "--limit-s=0", "--lengths=[16,32]", capsys=capsys)
-    assert code == 0 and out.count("not run: over 0 s") == 4
+def test_a_peer_over_its_limit_is_told_and_longer_texts_are_not_tried(here, monkeypatch, capsys):
+    tried = []
+
+    def fake(function, limit_gb, limit_s, *, kind, length, **rest):
+        tried.append((kind, length))
+        if kind == memory.EXACT:
+            assert limit_gb == limit_s == math.inf
+        elif length > 16 and kind in memory.PEERS:
+            return Apart(why_not=f"over {limit_gb:g} GB")
+        return Apart({"seconds": 1.0, "loaded_mb": 90.0}, 100.0 + length)
+
+    monkeypatch.setattr(memory, "apart", fake)
+    flags = ["--lengths=[64,16,32]", "--limit-gb=3", "--peers=true", "--plot=m.svg"]
+    code, out, _ = run("bench", "memory", *TOY["bench memory"], *flags, capsys=capsys)
+    assert code == 0 and out.count("not run: over 3 GB") == 4 and out.count("116 MB, 1 s") == 4
+    assert "ours, exact: peak at 64 over 16 tokens" in out
+    assert len(tried) == 4 * 2 + 2 and "over 3 GB at 32" in (here / "m.svg").read_text()
 
 
 def test_turns_and_agreement():

@@ -1,5 +1,6 @@
 """`bench memory`: training memory by length of the text, each point a process of its own."""
 
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -38,8 +39,9 @@ def memory(config: MemoryBench) -> None:
 
 
 def _point(kind: str, length: int, config: MemoryBench) -> Apart:
+    limits = (config.limit_gb, config.limit_s) if kind in PEERS else (math.inf, math.inf)
     arguments = {"kind": kind, "length": length, "size": config.size, "chunk_len": config.chunk_len}
-    return apart(f"{__name__}:step", config.limit_gb, config.limit_s, threads=torch.get_num_threads(), **arguments)
+    return apart(f"{__name__}:step", *limits, threads=torch.get_num_threads(), **arguments)
 
 
 def step(kind: str, length: int, size: str, chunk_len: int, threads: int) -> dict[str, float]:

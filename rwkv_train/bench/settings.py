@@ -76,7 +76,7 @@ class MemoryBench:
         lengths: tokens of the text
         chunk_len: tokens of a chunk of this program
         peers: also measure transformers' RWKV-4 and a transformer (GPT-NeoX) of the same width and depth
-        limit_gb: a process that holds more is ended, and its longer texts are not tried
+        limit_gb: a peer's process that holds more is ended, and its longer texts are not tried
         limit_s: the same for one that takes longer
         json: also write the figures to this file
         plot: also draw them, to NAME.svg or NAME.png
