@@ -13,7 +13,6 @@ from torch import Tensor
 
 from rwkv_train.bptt import chunked_loss
 from rwkv_train.checkpoint import save_model
-from rwkv_train.hf import to_hf_name
 from rwkv_train.loss import IGNORE
 from rwkv_train.models import rwkv4
 from rwkv_train.models.rwkv4 import RWKV4, RWKV4Config
@@ -137,6 +136,6 @@ def transformers_step(theirs: torch.nn.Module, tokens: Tensor) -> Callable[[], T
     return step
 
 
-def hf_names(model: RWKV4) -> dict[str, str]:
-    """Their name of a parameter: ours."""
-    return {to_hf_name(name): name for name, _ in model.named_parameters()}
+def their_names(model: RWKV4, theirs: torch.nn.Module) -> dict[str, str]:
+    """Their name of a parameter: ours. Both programs list the same parts in the same order."""
+    return dict(zip(dict(theirs.named_parameters()), dict(model.named_parameters()), strict=True))

@@ -19,12 +19,12 @@ from rwkv_train.bench.measure import (
 )
 from rwkv_train.bench.models import (
     gradients,
-    hf_names,
     in_transformers,
     random_model,
     random_text,
     reference_gradients,
     size_of,
+    their_names,
     training_step,
     transformers_step,
     truncated_step,
@@ -81,7 +81,7 @@ def check(model: RWKV4, peer, config: TrainBench) -> dict[str, Agreement]:
             lambda step=step: gradients(step, model), expected, allowed=ALLOWED[precision]
         )
     if peer is not None:
-        ours, step = hf_names(model), transformers_step(peer, text[0])
+        ours, step = their_names(model, peer), transformers_step(peer, text[0])
         found[PEER] = agreement(lambda: gradients(step, peer, ours.__getitem__), expected, ALLOWED["fp32"])
     return found
 
