@@ -1,13 +1,18 @@
 """The command line. A command's module is imported only when that command runs, so that help comes at once."""
 
+import json
 import re
 import sys
+from argparse import SUPPRESS
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from importlib import import_module
 from typing import Literal
 
-from jsonargparse import ArgumentParser
+try:
+    from jsonargparse import ArgumentParser
+except ImportError:  # a bare machine with torch and a GPU, where `bench gpu` runs all the same
+    from argparse import ArgumentParser
 
 
 @dataclass
@@ -139,40 +144,6 @@ class FeedbackFileConfig:
 
 
 @dataclass
-class BenchConfig:
-    """Measure the program.
-
-    Args:
-        what: "feedback" measures corrections: are they learnt, kept, understood, and is all else left alone?
-        model: checkpoint, runs/NAME, or a folder with model.pth; the small one that comes along if not given
-        cases: jsonl, one correction a line, as {"question", "answer", "paraphrases", "neighbours", "same_subject"};
-            false facts about countries, made for the starter model, if not given
-        unrelated: file of questions, one a line, whose answers must stay; small talk if not given
-        heldout: file of text on which the loss must stay; talks of strangers if not given
-        tokenizer: world, bytes or a tokenizer JSON; known where tokenizer.json lies with the model
-        template: YAML file that says how chats are written; template.yaml with the model, or RWKV World's if not given
-        counts: corrections one after another
-        controls: the same for recipes that do worse: rate 0, naive, state only
-        seeds: runs of each recipe, with other draws of cases
-        json: also write the figures to this file
-        plot: also draw them, to NAME.svg or NAME.png
-    """
-
-    what: list[str]
-    model: str | None = None
-    cases: str | None = None
-    unrelated: str | None = None
-    heldout: str | None = None
-    tokenizer: str | None = None
-    template: str | None = None
-    counts: list[int] = field(default_factory=lambda: [1, 10, 100])
-    controls: list[int] = field(default_factory=lambda: [10])
-    seeds: int = 3
-    json: str | None = None
-    plot: str | None = None
-
-
-@dataclass
 class InspectConfig:
     """Print the exact batch of one optimizer step of a run.
 
@@ -231,7 +202,11 @@ def _add_resume(parser: ArgumentParser) -> None:
     parser.add_argument("--resume", nargs="?", const="newest", metavar="CHECKPOINT", help=explained)
 
 
-COMMANDS = {
+def _bench(what: str, phrase: str) -> Command:
+    return Command(phrase, f"rwkv_train.bench.settings:{what.title()}Bench", f"rwkv_train.bench.{what}:{what}")
+
+
+COMMANDS = {  # most are one word, the benchmarks two
     "prepare": Command(
         "turn text, chats or a data set into a token store",
         "rwkv_train.data.prepare:PrepareConfig",
@@ -265,9 +240,12 @@ COMMANDS = {
     "feedback": Command(
         "learn a file of corrections", "rwkv_train.cli:FeedbackFileConfig", "rwkv_train.corrections:feedback"
     ),
-    "bench": Command(
-        "measure the program", "rwkv_train.cli:BenchConfig", "rwkv_train.corrections:bench", positional="what"
-    ),
+    "bench wkv": _bench("wkv", "time the WKV operator's backends beside peers'"),
+    "bench train": _bench("train", "time a training step beside transformers and its bare matrix products"),
+    "bench memory": _bench("memory", "draw training memory by length of the text, beside transformers"),
+    "bench generate": _bench("generate", "time generation beside the package rwkv and transformers"),
+    "bench gpu": _bench("gpu", "check and time everything that runs on a GPU"),
+    "bench feedback": _bench("feedback", "measure corrections: learnt, kept, understood, and all else left alone?"),
     "export": Command(
         "write a model as .pth, .safetensors or a Hugging Face folder",
         "rwkv_train.cli:ExportConfig",
@@ -279,11 +257,12 @@ COMMANDS = {
 def main(argv: list[str] | None = None) -> None:
     """Run one command and exit with its code: 0 done, 1 failed, 2 wrong usage, 130 or 143 stopped by a signal."""
     argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0] not in COMMANDS:
+    words = next((n for n in (2, 1) if " ".join(argv[:n]) in COMMANDS), 0)
+    if not words:
         sys.exit(_overview(argv))
-    name = argv[0]
+    name = " ".join(argv[:words])
     try:
-        config, extra = parse(name, argv[1:])
+        config, extra = parse(name, argv[words:])
         code = _find(COMMANDS[name].run)(config, **extra)
         sys.exit(code if isinstance(code, int) else 0)
     except (
@@ -298,17 +277,20 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _overview(argv: list[str]) -> int:
-    wanted = bool(argv) and argv[0] in ("-h", "--help", "help")
+    group = [argv[0]] if any(name.startswith(f"{' '.join(argv[:1])} ") for name in COMMANDS) else []
+    rest = argv[len(group) :]
+    wanted = bool(rest) and rest[0] in ("-h", "--help", "help")
     out = sys.stdout if wanted else sys.stderr
-    if argv and not wanted:
-        print(f"train.py: there is no command {argv[0]!r}. The commands are:", file=out)
-    else:
+    if rest and not wanted:
+        print(f"train.py: there is no command {' '.join([*group, rest[0]])!r}. The commands are:", file=out)
+    elif not group:
         print(
             "Online fine-tuning trainer for RWKV language models.\n\nusage: python train.py COMMAND ...\n",
             file=out,
         )
     for name, command in COMMANDS.items():
-        print(f"  {name:<10}{command.phrase}", file=out)
+        if name.split()[: len(group)] == group:
+            print(f"  {name:<16}{command.phrase}", file=out)
     print("\npython train.py COMMAND --help explains a command's flags.", file=out)
     return 0 if wanted else 2
 
@@ -318,6 +300,8 @@ def parse(name: str, argv: list[str]) -> tuple[object, dict]:
     command = COMMANDS[name]
     config = _find(command.config)
     parser = _Parser(prog=f"train.py {name}", description=f"{config.__doc__.split(chr(10))[0]}", allow_abbrev=False)
+    if not hasattr(parser, "add_class_arguments"):
+        return _parse_flat(parser, name, argv), {}
     parser.add_argument("--config", action="config", help="YAML file with any of the settings below")
     command.extend(parser)
     parser.add_class_arguments(config, as_group=False, skip={command.positional} - {None})
@@ -327,6 +311,23 @@ def parse(name: str, argv: list[str]) -> tuple[object, dict]:
     settings = {field: found.pop(field) for field in config.__dataclass_fields__}
     found.pop("config")
     return config(**settings), found
+
+
+def _parse_flat(parser: ArgumentParser, name: str, argv: list[str]) -> object:
+    """The settings of a benchmark, which are plain values, read by Python alone: --name=JSON or --name=text."""
+    if not name.startswith("bench"):
+        raise ValueError("this command needs packages that are not here: pip install rwkv_train")
+    config = _find(COMMANDS[name].config)
+    for f in fields(config):
+        parser.add_argument(f"--{f.name}", type=_value, default=SUPPRESS, help=_phrase(config, f.name))
+    return config(**vars(parser.parse_args(_spelled_out(config, argv))))
+
+
+def _value(text: str) -> object:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 class _Parser(ArgumentParser):

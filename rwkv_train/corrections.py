@@ -1,9 +1,6 @@
-"""Corrections at work: the feedback commands of the chat, and the `feedback` and `bench` commands."""
+"""Corrections at work: the feedback commands of the chat, and the `feedback` command."""
 
 import json
-import os
-import platform
-import sys
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import fields
@@ -12,14 +9,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from rwkv_train.chat import STARTER, Chat, Command, Setting, data_folder, number, template_of, weights_in
+from rwkv_train.chat import Chat, Command, Setting, data_folder, number, template_of, weights_in
 from rwkv_train.checkpoint import load_model
-from rwkv_train.cli import BenchConfig, FeedbackFileConfig
+from rwkv_train.cli import FeedbackFileConfig
 from rwkv_train.commands import tokenizer_of
 from rwkv_train.feedback import Correction, FeedbackConfig, Learner, Outcome, Reading
 from rwkv_train.feedback.background import Background
-from rwkv_train.feedback.bench import CONTROLS, SINGLES, Protocol, load_cases, plot, summary, table
-from rwkv_train.feedback.cases import fact_cases, small_talk, strangers_talk
 from rwkv_train.feedback.decode import Form
 from rwkv_train.feedback.learner import half_the_threads
 from rwkv_train.models.common import RWKV
@@ -184,7 +179,7 @@ def profile_folder(folder: Path, profile: str | None, model: str | Path) -> Path
     return folder / "profiles" / (profile or (path.parent.name if path.stem == "model" else path.stem))
 
 
-def _open(model: str | Path, tokenizer: str | None, template: str | None) -> tuple[RWKV, Form]:
+def open_model(model: str | Path, tokenizer: str | None, template: str | None) -> tuple[RWKV, Form]:
     """A model in float32, and how questions are written for it."""
     path = weights_in(model)
     found = load_model(path, dtype=torch.float32)
@@ -193,8 +188,8 @@ def _open(model: str | Path, tokenizer: str | None, template: str | None) -> tup
 
 def feedback(config: FeedbackFileConfig) -> int:
     """Learn a file of corrections, one after another, and print what became of each."""
-    corrections = [_correction(config.file, n, line) for n, line in enumerate(_lines(config.file), 1)]
-    model, form = _open(config.model, config.tokenizer, config.template)
+    corrections = [_correction(config.file, n, line) for n, line in enumerate(lines_of(config.file), 1)]
+    model, form = open_model(config.model, config.tokenizer, config.template)
     folder = profile_folder(data_folder(config.folder), config.profile, config.model)
     learner = Learner(model, form.tokenizer, folder, form.template)
     outcomes = [learner.learn(c) for c in tqdm(corrections, desc="feedback", unit="correction", leave=False)]
@@ -209,7 +204,8 @@ def feedback(config: FeedbackFileConfig) -> int:
     return 0 if learned == len(outcomes) else 1
 
 
-def _lines(path: str) -> list[str]:
+def lines_of(path: str) -> list[str]:
+    """The lines of a file that are not empty."""
     return [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
@@ -219,41 +215,3 @@ def _correction(path: str, number: int, line: str) -> Correction:
         return Correction(found["question"], found["answer"])
     except (ValueError, KeyError, TypeError):
         raise ValueError(f'{path}:{number}: expected {{"question": ..., "answer": ...}}') from None
-
-
-def bench(config: BenchConfig) -> None:
-    """Run the protocol on a model and cases, with its controls, and print the table beside its targets."""
-    if config.what != ["feedback"]:
-        raise ValueError(f"there is no benchmark {' '.join(config.what)!r}; there is: feedback")
-    cases = load_cases(config.cases) if config.cases else fact_cases()
-    unrelated = _lines(config.unrelated) if config.unrelated else small_talk()
-    heldout = [[(Path(config.heldout).read_text("utf-8"), True)]] if config.heldout else strangers_talk()
-    model, form = _open(config.model or STARTER, config.tokenizer, config.template)
-    protocol = Protocol(model, form, cases, unrelated, heldout)
-    columns = {f"N={n}": (FeedbackConfig(), n) for n in config.counts}
-    columns |= {f"{name}, N={n}": (FeedbackConfig(**c), n) for name, c in CONTROLS.items() for n in config.controls}
-    # A run of one correction says little: more of them.
-    singles = {name: SINGLES if count == 1 else 1 for name, (_, count) in columns.items()}
-    results: dict[str, dict] = {}
-    total = config.seeds * sum(count * singles[name] for name, (_, count) in columns.items())
-    with tqdm(total=total, desc="bench feedback", unit="correction", file=sys.stderr) as bar:
-        for name, (recipe, count) in columns.items():
-            runs = []
-            for seed in range(config.seeds):
-                draws = range(seed * singles[name], (seed + 1) * singles[name])
-                several = [protocol.run(recipe, count, draw, tick=bar.update) for draw in draws]
-                runs.append({key: found["mean"] for key, found in summary(several).items()})
-            results[name] = summary(runs)
-            print(table({name: results[name]}), file=sys.stderr)
-    serving = protocol.serving(FeedbackConfig())
-    print(table(results) + "\n")
-    print("\n".join(f"{name}: {value:.2f}" for name, value in serving.items()))
-    if config.json:
-        found = {"recipes": results, "serving": serving, "measured_on": machine()}
-        Path(config.json).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    if config.plot:
-        plot(results, config.plot)
-
-
-def machine() -> str:
-    return f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}, torch {torch.__version__}"

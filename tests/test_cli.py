@@ -29,14 +29,18 @@ def test_overview_and_help(capsys):
     assert run(capsys=capsys)[0] == 2
     code, _, err = run("fti", capsys=capsys)
     assert code == 2 and "'fti'" in err and "fit" in err
+    code, out, _ = run("bench", "--help", capsys=capsys)
+    assert code == 0 and "bench wkv" in out and "prepare" not in out
+    code, _, err = run("bench", "fit", capsys=capsys)
+    assert code == 2 and "'bench fit'" in err and "bench train" in err
     for name in cli.COMMANDS:
-        code, out, _ = run(name, "--help", capsys=capsys)
+        code, out, _ = run(*name.split(), "--help", capsys=capsys)
         assert code == 0 and "--config" in out and "_" not in "".join(w for w in out.split() if w.startswith("--"))
 
 
 def test_every_setting_is_explained(capsys):
     for name in cli.COMMANDS:
-        out = run(name, "--help", capsys=capsys)[1]
+        out = run(*name.split(), "--help", capsys=capsys)[1]
         for flag in out.split("\n  --")[1:]:
             words = flag.split("(type")[0].split()
             assert len(words) > 2, f"{name} --{words[0]} has no explanation"

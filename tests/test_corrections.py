@@ -108,7 +108,7 @@ def test_feedback_from_a_file(model, tmp_path, capsys):
 
 def test_bench_feedback_short(model, tmp_path, capsys, monkeypatch):
     """The whole protocol, on two cases and a model that knows nothing."""
-    monkeypatch.setattr("rwkv_train.corrections.SINGLES", 1)
+    monkeypatch.setattr("rwkv_train.bench.feedback.SINGLES", 1)
     cases = [
         {"question": f"{q}?", "answer": a, "neighbours": [{"question": q}]} for q, a in (("sun", "hot"), ("ice", "no"))
     ]

@@ -13,7 +13,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-import platformdirs
 import torch
 from torch.autograd.function import once_differentiable
 
@@ -77,7 +76,7 @@ def load() -> tuple[ctypes.CDLL | None, str]:
             f"no C++ compiler found ({', '.join(COMPILERS)}). Install one: apt install g++ (Debian, Ubuntu), "
             "dnf install gcc-c++ (Fedora), xcode-select --install (macOS)."
         )
-    cache = Path(platformdirs.user_cache_dir("rwkv_train"))
+    cache = _cache()
     try:
         stem = f"wkv-{_key(compiler)}"
         return _find(cache, stem) or _build(compiler, cache, stem), ""
@@ -93,6 +92,14 @@ def load() -> tuple[ctypes.CDLL | None, str]:
             f"the CPU kernel could not be built or loaded ({error}). Make {cache} writable, "
             "or set XDG_CACHE_HOME to a folder that is, and check that the C++ compiler fits this Python."
         )
+
+
+def _cache() -> Path:
+    try:
+        import platformdirs
+    except ImportError:  # a bare machine with torch and a GPU, where only `bench gpu` runs
+        return Path.home() / ".cache" / "rwkv_train"
+    return Path(platformdirs.user_cache_dir("rwkv_train"))
 
 
 def _key(compiler: str) -> str:

@@ -1,0 +1,133 @@
+"""`bench generate`: tokens a second, one by one, beside the package rwkv and transformers."""
+
+import importlib
+import os
+import tempfile
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rwkv_train.bench.limits import matrix_vectors
+from rwkv_train.bench.measure import about, agreement, installed, machine, race, table, target, write_json
+from rwkv_train.bench.models import in_transformers, plain_recurrence, random_model, random_text, size_of
+from rwkv_train.bench.settings import GenerateBench
+from rwkv_train.checkpoint import save_model
+from rwkv_train.generate import Sampling, prefill, steps
+from rwkv_train.models.rwkv4 import RWKV4
+
+ALLOWED = 1e-3  # relative error of the logits along the prompt, fp32
+OVER_PEER = 1.3
+PEER = "package rwkv"
+
+Step = Callable[[int, object], tuple[Tensor, object]]  # (token, state or None) -> (logits [V], state)
+
+
+def generate(config: GenerateBench) -> int:
+    """Print tokens a second; 1 if ours do not agree with the specification."""
+    print(about(machine()) + "\n")
+    model = random_model(size_of(config.size)).eval()
+    contestants = {"ours": lambda token, state: prefill(model, [token], state)}
+    if config.peers and installed("rwkv"):
+        contestants[PEER] = _rwkv_package(model)
+    if config.peers and installed("transformers"):
+        contestants["transformers"] = _transformers(model)
+    with torch.inference_mode():
+        prompt = random_text(model.config, 1, config.prompt)[0][0].tolist()
+        expected = {"logits": _reference(model, prompt)}
+        checked = {
+            who: agreement(lambda step=step: {"logits": _read(step, prompt)[0]}, expected, ALLOWED)
+            for who, step in contestants.items()
+        }
+        calls = {w: _generation(step, prompt, config.tokens) for w, step in contestants.items() if checked[w].good}
+        if checked["ours"].good:
+            calls["ours, with sampling"] = _sampling(model, prompt, config.tokens)
+        calls["bare matrix-vector products"] = _repeated(matrix_vectors(model), config.tokens)
+        timed = race(calls, config.repeats, "cpu", config.budget)
+    rows = []
+    for who in dict.fromkeys([*checked, *timed]):
+        row = {"who": who, "error": str(checked.get(who, "-")), "tokens/s": "refused"}
+        if who in timed:
+            row |= {"tokens/s": timed[who].rate(config.tokens), "a token": timed[who].shown(config.tokens)}
+        rows.append(row)
+    print(table(rows))
+    ratios = []
+    if PEER in timed and "ours" in timed:
+        wanted = OVER_PEER if config.size == "169M" else None
+        ratio = timed[PEER].median / timed["ours"].median
+        ratios.append(target(f"{config.size}: tokens/s over the {PEER}, fp32", ratio, wanted, more=True))
+        print("\n" + table(ratios))
+    write_json(config.json, "generate", config, {"rows": rows, "times": timed, "ratios": ratios})
+    return int(not checked["ours"].good)
+
+
+def _reference(model: RWKV4, prompt: list[int]) -> Tensor:
+    """Logits [V] after the prompt in float64, by the specification."""
+    with plain_recurrence():
+        return deepcopy(model).double()(torch.tensor([prompt]))[0][0, -1]
+
+
+def _read(step: Step, tokens: list[int]) -> tuple[Tensor, object]:
+    """Read tokens one by one: (logits [V] after them, state)."""
+    logits = state = None
+    for token in tokens:
+        logits, state = step(token, state)
+    return logits, state
+
+
+def _generation(step: Step, prompt: list[int], count: int) -> Callable[[], None]:
+    """`count` times the likeliest token, from the state after the prompt."""
+    kept: list = []
+
+    def run() -> None:
+        if not kept:
+            kept.extend(_read(step, prompt))
+        logits, state = kept
+        state = [s.clone() for s in state] if isinstance(state, list) else state  # theirs are written to
+        for _ in range(count):
+            logits, state = step(int(logits.argmax()), state)
+
+    return run
+
+
+def _sampling(model: RWKV4, prompt: list[int], count: int) -> Callable[[], None]:
+    """As the chat does it: with temperature and top_p."""
+
+    def run() -> None:
+        rng = torch.Generator().manual_seed(0)
+        for _ in steps(model, logits, state, Sampling(0.8, 0.5), count, rng=rng):
+            pass
+
+    logits, state = prefill(model, prompt)
+    return run
+
+
+def _repeated(call: Callable[[], None], count: int) -> Callable[[], None]:
+    def run() -> None:
+        for _ in range(count):
+            call()
+
+    return run
+
+
+def _rwkv_package(model: RWKV4) -> Step:
+    """The PyPI package, as it comes (with torch.jit), on the same weights."""
+    os.environ.pop("RWKV_V7_ON", None)  # it reads its options when imported
+    os.environ |= {"RWKV_JIT_ON": "1", "RWKV_CUDA_ON": "0"}
+    package = importlib.import_module("rwkv.model")
+    with tempfile.TemporaryDirectory() as folder:
+        save_model(model, Path(folder) / "m.pth")
+        theirs = package.RWKV(model=str(Path(folder) / "m"), strategy="cpu fp32", verbose=False)
+    return lambda token, state: theirs.forward([token], state)
+
+
+def _transformers(model: RWKV4) -> Step:
+    theirs = in_transformers(model).eval()
+
+    def step(token: int, state: object) -> tuple[Tensor, object]:
+        out = theirs(torch.tensor([[token]]), state=state, use_cache=True)
+        return out.logits[0, -1], out.state
+
+    return step

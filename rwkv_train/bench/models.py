@@ -1,0 +1,141 @@
+"""The models that are measured: sizes by name, weights that all matter, and the same weights in other programs."""
+
+import re
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rwkv_train.bptt import chunked_loss
+from rwkv_train.checkpoint import save_model
+from rwkv_train.loss import IGNORE
+from rwkv_train.models import rwkv4
+from rwkv_train.models.rwkv4 import RWKV4, RWKV4Config
+from rwkv_train.wkv import wkv4
+
+SIZES = {"256x4": (256, 4, 1024), "169M": (768, 12, 50277), "1.5B": (2048, 24, 50277)}  # channels, layers, vocabulary
+
+
+def size_of(name: str) -> RWKV4Config:
+    """A size by its name, or as CxL or CxLxV. ValueError for anything else."""
+    if name in SIZES:
+        channels, layers, vocab = SIZES[name]
+    elif re.fullmatch(r"\d+x\d+(x\d+)?", name):
+        channels, layers, vocab = (*map(int, name.split("x")), 1024)[:3]
+    else:
+        raise ValueError(f"there is no size {name!r}; write {', '.join(SIZES)}, or CxL or CxLxV as 512x8x50277")
+    return RWKV4Config(vocab, channels, layers)
+
+
+@torch.no_grad()
+def random_model(config: RWKV4Config, seed: int = 0, device: str = "cpu") -> RWKV4:
+    """Weights in which every one matters: fresh ones are zero in whole matrices, whose products would go unnoticed."""
+    torch.manual_seed(seed)
+    with torch.device(device):
+        model = RWKV4(config)
+        for name, p in model.named_parameters():
+            if name.endswith("time_decay"):
+                p.uniform_(-5, 2)
+            elif "time_mix" in name:
+                p.uniform_(0, 1)
+            elif p.ndim == 1:  # layer norms around 1 and 0, time_first around 0
+                p.normal_(1.0 if "ln" in name and name.endswith("weight") else 0.0, 0.2)
+            else:
+                p.normal_(0, 0.5 * p.shape[1] ** -0.5)
+    return model.train()
+
+
+def random_text(config: RWKV4Config, lanes: int, tokens: int, device: str = "cpu") -> tuple[Tensor, Tensor]:
+    """(tokens, targets) [B,T]; the last token of each lane has no target, as in transformers' loss."""
+    text = torch.randint(config.vocab_size, (lanes, tokens), generator=torch.Generator().manual_seed(1))
+    targets = torch.cat([text[:, 1:], torch.full((lanes, 1), IGNORE)], 1)
+    return text.to(device), targets.to(device)
+
+
+def training_step(
+    model: RWKV4, text: tuple[Tensor, Tensor], precision: str = "fp32", chunk_len: int | None = None
+) -> Callable[[], Tensor]:
+    """Forward and backward as `fit` does them: the mean loss is returned, gradients are in the parameters."""
+    tokens, targets = text
+
+    def step() -> Tensor:
+        model.zero_grad(set_to_none=True)
+        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=precision == "bf16"):
+            loss, n, _ = chunked_loss(model, tokens, targets, None, None, chunk_len or tokens.shape[1])
+        (loss / n).backward()
+        return loss.detach() / n
+
+    return step
+
+
+def truncated_step(
+    model: RWKV4, text: tuple[Tensor, Tensor], chunk_len: int, precision: str = "fp32"
+) -> Callable[[], None]:
+    """The same text chunk by chunk, the state detached between them: classic truncated backpropagation."""
+
+    def step() -> None:
+        model.zero_grad(set_to_none=True)
+        state = None
+        for tokens, targets in zip(*(t.split(chunk_len, 1) for t in text), strict=True):
+            with torch.autocast(tokens.device.type, torch.bfloat16, enabled=precision == "bf16"):
+                loss, n, state = chunked_loss(model, tokens, targets, state, None, chunk_len)
+            (loss / n).backward()
+            state = state.detach()
+
+    return step
+
+
+def gradients(step: Callable[[], Tensor], model: torch.nn.Module, rename=lambda name: name) -> dict[str, Tensor]:
+    """The loss and every gradient of one step."""
+    found = {"loss": step()}
+    found |= {rename(name): p.grad for name, p in model.named_parameters()}
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+@contextmanager
+def plain_recurrence() -> Iterator[None]:
+    """Inside, models run WKV by the specification."""
+    usual = rwkv4.wkv4
+    rwkv4.wkv4 = partial(wkv4, backend="reference")
+    try:
+        yield
+    finally:
+        rwkv4.wkv4 = usual
+
+
+def reference_gradients(model: RWKV4, text: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+    """Loss and gradients in float64, by the specification."""
+    exact = deepcopy(model).double()
+    with plain_recurrence():
+        return gradients(training_step(exact, text), exact)
+
+
+def in_transformers(model: RWKV4) -> torch.nn.Module:
+    """The same weights as transformers' RWKV-4. ImportError where it is not installed."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    with tempfile.TemporaryDirectory() as folder:
+        save_model(model, Path(folder) / "hf/")
+        return transformers.RwkvForCausalLM.from_pretrained(Path(folder) / "hf", dtype=torch.float32).train()
+
+
+def transformers_step(theirs: torch.nn.Module, tokens: Tensor) -> Callable[[], Tensor]:
+    def step() -> Tensor:
+        theirs.zero_grad(set_to_none=True)
+        loss = theirs(tokens, labels=tokens, use_cache=False).loss
+        loss.backward()
+        return loss.detach()
+
+    return step
+
+
+def their_names(model: RWKV4, theirs: torch.nn.Module) -> dict[str, str]:
+    """Their name of a parameter: ours. Both programs list the same parts in the same order."""
+    return dict(zip(dict(theirs.named_parameters()), dict(model.named_parameters()), strict=True))

@@ -1,0 +1,162 @@
+"""`bench train`: a training step beside transformers', its bare matrix products, and its exact gradient."""
+
+from collections.abc import Callable, Mapping
+
+from rwkv_train.bench.limits import matrix_products
+from rwkv_train.bench.measure import (
+    DTYPES,
+    Agreement,
+    Times,
+    about,
+    agreement,
+    installed,
+    machine,
+    need,
+    race,
+    table,
+    target,
+    write_json,
+)
+from rwkv_train.bench.models import (
+    gradients,
+    in_transformers,
+    random_model,
+    random_text,
+    reference_gradients,
+    size_of,
+    their_names,
+    training_step,
+    transformers_step,
+    truncated_step,
+)
+from rwkv_train.bench.settings import TrainBench
+from rwkv_train.bench.wkv import Case, backwards_of, forwards_of
+from rwkv_train.models.rwkv4 import RWKV4
+from rwkv_train.wkv import wkv4
+
+OURS = ("fp32", "bf16")
+ALLOWED = {"fp32": 1e-4, "bf16": 0.03}  # relative error of the loss and of each parameter's gradient
+CHECKED = 48  # tokens on which a contestant has to agree before it is timed
+PEER = "transformers fp32"
+# Targets, by size or (size, tokens).
+OVER_PEER = {("169M", 1024): 2.1, ("169M", 2048): 2.8, ("169M", 4096): 6.0, ("256x4", 1024): 8.0}
+OVER_PRODUCTS = {"169M": 1.25, "256x4": 1.6}
+WKV_SHARE = {"169M": 0.02}
+OVER_FP32 = 1.8
+OVER_TRUNCATED = 1.4
+
+
+def train(config: TrainBench) -> int:
+    """Print speeds, and what follows from them beside its targets; 1 if a step of ours has wrong gradients."""
+    need(config.device)
+    about_it = machine(config.device)
+    print(about(about_it) + "\n")
+    rows, ratios, wrong = [], [], False
+    for name in config.sizes:
+        model = random_model(size_of(name), device=config.device)
+        peer = in_transformers(model).to(config.device) if config.peers and installed("transformers") else None
+        checked = check(model, peer, config)
+        wrong |= any(not a.good for who, a in checked.items() if who != PEER)
+        for tokens in config.tokens:
+            timed = times(model, peer, checked, tokens, config)
+            rows += shown(name, tokens * config.lanes, checked, timed)
+            ratios += compared(name, tokens, model.config.n_layer, timed, bool(about_it["bf16 instructions"]))
+        del peer
+    exact = exact_times(config) if config.chunks else {}
+    print(table([{k: v for k, v in row.items() if k != "times"} for row in rows]))
+    ratios += exact_ratio(exact)
+    print("\n" + table(ratios))
+    write_json(config.json, "train", config, {"rows": rows, "ratios": ratios, "exact": exact}, config.device)
+    return int(wrong)
+
+
+def check(model: RWKV4, peer, config: TrainBench) -> dict[str, Agreement]:
+    """How far the loss and gradients of each contestant are from the specification's in float64, on a short text."""
+    text = random_text(model.config, config.lanes, CHECKED, config.device)
+    expected = reference_gradients(model, text)
+    found = {}
+    for precision in config.precisions:
+        step = training_step(model, text, precision)
+        found[f"ours {precision}"] = agreement(
+            lambda step=step: gradients(step, model), expected, allowed=ALLOWED[precision]
+        )
+    if peer is not None:
+        ours, step = their_names(model, peer), transformers_step(peer, text[0])
+        found[PEER] = agreement(lambda: gradients(step, peer, ours.__getitem__), expected, ALLOWED["fp32"])
+    return found
+
+
+def times(
+    model: RWKV4, peer, checked: Mapping[str, Agreement], tokens: int, config: TrainBench, chunk_len: int | None = None
+) -> dict[str, Times]:
+    """Seconds of a step of each contestant that agrees, of its matrix products and of its WKV."""
+    text = random_text(model.config, config.lanes, tokens, config.device)
+    calls: dict[str, Callable] = {}
+    for precision in config.precisions:
+        if checked[f"ours {precision}"].good:
+            calls[f"ours {precision}"] = training_step(model, text, precision, chunk_len)
+        calls[f"products {precision}"] = matrix_products(model, tokens * config.lanes, precision)
+        shape = (config.lanes, tokens, model.config.n_att)
+        case = [Case.draw(shape, DTYPES[precision], config.device, resets=False)]
+        calls[f"WKV forward {precision}"] = forwards_of(wkv4, case)
+        calls[f"WKV backward {precision}"] = backwards_of(wkv4, case)
+    if peer is not None and checked[PEER].good:
+        calls[PEER] = transformers_step(peer, text[0])
+    return race(calls, config.repeats, config.device, config.budget)
+
+
+def shown(size: str, tokens: int, checked: Mapping[str, Agreement], timed: Mapping[str, Times]) -> list[dict]:
+    """The steps as people read them, with their times."""
+    rows = []
+    for who in dict.fromkeys([*checked, *timed]):
+        if who.startswith("WKV"):
+            continue
+        row = {"size": size, "tokens": str(tokens), "who": who, "error": str(checked.get(who, "-"))}
+        if who in timed:
+            row |= {"tokens/s": timed[who].rate(tokens), "a step": timed[who].shown(unit="s"), "times": timed[who]}
+            row["repeats"] = str(len(timed[who].seconds))
+        else:
+            row["tokens/s"] = "refused"
+        rows.append(row)
+    return rows
+
+
+def compared(size: str, tokens: int, layers: int, timed: Mapping[str, Times], bf16_here: bool) -> list[dict[str, str]]:
+    """Ratios of medians beside their targets."""
+    at, rows = f"{size}, {tokens} tokens", []
+
+    def over(what: str, numerator: str, denominator: str, wanted: float | None, more: bool) -> None:
+        if numerator in timed and denominator in timed:
+            found = timed[numerator].median / timed[denominator].median
+            rows.append(target(f"{at}: {what}", found, wanted, more))
+
+    over("tokens/s over transformers, fp32", PEER, "ours fp32", OVER_PEER.get((size, tokens)), more=True)
+    over("tokens/s, bf16 over fp32", "ours fp32", "ours bf16", OVER_FP32 if bf16_here else None, more=True)
+    for precision in OURS:
+        ours = f"ours {precision}"
+        over(f"time over matrix products, {precision}", ours, f"products {precision}", OVER_PRODUCTS.get(size), False)
+        if ours in timed:
+            wkv = sum(timed[f"WKV {kind} {precision}"].median for kind in ("forward", "backward"))
+            share = layers * wkv / timed[ours].median
+            rows.append(target(f"{at}: WKV's share of the step, {precision}", share, WKV_SHARE.get(size), False))
+    return rows
+
+
+def exact_times(config: TrainBench) -> dict[str, Times]:
+    """Seconds of a long text in chunks, with the gradient through all of them and with the truncated one."""
+    model = random_model(size_of(config.exact_size), device=config.device)
+    text = random_text(model.config, config.lanes, config.chunks * config.chunk_len, config.device)
+    calls = {
+        "exact": training_step(model, text, chunk_len=config.chunk_len),
+        "truncated": truncated_step(model, text, config.chunk_len),
+    }
+    found = race(calls, config.repeats, config.device, config.budget)
+    return {f"{kind}, {config.exact_size}, {config.chunks} chunks": t for kind, t in found.items()}
+
+
+def exact_ratio(found: Mapping[str, Times]) -> list[dict[str, str]]:
+    if not found:
+        return []
+    (name, exact), (_, truncated) = found.items()
+    ratio = exact.median / truncated.median
+    return [target(f"time of {name}, over truncated", ratio, OVER_TRUNCATED, more=False)]
