@@ -52,6 +52,16 @@ def load_model(path: str | Path, dtype: torch.dtype | None = None, device: str |
     return model.eval()
 
 
+def model_sizes(path: str | Path) -> RWKV4Config:
+    """The sizes of the model at path, from its shapes: its weights stay on the disk. Raises as `load_model` does."""
+    path = Path(path).expanduser()
+    files = _weight_files(path)
+    content: dict[str, object] = {}
+    for file in files:
+        content |= read_weights(file, shapes_only=True)
+    return _rwkv4_config(_sort_keys(files[0] if len(files) == 1 else path, content))
+
+
 def save_model(model: RWKV4, path: str | Path, dtype: torch.dtype | None = None, tokenizer=None) -> None:
     """Write a model's weights: `.pth`, `.safetensors`, or a Hugging Face directory (no suffix, or "name/").
 

@@ -229,6 +229,11 @@ def _add_resume(parser: ArgumentParser) -> None:
     parser.add_argument("--resume", nargs="?", const="newest", metavar="CHECKPOINT", help=explained)
 
 
+def _add_gpus(parser: ArgumentParser) -> None:
+    explained = "numbers of GPUs, as 8 16 32: a table of how they could share the lanes of this run"
+    parser.add_argument("--gpus", nargs="+", type=int, help=explained)
+
+
 COMMANDS = {
     "prepare": Command(
         "turn text, chats or a data set into a token store",
@@ -241,6 +246,12 @@ COMMANDS = {
         "rwkv_train.config:FitConfig",
         "rwkv_train.fit:fit",
         extend=_add_resume,
+    ),
+    "plan": Command(
+        "tell whether a run would fit, and how long it would take",
+        "rwkv_train.config:PlanConfig",
+        "rwkv_train.planning:plan",
+        extend=_add_gpus,
     ),
     "validate": Command(
         "score a model: perplexity, bits per byte, loss by position in the document",
