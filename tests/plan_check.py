@@ -1,9 +1,12 @@
-"""Predicted and measured peaks side by side: python tests/plan_check.py [NAME ...]
+"""Predicted and measured peaks side by side: python tests/plan_check.py [--mapped] [NAME ...]
 
-Each case is a small run of `train.py fit` in a process of its own (several with ranks), whose peak is what the system
-counted for it; the prediction is what `train.py plan` prints. DeepSpeed runs on CPU ranks, as in tests/ranks.py.
+Each case is a small run of `train.py fit` in a process of its own (or several ranks), whose peak is what the system
+counted for it; the prediction is what `train.py plan` prints. --mapped keeps blocks of 256 KB and more out of the C
+library's heap, and its waste out of the prediction: what is left is what torch holds.
 """
 
+import contextlib
+import io
 import json
 import os
 import subprocess
@@ -31,6 +34,7 @@ def case(n_embd, n_layer, lanes, chunk_len, horizon=1, **train) -> dict:
 
 
 CASES = {
+    "base": case(16, 1, 1, 16),
     "one-chunk": case(512, 6, 4, 512),
     "long-chunk": case(256, 4, 2, 4096),
     "horizon": case(512, 8, 2, 512, horizon=4),
@@ -45,6 +49,8 @@ CASES = {
     "ddp": case(512, 6, 4, 512, strategy="ddp", devices=2),
     "ddp-horizon": case(768, 6, 2, 256, horizon=3, strategy="ddp", devices=2),
     "fsdp": case(768, 8, 2, 384, strategy="fsdp", devices=2),
+    "fsdp-deep": case(768, 16, 2, 64, strategy="fsdp", devices=2),
+    "fsdp-deep-horizon": case(768, 16, 2, 64, horizon=3, strategy="fsdp", devices=2),
     "fsdp-horizon": case(768, 8, 2, 384, horizon=3, strategy="fsdp", devices=2),
 }
 
@@ -54,7 +60,8 @@ def config_of(settings: dict, folder: Path) -> FitConfig:
     store = folder / "store"
     if not store.exists():
         (folder / "text.txt").write_text("".join(map(chr, torch.randint(97, 123, (200_000,)).tolist())))
-        prepare(PrepareConfig([str(folder / "text.txt")], str(store), tokenizer="bytes"))
+        with contextlib.redirect_stdout(io.StringIO()):
+            prepare(PrepareConfig([str(folder / "text.txt")], str(store), tokenizer="bytes"))
     data = DataConfig(path=str(store), **settings["data"])
     samples = SampleConfig(prompts=[])
     return FitConfig("run", settings["model"], data, settings["train"], runs=str(folder / "runs"), samples=samples)
@@ -66,13 +73,14 @@ def predicted(config: FitConfig) -> dict[str, float]:
     return memory(config, Sizes(m.n_layer, m.n_embd, m.n_embd, 4 * m.n_embd, m.vocab_size), "cpu")
 
 
-def measured(config: FitConfig, folder: Path) -> float:
+def measured(config: FitConfig, folder: Path, mapped: bool = False) -> float:
     """Bytes: the peak of the first rank's process after two steps."""
     file, ranks = folder / "config.yaml", config.train.devices
     file.write_text(yaml.safe_dump(asdict(config)))
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     argv = [sys.executable, *torchrun, "tests/ranks.py" if ranks > 1 else "train.py", "fit", "--config", str(file)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment |= {"MALLOC_MMAP_THRESHOLD_": "262144"} if mapped else {}
     done = subprocess.run(argv, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     metrics = max((folder / "runs").glob("run*/metrics.jsonl"), key=os.path.getmtime)
@@ -80,12 +88,13 @@ def measured(config: FitConfig, folder: Path) -> float:
 
 
 def main(names: list[str]) -> None:
+    mapped = "--mapped" in names
     print(f"{'MB':<28}{'predicted':>10}{'measured':>10}{'ratio':>8}")
-    for name in names or CASES:
+    for name in [n for n in names if n in CASES] or CASES:
         with tempfile.TemporaryDirectory() as folder:
             config = config_of(CASES[name], Path(folder))
-            parts, found = predicted(config), measured(config, Path(folder))
-        total = sum(parts.values())
+            parts, found = predicted(config), measured(config, Path(folder), mapped)
+        total = sum(parts.values()) - parts["heap"] * mapped
         print(f"{name:<28}{total / 2**20:>10.0f}{found / 2**20:>10.0f}{total / found:>8.3f}", flush=True)
 
 

@@ -22,14 +22,14 @@ MODULES = sorted((ROOT / "rwkv_train").rglob("*.py"))
 
 # Layers from the bottom up: a module may import from its own layer and those before it.
 LAYERS = [
-    ["__init__", "files", "weightfile", "savepoint", "config", "wkv", "tokenizer", "state"],
+    ["__init__", "files", "weightfile", "savepoint", "config", "plan", "wkv", "tokenizer", "state"],
     ["models"],
     ["loss", "hf", "checkpoint"],
     ["bptt", "optim", "data"],
     ["evaluate", "generate", "dialogue", "room", "runlog", "batches", "strategies", "feedback"],
     ["module"],
     ["callbacks", "report"],
-    ["fit", "commands", "chat", "corrections", "cli"],
+    ["fit", "planning", "commands", "chat", "corrections", "cli"],
 ]
 HEAVY = {
     "lightning": {"module", "callbacks", "strategies", "fit"},
