@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from rwkv_train.config import FitConfig
 
 PROCESS = {"cpu": 0.425e9, "cuda": 0.5e9}  # Python with torch and Lightning, measured; CUDA's context, assumed
-OVERHEAD = {"cpu": 1.35, "cuda": 1.5}  # a step's time over that of its matrix products: measured; assumed
+OVERHEAD = {"cpu": {"fp32": 1.2, "bf16": 1.6}, "cuda": {"fp32": 1.5, "bf16": 1.5}}  # a step over its matrix products
 SLICE = 1 << 23  # logits held at once, as in loss.py
 BUCKET = 200_000_000  # gradients that DeepSpeed sends together, by Lightning's setting
 LIVE = 1_000_000_000  # parameters that ZeRO-3 keeps gathered at most
@@ -69,10 +69,11 @@ class Step:
 
     def weights(self) -> float:
         """wP. FSDP has 1/N of it, and gathered: embedding and head, and of the blocks the one at work, the next, and
-        the buffer that one arrives in. ZeRO-3 has 1/N and up to a billion gathered."""
+        the buffer that one arrives in; with a horizon of several chunks, all of them (measured). ZeRO-3 has 1/N and up to a billion gathered."""
         p = self.sizes.parameters
         if self.fsdp and self.ranks > 1:
-            return 4 * (p / self.ranks + 2 * self.sizes.table + 3 * self.sizes.block)
+            whole = 2 * self.sizes.table + 3 * self.sizes.block
+            return 4 * (p / self.ranks + (p if self.config.data.horizon > 1 else min(p, whole)))
         return self.w * (p / self.ranks + min(p, LIVE) if self.zero == 3 else p)
 
     def optimizer(self) -> float:
@@ -86,14 +87,16 @@ class Step:
 
         4P after it; before it only what an earlier batch (accumulate) or chunk (horizon) left. The sweep collects the
         chunks' gradients apart from those of the batches before. DDP's buckets are a second copy. FSDP has 1/N, and
-        whole those of embedding and head, and two blocks' on their way. DeepSpeed has two buckets of 200M (ZeRO-3
+        whole those of embedding and head, and two blocks' on their way; with a horizon all whole (measured). DeepSpeed has two buckets of 200M (ZeRO-3
         one) and 1/N; ZeRO-1 collects batches whole.
         """
         s, p = self.sizes, self.sizes.parameters
         earlier = p if self.config.train.accumulate > 1 else 0
         if self.fsdp and self.ranks > 1:
-            after = 4 * (p / self.ranks + 2 * s.table + 2 * s.block)
-            return (after if earlier or self.config.data.horizon > 1 else 0), after
+            if self.config.data.horizon > 1:
+                return (4 * p,) * 2
+            after = 4 * min(p, p / self.ranks + 2 * s.table + 2 * s.block)
+            return (after if earlier else 0), after
         if self.zero:
             kept = self.w * (2 * BUCKET + p / self.ranks + (earlier if self.zero == 1 else 0))
             if self.zero == 3:
@@ -228,14 +231,15 @@ def exchanged(config: FitConfig, sizes: Sizes) -> float:
     """Bytes that a device sends in an optimizer step, and as many that it receives; f = (N - 1) / N.
 
     DDP: a sum of all gradients, 2 * 4P f. ZeRO 1 and 2: gradients scattered, weights gathered, 2 w P f; ZeRO-2
-    scatters after every batch. Weights in pieces are gathered for each pass through a chunk, two or, with a horizon,
-    three, and gradients scattered: 3 or 4 H w P f a batch.
+    scatters after every batch. Weights in pieces are gathered for forward and backward, and gradients scattered:
+    3 w P f a batch. With a horizon H + 2 times in FSDP, where the backward keeps them, 4 H in ZeRO-3.
     """
     train, s = config.train, Step(config, sizes, "cuda")
     share = sizes.parameters * (s.ranks - 1) / s.ranks
     horizon = config.data.horizon
     if s.fsdp or s.zero == 3:
-        return s.w * share * train.accumulate * (4 * horizon if horizon > 1 else 3)
+        passes = 3 if horizon == 1 else horizon + 2 if s.fsdp else 4 * horizon
+        return s.w * share * train.accumulate * passes
     if s.zero:
         return s.w * share * (1 + (train.accumulate if s.zero == 2 else 1))
     return 8 * share
@@ -245,4 +249,6 @@ def seconds(config: FitConfig, sizes: Sizes, device: str, speed: float, link: fl
     """(computing, exchanging) in an optimizer step; speed in operations and link in bytes a second, of one device."""
     data, train = config.data, config.train
     tokens = data.lanes * data.chunk_len * data.horizon * train.accumulate / (train.devices * train.nodes)
-    return OVERHEAD[device] * tokens * operations(config, sizes) / speed, exchanged(config, sizes) / link
+    return OVERHEAD[device][train.precision] * tokens * operations(config, sizes) / speed, exchanged(
+        config, sizes
+    ) / link
