@@ -69,7 +69,8 @@ class Step:
 
     def weights(self) -> float:
         """wP. FSDP has 1/N of it, and gathered: embedding and head, and of the blocks the one at work, the next, and
-        the buffer that one arrives in; with a horizon of several chunks, all of them (measured). ZeRO-3 has 1/N and up to a billion gathered."""
+        the buffer that one arrives in; with a horizon of several chunks all of it (measured). ZeRO-3 has 1/N and up to
+        a billion gathered."""
         p = self.sizes.parameters
         if self.fsdp and self.ranks > 1:
             whole = 2 * self.sizes.table + 3 * self.sizes.block
@@ -86,9 +87,9 @@ class Step:
         """Before a chunk's backward, and after the last one.
 
         4P after it; before it only what an earlier batch (accumulate) or chunk (horizon) left. The sweep collects the
-        chunks' gradients apart from those of the batches before. DDP's buckets are a second copy. FSDP has 1/N, and
-        whole those of embedding and head, and two blocks' on their way; with a horizon all whole (measured). DeepSpeed has two buckets of 200M (ZeRO-3
-        one) and 1/N; ZeRO-1 collects batches whole.
+        chunks' gradients apart from those of the batches before. DDP's buckets are a second copy. FSDP has 1/N, whole
+        those of embedding and head, and two blocks' on their way; with a horizon all of them whole (measured).
+        DeepSpeed has two buckets of 200M (ZeRO-3 one) and 1/N; ZeRO-1 collects batches whole.
         """
         s, p = self.sizes, self.sizes.parameters
         earlier = p if self.config.train.accumulate > 1 else 0
