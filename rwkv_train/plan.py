@@ -176,7 +176,8 @@ class Step:
         """What the C library's heap wastes on a CPU: measured on Linux, not derived.
 
         Gradients, which stay, are laid between activations, which go, so freed blocks do not join: 0.5 of all that
-        comes and goes in a step; with recompute 0.75 of what it saves. Blocks of 32 MB and more lie outside the heap.
+        comes and goes in a step; with recompute about 0.75 of what it saves, which varies from run to run. Blocks of
+        32 MB and more lie outside the heap.
         """
         if self.device != "cpu" or self.r * self.n * self.sizes.n_embd >= 2**25:
             return 0
