@@ -17,10 +17,6 @@ def make_batches(config: FitConfig, store: Store, vocab_size: int | None) -> tup
         )
         train = cut
     width = data.chunk_len * data.horizon
-    if config.train.steps is None:
-        steps = max(1, round(config.train.epochs * train.tokens / (width * data.lanes * config.train.accumulate)))
-    else:
-        steps = config.train.steps
     batches = LaneBatches(
         store,
         train,
@@ -28,7 +24,7 @@ def make_batches(config: FitConfig, store: Store, vocab_size: int | None) -> tup
         lanes=data.lanes,
         seed=config.seed,
         accumulate=config.train.accumulate,
-        steps=steps * config.train.accumulate,
+        steps=config.steps(train.tokens) * config.train.accumulate,
         vocab_size=vocab_size,
     )
     return batches, validation_batches(data, store, val, vocab_size, config.train.devices * config.train.nodes)

@@ -43,7 +43,7 @@ def load_model(path: str | Path, dtype: torch.dtype | None = None, device: str |
         if not adapters[-1][1]:
             raise ValueError(f"{other} holds no adapter: no low-rank factors, and no state to begin in")
     with torch.device("meta"), _NoInit():  # no memory, no initialisation: every weight is assigned
-        model = RWKV7(_rwkv7_config(found)) if found.generation is RWKV7 else RWKV4(_rwkv4_config(found))
+        model = found.generation(_sizes(found))
     tensors = {name: found.fitted(name, t.shape) for name, t in model.state_dict().items()}
     if extra := [key for name, key in found.keys.items() if name not in tensors]:
         raise ValueError(
@@ -76,6 +76,11 @@ def save_adapter(path: str | Path, target: str | Path) -> None:
     replace_file(target, lambda temporary: write(_own(adapter, None, "cpu"), temporary))
 
 
+def model_sizes(path: str | Path) -> RWKV4Config | RWKV7Config:
+    """The sizes of the model at path, from its shapes: its weights stay on the disk. Raises as `load_model` does."""
+    return _sizes(_read(Path(path).expanduser(), shapes_only=True))
+
+
 def save_model(model: RWKV, path: str | Path, dtype: torch.dtype | None = None, tokenizer=None) -> None:
     """Write a model's weights: `.pth`, `.safetensors`, or a Hugging Face directory (no suffix, or "name/").
 
@@ -104,12 +109,12 @@ def save_model(model: RWKV, path: str | Path, dtype: torch.dtype | None = None, 
         save_hf(tensors, model, target, tokenizer)
 
 
-def _read(path: Path) -> "_Found":
-    """The tensors of what path names."""
+def _read(path: Path, shapes_only: bool = False) -> "_Found":
+    """The tensors of what path names; shapes_only: without their contents."""
     files = _weight_files(path)
     content: dict[str, object] = {}
     for file in files:
-        content |= read_weights(file)
+        content |= read_weights(file, shapes_only)
     return _sort_keys(files[0] if len(files) == 1 else path, content)
 
 
@@ -231,6 +236,10 @@ def _refuse_other_models(source: Path, keys: list[str]) -> None:
         for key in keys:
             if mark in key:
                 raise ValueError(f"{source} ({key}): {other} is not supported; load an RWKV-4 or RWKV-7")
+
+
+def _sizes(found: _Found) -> RWKV4Config | RWKV7Config:
+    return _rwkv7_config(found) if found.generation is RWKV7 else _rwkv4_config(found)
 
 
 def _rwkv4_config(found: _Found) -> RWKV4Config:

@@ -202,6 +202,11 @@ def _add_resume(parser: ArgumentParser) -> None:
     parser.add_argument("--resume", nargs="?", const="newest", metavar="CHECKPOINT", help=explained)
 
 
+def _add_gpus(parser: ArgumentParser) -> None:
+    explained = "numbers of GPUs, as 8 16 32: a table of how they could share the lanes of this run"
+    parser.add_argument("--gpus", nargs="+", type=int, help=explained)
+
+
 def _bench(what: str, phrase: str) -> Command:
     return Command(phrase, f"rwkv_train.bench.settings:{what.title()}Bench", f"rwkv_train.bench.{what}:{what}")
 
@@ -218,6 +223,12 @@ COMMANDS = {  # most are one word, the benchmarks two
         "rwkv_train.config:FitConfig",
         "rwkv_train.fit:fit",
         extend=_add_resume,
+    ),
+    "plan": Command(
+        "tell whether a run would fit, and how long it would take",
+        "rwkv_train.config:PlanConfig",
+        "rwkv_train.planning:plan",
+        extend=_add_gpus,
     ),
     "validate": Command(
         "score a model: perplexity, bits per byte, loss by position in the document",

@@ -268,15 +268,56 @@ class FitConfig:
             raise ValueError("give data.path: a token store (make one with `python train.py prepare`)")
         if self.model.tune == "state" and self.train.strategy.startswith(("fsdp", "deepspeed_stage_3")):
             raise ValueError("model.tune: state and train.strategy contradict each other; use ddp, a state is small")
-        ranks = self.train.devices * self.train.nodes
-        if self.data.lanes % ranks:
+        self._check_lanes()
+        if not self.name or "/" in self.name:
+            raise ValueError(f"name must be the name of a folder below {self.runs}/, found {self.name!r}")
+
+    def _check_lanes(self) -> None:
+        if self.data.lanes % (self.train.devices * self.train.nodes):
             nodes = f" * train.nodes ({self.train.nodes})" if self.train.nodes > 1 else ""
             raise ValueError(
                 f"data.lanes ({self.data.lanes}) must be a multiple of train.devices ({self.train.devices}){nodes}, "
                 "so that every device has as many lanes"
             )
-        if not self.name or "/" in self.name:
-            raise ValueError(f"name must be the name of a folder below {self.runs}/, found {self.name!r}")
+
+    def steps(self, tokens: int) -> int:
+        """Optimizer steps of the run, with so many tokens to train on."""
+        if self.train.steps is not None:
+            return self.train.steps
+        read = self.data.chunk_len * self.data.horizon * self.data.lanes * self.train.accumulate
+        return max(1, round(self.train.epochs * tokens / read))
+
+
+@dataclass
+class PlanConfig(FitConfig):
+    """Tell whether a run would fit and how long it would take, before anything is trained.
+
+    Args:
+        name: of the run; this and all settings with a dot are those of fit
+        runs: folder of the runs
+        seed: of fresh weights, the order of documents, and dropout
+        model: the model
+        data: the text; its path may be missing or not be there yet, see tokens
+        optim: the optimiser
+        train: the run
+        log: where metrics go
+        samples: texts generated at the end
+        tokens: tokens to train on; those of data.path if not given
+        memory: GB of one device (2^30 bytes); what this machine has if not given
+        speed: TFLOP/s that matrix products reach on one device; measured here in a second if not given
+        link: GB/s at which a device exchanges weights and gradients with the others
+    """
+
+    tokens: float | None = None
+    memory: float | None = None
+    speed: float | None = None
+    link: float = 50.0
+
+    def __post_init__(self):
+        for name in ("tokens", "memory", "speed", "link"):
+            if (value := getattr(self, name)) is not None and value <= 0:
+                raise ValueError(f"{name} must be above 0, found {value}")
+        self._check_lanes()
 
 
 def _at_least(least: int, section: str, config, name: str) -> None:

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 
-def read_weights(path: Path) -> dict[str, object]:
+def read_weights(path: Path, shapes_only: bool = False) -> dict[str, object]:
     """Everything in a `.pth` or `.safetensors` file, on the CPU; of a training checkpoint, the model's part.
 
+    shapes_only: tensors that may stay on the disk, or have the shapes alone.
     Values are what the file holds, tensors or not. Raises ValueError, naming file and remedy, otherwise.
     """
     try:
@@ -26,11 +27,11 @@ def read_weights(path: Path) -> dict[str, object]:
     if head.startswith(b"version https://git-lfs"):
         raise ValueError(f'{path} is a Git LFS pointer, not the file itself; run "git lfs pull" beside it')
     if head[8:9] == b"{":
-        return _guarded(path, _read_safetensors)
+        return _guarded(path, _safetensors_shapes if shapes_only else _read_safetensors)
     if not head.startswith((b"PK", b"\x80")):
         raise ValueError(f"{path} is no checkpoint: it starts with {head[:12]!r}; expected .pth or .safetensors")
     # Two thirds of a training checkpoint are the optimizer's: mapping the file leaves those on the disk.
-    mapped = path.suffix == ".ckpt" and head.startswith(b"PK")
+    mapped = (shapes_only or path.suffix == ".ckpt") and head.startswith(b"PK")
     found = _guarded(path, _map_pth if mapped else _read_pth)
     if isinstance(found, Mapping) and isinstance(found.get("state_dict"), Mapping):
         found = found["state_dict"]
@@ -40,7 +41,7 @@ def read_weights(path: Path) -> dict[str, object]:
     if not isinstance(found, Mapping):
         kind = type(found).__name__
         raise ValueError(f"{path} holds a {kind}, expected a dict of tensors; save the model's state_dict")
-    return {str(k): v.clone() if mapped and isinstance(v, Tensor) else v for k, v in found.items()}
+    return {str(k): v.clone() if mapped and not shapes_only and isinstance(v, Tensor) else v for k, v in found.items()}
 
 
 def _map_pth(path: Path):
@@ -62,6 +63,13 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         with safe_open(path, "pt") as f:
             tensors[name] = f.get_tensor(name).clone()
     return tensors
+
+
+def _safetensors_shapes(path: Path) -> dict[str, Tensor]:
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as f:
+        return {name: torch.zeros(()).expand(f.get_slice(name).get_shape()) for name in f.keys()}  # noqa: SIM118
 
 
 def _guarded(path: Path, read: Callable):

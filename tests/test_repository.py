@@ -23,14 +23,14 @@ MODULES = sorted((ROOT / "rwkv_train").rglob("*.py"))
 
 # Layers from the bottom up: a module may import from its own layer and those before it.
 LAYERS = [
-    ["__init__", "files", "weightfile", "savepoint", "config", "wkv", "tokenizer", "state"],
+    ["__init__", "files", "weightfile", "savepoint", "config", "plan", "wkv", "tokenizer", "state"],
     ["models"],
     ["loss", "hf", "tuning", "checkpoint"],
     ["bptt", "optim", "data"],
     ["evaluate", "generate", "dialogue", "room", "runlog", "batches", "strategies", "feedback"],
     ["module"],
     ["callbacks"],
-    ["fit", "commands", "report", "chat", "corrections", "bench", "cli"],
+    ["fit", "planning", "commands", "report", "chat", "corrections", "bench", "cli"],
 ]
 HEAVY = {
     "lightning": {"module", "callbacks", "strategies", "fit"},

@@ -1,0 +1,256 @@
+"""Will it fit, and how fast? The formulas: bytes of a training step on one device, its operations, what it exchanges.
+
+Nothing runs here and no torch is needed. What autograd keeps is read off models/rwkv4.py, bptt.py and loss.py, and
+tests/test_plan.py counts it. n = lanes of a device * chunk_len, H = horizon, N = devices, P = parameters;
+C, A, F, V, L are n_embd, n_att, n_ffn, vocab_size, n_layer. Bytes of a number: 4; where bfloat16 makes a difference,
+r of the residual stream (2 in DeepSpeed's bf16, otherwise 4), m around matrix products (2 in bf16, otherwise 4),
+w of a weight (as r).
+"""
+
+from dataclasses import dataclass
+
+from rwkv_train.config import FitConfig
+
+PROCESS = {"cpu": 0.425e9, "cuda": 0.5e9}  # Python with torch and Lightning, measured; CUDA's context, assumed
+OVERHEAD = {"cpu": {"fp32": 1.2, "bf16": 1.6}, "cuda": {"fp32": 1.5, "bf16": 1.5}}  # a step over its matrix products
+SLICE = 1 << 23  # logits held at once, as in loss.py
+BUCKET = 200_000_000  # gradients that DeepSpeed sends together, by Lightning's setting
+LIVE = 1_000_000_000  # parameters that ZeRO-3 keeps gathered at most
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of an RWKV-4, as in RWKV4Config, and the numbers of parameters that follow."""
+
+    n_layer: int
+    n_embd: int
+    n_att: int
+    n_ffn: int
+    vocab_size: int
+
+    @property
+    def matrices(self) -> int:
+        """Of a block: key, value, receptance, output of the time mix; key, value, receptance of the channel mix."""
+        return self.n_embd * (4 * self.n_att + 2 * self.n_ffn + self.n_embd)
+
+    @property
+    def block(self) -> int:
+        return self.matrices + 9 * self.n_embd + 2 * self.n_att
+
+    @property
+    def table(self) -> int:
+        """The embedding, and as many again in the head."""
+        return self.vocab_size * self.n_embd
+
+    @property
+    def parameters(self) -> int:
+        return self.n_layer * self.block + 2 * self.table + 4 * self.n_embd
+
+
+class Step:
+    """One training step on one device: the numbers that the formulas share, then a method for each part, in bytes."""
+
+    def __init__(self, config: FitConfig, sizes: Sizes, device: str, kernel: bool = True):
+        """device: cpu or cuda. kernel: the C++ operator runs, not the one in torch."""
+        data, train = config.data, config.train
+        self.config, self.sizes, self.device, self.kernel = config, sizes, device, kernel and device == "cpu"
+        self.ranks = train.devices * train.nodes
+        self.lanes = data.lanes // self.ranks
+        self.n = self.lanes * data.chunk_len
+        self.zero = int(train.strategy.split("_")[2]) if train.strategy.startswith("deepspeed") else 0
+        self.offload = train.strategy.endswith("offload")
+        self.fsdp = train.strategy == "fsdp"
+        self.ddp = train.strategy == "ddp" or (train.strategy == "auto" and self.ranks > 1)
+        self.sweep = data.horizon > 1 and not self.fsdp and self.zero < 3
+        bf16 = train.precision == "bf16"
+        self.autocast = bf16 and not self.zero
+        self.w = self.r = 2 if bf16 and self.zero else 4
+        self.m = 2 if bf16 else 4
+
+    def weights(self) -> float:
+        """wP. FSDP has 1/N of it, and gathered: embedding and head, and of the blocks the one at work, the next, and
+        the buffer that one arrives in; with a horizon of several chunks all of it (measured). ZeRO-3 has 1/N and up to
+        a billion gathered."""
+        p = self.sizes.parameters
+        if self.fsdp and self.ranks > 1:
+            whole = 2 * self.sizes.table + 3 * self.sizes.block
+            return 4 * (p / self.ranks + (p if self.config.data.horizon > 1 else min(p, whole)))
+        return self.w * (p / self.ranks + min(p, LIVE) if self.zero == 3 else p)
+
+    def optimizer(self) -> float:
+        """AdamW's two means, 8P; DeepSpeed has float32 masters besides, 12P, in 1/N, or on the host."""
+        if self.zero:
+            return 0 if self.offload else 12 * self.sizes.parameters / self.ranks
+        return 8 * self.sizes.parameters / (self.ranks if self.fsdp else 1)
+
+    def gradients(self) -> tuple[float, float]:
+        """Before a chunk's backward, and after the last one.
+
+        4P after it; before it only what an earlier batch (accumulate) or chunk (horizon) left. The sweep collects the
+        chunks' gradients apart from those of the batches before. DDP's buckets are a second copy. FSDP has 1/N, whole
+        those of embedding and head, and two blocks' on their way; with a horizon all of them whole (measured).
+        DeepSpeed has two buckets of 200M (ZeRO-3 one) and 1/N; ZeRO-1 collects batches whole.
+        """
+        s, p = self.sizes, self.sizes.parameters
+        earlier = p if self.config.train.accumulate > 1 else 0
+        if self.fsdp and self.ranks > 1:
+            if self.config.data.horizon > 1:
+                return (4 * p,) * 2
+            after = 4 * min(p, p / self.ranks + 2 * s.table + 2 * s.block)
+            return (after if earlier else 0), after
+        if self.zero:
+            kept = self.w * (2 * BUCKET + p / self.ranks + (earlier if self.zero == 1 else 0))
+            if self.zero == 3:
+                kept = self.w * (BUCKET + p / self.ranks)
+            return kept + self.w * p * self.sweep, kept + self.w * p * self.sweep
+        buckets = 4 * p if self.ddp else 0
+        after = 4 * (p + earlier if self.sweep else p)
+        return (after if self.sweep else 4 * earlier) + buckets, after + buckets
+
+    def block_saved(self) -> float:
+        """What autograd keeps of a block.
+
+        r: the block's input and middle, two layer norms, two token shifts: 6 nC. m: five mixed inputs, sigmoid(r) and
+        value of the channel mix: 7 nC; sigmoid(r) and its product with y: 2 nA; relu and its square: 2 nF.
+        float32: k, v, y and the log denominators of the operator: 4 nA, and y again in m if that is another.
+        Dropout: 2 nC masks, of m bytes, on a GPU of 1. CUDA's autocast squares in float32: 4 nF more.
+        Under autocast also each matrix in bfloat16.
+        """
+        s, n = self.sizes, self.n
+        kept = self.r * 6 * n * s.n_embd + self.m * n * (7 * s.n_embd + 2 * s.n_att + 2 * s.n_ffn)
+        kept += 16 * n * s.n_att + (self.m * n * s.n_att if self.m != 4 else 0)
+        kept += 2 * n * s.n_embd * (self.m if self.device == "cpu" else 1) * (self.config.model.dropout > 0)
+        kept += 4 * n * s.n_ffn if self.autocast and self.device == "cuda" else 0
+        return kept + self.casts()
+
+    def casts(self) -> float:
+        return 2 * self.sizes.matrices if self.autocast else 0
+
+    def activations(self) -> tuple[float, float]:
+        """Of one chunk, at the end of its forward and in the backward of its last block.
+
+        r nC of the embedding, and what the blocks keep. With recompute their inputs, L r nC, and in the backward one
+        block. The sweep's autocast caches casts to the forward's end: the head's, and with recompute all blocks'.
+        """
+        x, count = self.r * self.n * self.sizes.n_embd, self.sizes.n_layer
+        cached = 2 * self.sizes.table if self.autocast and self.sweep else 0
+        if self.config.train.recompute:
+            return count * (x + self.casts() * self.sweep) + cached, count * x + self.block_saved()
+        whole = x + count * self.block_saved()
+        return whole + cached, whole
+
+    def workspace(self) -> float:
+        """What the backward of the last block needs besides, at the fuller of two moments.
+
+        In its channel mix: three gradients of nF, m each, and r nC. In its time mix, when what the channel mix kept is
+        gone: gradients of k, v and y, 3 nA float32; where the operator runs in torch about 6 nA more.
+        """
+        s, n = self.sizes, self.n
+        x = self.r * n * s.n_embd
+        gone = 4 * x + self.m * n * (2 * s.n_ffn + 4 * s.n_embd)
+        return x + max(3 * self.m * n * s.n_ffn, (3 if self.kernel else 9) * 4 * n * s.n_att - gone)
+
+    def states(self) -> float:
+        """L (2C + 3A) float32 a lane: H states at chunk boundaries and five at work. Besides H states of the random
+        numbers, and the batch: tokens, targets, positions, resets of H chunks."""
+        s, data = self.sizes, self.config.data
+        state = 4 * s.n_layer * (2 * s.n_embd + 3 * s.n_att)
+        return self.lanes * (data.horizon + 5) * state + data.horizon * (5056 + 25 * self.n)
+
+    def logits(self) -> float:
+        """The head's loss: the gradient of its weight, 4VC, and the fuller of two moments, for slices of E logits.
+
+        Softmax: logits, 4E, as much inside logsumexp or a copy in m, and the slice before if there is one.
+        Products: probabilities, in m too where autocast copies them, and one slice's share of the gradient or the
+        weight in m, mVC. Besides 3 r nC: the last block's output, its norm, and the gradient of that.
+        """
+        s, m = self.sizes, self.m
+        rows = min(self.n, max(1, SLICE // s.vocab_size))
+        e = rows * s.vocab_size
+        p = 2 if m == 2 and self.zero else 4  # bytes of a probability
+        softmax = 8 * e + (p * e if self.n > rows else 0)
+        products = (p + (m if self.autocast else 0)) * e + m * s.table
+        return 4 * s.table + max(softmax, products) + 3 * self.r * self.n * s.n_embd
+
+    def heap(self, temporary: float) -> float:
+        """What the C library's heap wastes on a CPU: measured on Linux, not derived.
+
+        Gradients, which stay, are laid between activations, which go, so freed blocks do not join: 0.5 of all that
+        comes and goes in a step; with recompute about 0.75 of what it saves, which varies from run to run. Blocks of
+        32 MB and more lie outside the heap.
+        """
+        if self.device != "cpu" or self.r * self.n * self.sizes.n_embd >= 2**25:
+            return 0
+        return 0.75 * self.sizes.n_layer * self.block_saved() if self.config.train.recompute else 0.5 * temporary
+
+
+def memory(config: FitConfig, sizes: Sizes, device: str, kernel: bool = True) -> dict[str, float]:
+    """Bytes of one device by part, at the fullest moment of a step.
+
+    The moments: the loss of a chunk, when the head's gradient is made; the backward of the last block, when all
+    activations are still there; that of the first, when almost all gradients are; the optimizer's step.
+    """
+    s = Step(config, sizes, device, kernel)
+    before, after = s.gradients()
+    always = {
+        "weights": s.weights(),
+        "optimizer": s.optimizer(),
+        "states at boundaries": s.states(),
+        "process": PROCESS[device],
+    }
+    head, last = s.activations()
+    moments = [
+        {"gradients": before, "activations": head, "logits": s.logits()},
+        {"gradients": max(before, 4 * sizes.table), "activations": last, "workspace": s.workspace()},
+        {
+            "gradients": max(before, after - 4 * (sizes.table + sizes.block)),
+            "activations": s.block_saved(),
+            "workspace": s.workspace(),
+        },
+        {"gradients": after, "workspace": 4 * sizes.parameters / s.ranks if s.zero and not s.offload else 0},
+    ]
+    fullest = max(moments, key=lambda parts: sum(parts.values()))
+    fullest["heap"] = s.heap(sum(fullest.values()))
+    parts = ("weights", "gradients", "optimizer", "activations", "states at boundaries", "logits", "workspace", "heap")
+    return {name: (always | fullest).get(name, 0.0) for name in (*parts, "process")}
+
+
+def operations(config: FitConfig, sizes: Sizes) -> float:
+    """Floating-point operations of matrix products a trained token: M = matrices of all blocks, VC = the head.
+
+    Forward 2 (M + VC), backward 4 (M + VC). Once more forward: 2 (M + VC) with a horizon of several chunks, where
+    weights in pieces make the head's gradients twice too, 4 VC; 2 M with recompute.
+    """
+    matrices, data, train = sizes.n_layer * sizes.matrices, config.data, config.train
+    total = 6 * (matrices + sizes.table)
+    if data.horizon > 1:
+        pieces = train.strategy == "fsdp" or train.strategy.startswith("deepspeed_stage_3")
+        total += 2 * (matrices + sizes.table) + 4 * sizes.table * pieces
+    return total + 2 * matrices * train.recompute
+
+
+def exchanged(config: FitConfig, sizes: Sizes) -> float:
+    """Bytes that a device sends in an optimizer step, and as many that it receives; f = (N - 1) / N.
+
+    DDP: a sum of all gradients, 2 * 4P f. ZeRO 1 and 2: gradients scattered, weights gathered, 2 w P f; ZeRO-2
+    scatters after every batch. Weights in pieces are gathered for forward and backward, and gradients scattered:
+    3 w P f a batch. With a horizon H + 2 times in FSDP, where the backward keeps them, 4 H in ZeRO-3.
+    """
+    train, s = config.train, Step(config, sizes, "cuda")
+    share = sizes.parameters * (s.ranks - 1) / s.ranks
+    horizon = config.data.horizon
+    if s.fsdp or s.zero == 3:
+        passes = 3 if horizon == 1 else horizon + 2 if s.fsdp else 4 * horizon
+        return s.w * share * train.accumulate * passes
+    if s.zero:
+        return s.w * share * (1 + (train.accumulate if s.zero == 2 else 1))
+    return 8 * share
+
+
+def seconds(config: FitConfig, sizes: Sizes, device: str, speed: float, link: float) -> tuple[float, float]:
+    """(computing, exchanging) in an optimizer step; speed in operations and link in bytes a second, of one device."""
+    data, train = config.data, config.train
+    tokens = data.lanes * data.chunk_len * data.horizon * train.accumulate / (train.devices * train.nodes)
+    return OVERHEAD[device][train.precision] * tokens * operations(config, sizes) / speed, exchanged(
+        config, sizes
+    ) / link
