@@ -1,0 +1,455 @@
+// WKV-4 on the GPU: built by NVRTC at first use and launched by cuda.py. Formulas in wkv4.h.
+//
+// The recurrence is serial in the tokens, but what a stretch of tokens does to a state is itself a small value (a
+// Wkv4State and a decay), and these compose. So time is cut on three levels:
+//   row      S tokens, held by a thread in registers. It sums up what they do to a state, is told the state before
+//            them, and goes through them a second time with that. They are read from memory once.
+//   tile     ROWS rows, one a warp; the warps exchange what their rows do in shared memory. A block walks tile by tile.
+//   stretch  L tokens, walked by one block. With many lanes and channels one stretch is all there is: k, v and y cross
+//            the memory bus once, 6 bytes a token and channel in 16 bit. With few, `summarise` reads k and v first, one
+//            thread a stretch and channel (then they mostly are in the L2 cache), and `scan` finds the states between.
+// With one row a tile is the classic serial walk, a thread a channel: best for a few tokens or very many channels.
+//
+// The backward is the same from right to left. It replays the forward from the state before each row, which the
+// forward keeps (12 bytes every S tokens): 10 + 1 bytes a token and channel in 16 bit, 4 + 2 more of them with stretches
+// to be summarised. The CPU's way, to store the logarithm of every denominator, would cost 4 bytes in the forward and
+// save none here, for y and that logarithm would have to be read in place of v, in fp32.
+//
+// No atomics: partial gradients of w and u are added up in a fixed order, and every result is the same to the bit.
+// Threads beyond the last channel keep company, for the barriers, but read and write nothing.
+//
+// Macros of the build: WKV_X, how k, v and y are stored (Bf16, Half, float, double); WKV_V, channels of a thread.
+
+#ifndef WKV_HOST  // tests/wkv4_host.h runs these kernels on a CPU and brings its own
+#define WKV_FN static __device__ __forceinline__
+WKV_FN float wkv_exp(float x) { return __expf(x); }
+WKV_FN double wkv_exp(double x) { return exp(x); }
+WKV_FN float wkv_log(float x) { return __logf(x); }
+WKV_FN double wkv_log(double x) { return log(x); }
+WKV_FN float wkv_abs(float x) { return fabsf(x); }
+WKV_FN double wkv_abs(double x) { return fabs(x); }
+WKV_FN float wkv_max(float x, float y) { return fmaxf(x, y); }
+WKV_FN double wkv_max(double x, double y) { return fmax(x, y); }
+WKV_FN unsigned bits_of(float x) { return __float_as_uint(x); }
+WKV_FN float from_bits(unsigned x) { return __uint_as_float(x); }
+WKV_FN float half_to_float(unsigned short x) {
+    float y;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));
+    return y;
+}
+WKV_FN unsigned short float_to_half(float x) {
+    unsigned short y;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x));
+    return y;
+}
+WKV_FN void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+#endif
+
+#include "wkv4.h"
+
+using Size = long long;
+struct Bf16 { unsigned short bits; };
+struct Half { unsigned short bits; };
+
+WKV_FN float real(Bf16 x) { return from_bits(unsigned(x.bits) << 16); }
+WKV_FN float real(Half x) { return half_to_float(x.bits); }
+WKV_FN float real(float x) { return x; }
+WKV_FN double real(double x) { return x; }
+
+WKV_FN void store(float x, Bf16& to) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    unsigned pair;  // of x and 0: the lower half of a register is stored as it is
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(0.0f), "f"(x));
+    to.bits = pair;
+#else
+    const unsigned bits = bits_of(x), half = 0x7fff + (bits >> 16 & 1);  // to nearest, ties to even
+    to.bits = x == x ? (bits + half) >> 16 : 0x7fff;
+#endif
+}
+WKV_FN void store(float x, Half& to) { to.bits = float_to_half(x); }
+WKV_FN void store(float x, float& to) { to = x; }
+WKV_FN void store(double x, double& to) { to = x; }
+
+using X = WKV_X;
+using R = decltype(real(X()));
+using State = Wkv4State<R>;
+using Adjoint = Wkv4Adjoint<R>;
+
+constexpr int V = WKV_V;
+constexpr int S = sizeof(R) == 4 ? 16 : 4;  // tokens of a row, ROW in cuda.py
+constexpr int WIDTH = 32;                   // threads abreast in a block
+constexpr int ROWS = 8;                     // of a block of the chunked kernels, in cuda.py too
+
+#define UNROLL _Pragma("unroll")
+// `blocks`: how many the registers should suffice for on a multiprocessor; in double, one at least.
+#define KERNEL(rows, blocks) extern "C" __global__ void __launch_bounds__(WIDTH * rows, sizeof(R) == 4 ? blocks : 1)
+
+// Neighbouring channels of one token, read and written as one.
+struct alignas(sizeof(X) * V) Pack { X x[V]; };
+
+// What is handed from one stretch or row to the next: a state, or an adjoint's (ga, gb, f) and the residual of the
+// exponent's gradient, which waits for the token that last set the exponent.
+struct Handed { State s; R residual; };
+
+// What a stretch or row does to what is handed through it. `renewed`, 1 or 0: one of its tokens has set the exponent.
+struct Crossing { State own; R decay, renewed; };
+
+WKV_FN void cross(Handed& x, const Crossing& by) {
+    wkv4_cross(x.s, by.decay, by.own);
+    x.residual = by.renewed != 0 ? R(0) : x.residual;
+}
+
+// The decay of n tokens, of which some open documents or none.
+WKV_FN R decay(R w, int n, bool closed) { return closed ? wkv_empty<R>() : R(n) * w; }
+
+WKV_FN State nothing() { return {0, 0, wkv_empty<R>()}; }
+
+// In memory the parts of a value lie `stride` apart, so that threads abreast read neighbours.
+WKV_FN State get(const R* from, Size stride) { return {from[0], from[stride], from[2 * stride]}; }
+WKV_FN Handed get_handed(const R* from, Size stride) { return {get(from, stride), from[3 * stride]}; }
+WKV_FN Crossing get_crossing(const R* from, Size stride) {
+    return {get(from, stride), from[3 * stride], from[4 * stride]};
+}
+WKV_FN void put(R* to, Size stride, const State& x) { to[0] = x.a, to[stride] = x.b, to[2 * stride] = x.e; }
+WKV_FN void put(R* to, Size stride, const Handed& x) { put(to, stride, x.s), to[3 * stride] = x.residual; }
+WKV_FN void put(R* to, Size stride, const Crossing& x) {
+    put(to, stride, x.own), to[3 * stride] = x.decay, to[4 * stride] = x.renewed;
+}
+
+// ---- where a thread works
+
+struct Place {
+    int lane, begin, end;  // the stretch has the tokens begin to end - 1
+    int number;            // its number among all [B, stretches]
+    int c;                 // the thread's first channel,
+    bool inside, last;     // if there is one; whether this is the lane's last stretch
+};
+
+WKV_FN Place place(Size T, Size C, Size L) {
+    const int groups = (C + WIDTH * V - 1) / (WIDTH * V), stretches = (T + L - 1) / L, number = blockIdx.x / groups;
+    const int begin = number % stretches * L, end = T - begin > L ? begin + L : T;
+    const int c = (blockIdx.x % groups * WIDTH + threadIdx.x) * V;
+    return {number / stretches, begin, end, number, c, c < C, end == T};
+}
+
+// A row is plain if it is full and no document opens in it. Nearly all are, and go without tests for every token.
+struct Row {
+    int t, n, first;  // its first token; tokens, and tokens before the first reset
+    Size at;          // where the thread's channels of the first token are in a [B, T, C]
+    unsigned resets;  // bit i: token i opens a document
+    bool plain;
+};
+
+WKV_FN Row row_at(int t, const Place& p, Size T, Size C, const unsigned char* reset) {
+    const int left = p.end - t, n = left < S ? (left > 0 ? left : 0) : S;
+    Row row = {t, n, n, (p.lane * T + t) * C + p.c, 0, false};
+    if (reset)
+        UNROLL for (int i = S - 1; i >= 0; i--)
+            if (i < row.n && reset[p.lane * T + t + i]) row.resets |= 1u << i, row.first = i;
+    row.plain = row.n == S && row.resets == 0;
+    return row;
+}
+
+WKV_FN bool opens(const Row& row, int i) { return row.resets >> i & 1; }
+
+WKV_FN void load(const X* from, const Row& row, const Place& p, Size C, Pack (&to)[S]) {
+    const int n = p.inside ? row.n : 0;
+    from += row.at;
+    if (n == S) {
+        UNROLL for (int i = 0; i < S; i++, from += C) to[i] = *reinterpret_cast<const Pack*>(from);
+    } else {
+        UNROLL for (int i = 0; i < S; i++, from += C) to[i] = i < n ? *reinterpret_cast<const Pack*>(from) : Pack();
+    }
+}
+
+// Has the row at t brought into the L2 cache, 32 bytes a thread, before it is loaded a tile later: the registers to
+// load it earlier would cost more threads.
+WKV_FN void prefetch_row(const X* x, int t, const Place& p, Size T, Size C) {
+    constexpr int EACH = 32 / sizeof(X), PIECES = WIDTH * V / EACH;  // of a token
+    const int c = p.c - int(threadIdx.x) * V;
+    UNROLL for (int n = 0; n < S * PIECES / WIDTH; n++) {
+        const int i = n * WIDTH + threadIdx.x, token = t + i / PIECES, channel = c + i % PIECES * EACH;
+        if (p.begin <= token && token < p.end && channel < C) prefetch(x + (p.lane * T + token) * C + channel);
+    }
+}
+
+// ---- forward
+
+// Takes a state through a row.
+template <bool PLAIN>
+WKV_FN void absorb(const Row& row, const R (&w)[V], const Pack (&k)[S], const Pack (&v)[S], State (&s)[V]) {
+    UNROLL for (int i = 0; i < S; i++) {
+        if (!PLAIN && i >= row.n) break;
+        UNROLL for (int j = 0; j < V; j++) {
+            if (!PLAIN && opens(row, i)) s[j] = nothing();
+            wkv4_step(w[j], real(k[i].x[j]), real(v[i].x[j]), s[j]);
+        }
+    }
+}
+
+// The same, and writes y.
+template <bool PLAIN>
+WKV_FN void emit(const Row& row, const R (&w)[V], const R (&u)[V], const Pack (&k)[S], const Pack (&v)[S],
+                 State (&s)[V], X* y, Size C, bool inside) {
+    y += row.at;
+    UNROLL for (int i = 0; i < S; i++, y += C) {
+        if (!PLAIN && i >= row.n) break;
+        Pack out;
+        UNROLL for (int j = 0; j < V; j++) {
+            const R ki = real(k[i].x[j]), vi = real(v[i].x[j]);
+            if (!PLAIN && opens(row, i)) s[j] = nothing();
+            store(wkv4_out(u[j], ki, vi, s[j]).y, out.x[j]);
+            wkv4_step(w[j], ki, vi, s[j]);
+        }
+        if (inside) *reinterpret_cast<Pack*>(y) = out;
+    }
+}
+
+// What each stretch does to a state: crossings [B, stretches, 5, C].
+KERNEL(1, 1) summarise(Size T, Size C, Size L, const R* w_, const X* k_, const X* v_, const unsigned char* reset,
+                       R* crossings) {
+    const Place p = place(T, C, L);
+    R w[V];
+    State s[V];
+    bool closed = false;
+    UNROLL for (int j = 0; j < V; j++) w[j] = p.inside ? w_[p.c + j] : R(0), s[j] = nothing();
+    for (int t = p.begin; t < p.end; t += S) {
+        const Row row = row_at(t, p, T, C, reset);
+        Pack k[S], v[S];
+        load(k_, row, p, C, k), load(v_, row, p, C, v);
+        prefetch_row(k_, t + S, p, T, C), prefetch_row(v_, t + S, p, T, C);
+        row.plain ? absorb<true>(row, w, k, v, s) : absorb<false>(row, w, k, v, s);
+        closed |= row.resets != 0;
+    }
+    if (p.inside)
+        UNROLL for (int j = 0; j < V; j++) {
+            const Crossing by = {s[j], decay(w[j], p.end - p.begin, closed), R(0)};
+            put(crossings + p.number * 5 * C + p.c + j, C, by);
+        }
+}
+
+// The adjoint after the last token, from the state there and its gradient.
+WKV_FN Handed from_the_end(const State& s, const State& gs) { return {{gs.a, gs.b, -s.e}, wkv4_residual(s, gs)}; }
+
+// What is handed to each stretch, [B, N, 4, C]: from `state` [B, 3, C] before the first token, the state before it; or,
+// with `state` after the last token and its gradient, the adjoint after it. A thread a lane and channel.
+KERNEL(1, 1) scan(Size B, Size C, Size N, const R* state, const R* gstate, const R* crossings, R* handed) {
+    const Size thread = Size(blockIdx.x) * WIDTH + threadIdx.x, lane = thread / C, c = thread % C;
+    if (lane >= B) return;
+    Handed x = {get(state + lane * 3 * C + c, C), 0};
+    if (gstate) x = from_the_end(x.s, get(gstate + lane * 3 * C + c, C));
+    constexpr int AHEAD = 4;  // their loads do not wait for one another
+    for (Size first = 0; first < N; first += AHEAD) {
+        Crossing by[AHEAD];
+        UNROLL for (int i = 0; i < AHEAD; i++) {
+            const Size n = lane * N + (gstate ? N - 1 - first - i : first + i);
+            if (first + i < N) by[i] = get_crossing(crossings + n * 5 * C + c, C);
+        }
+        UNROLL for (int i = 0; i < AHEAD; i++) {
+            const Size n = lane * N + (gstate ? N - 1 - first - i : first + i);
+            if (first + i < N) put(handed + n * 4 * C + c, C, x), cross(x, by[i]);
+        }
+    }
+}
+
+// y; the state after the last token, `end`; and, unless null, the state before each row, states [B, rows, 3, C].
+KERNEL(ROWS, 2) forward(Size T, Size C, Size L, const R* w_, const R* u_, const X* k_, const X* v_,
+                        const unsigned char* reset, const R* state, const R* handed, X* y, R* end, R* states) {
+    __shared__ R crossings[2][ROWS][V][5][WIDTH], before_tile[2][V][3][WIDTH];  // of this tile and the next
+    const Place p = place(T, C, L);
+    const int rows = blockDim.y, me = threadIdx.y, x = threadIdx.x;
+    const bool hands_on = me == rows - 1;
+    R w[V], u[V];
+    State s[V];
+    UNROLL for (int j = 0; j < V; j++) {
+        const int c = p.c + j;
+        w[j] = p.inside ? w_[c] : R(0), u[j] = p.inside ? u_[c] : R(0);
+        s[j] = !p.inside ? nothing() : get(p.begin ? handed + p.number * 4 * C + c : state + p.lane * 3 * C + c, C);
+        if (hands_on) put(&before_tile[0][j][0][x], WIDTH, s[j]);
+    }
+    int turn = 0;
+    for (int t0 = p.begin; t0 < p.end; t0 += rows * S, turn ^= 1) {
+        const Row row = row_at(t0 + me * S, p, T, C, reset);
+        Pack k[S], v[S];
+        load(k_, row, p, C, k), load(v_, row, p, C, v);
+        prefetch_row(k_, row.t + rows * S, p, T, C), prefetch_row(v_, row.t + rows * S, p, T, C);
+        if (!hands_on) {
+            UNROLL for (int j = 0; j < V; j++) s[j] = nothing();
+            row.plain ? absorb<true>(row, w, k, v, s) : absorb<false>(row, w, k, v, s);
+            UNROLL for (int j = 0; j < V; j++)
+                put(&crossings[turn][me][j][0][x], WIDTH, Crossing{s[j], decay(w[j], row.n, row.resets), R(0)});
+        }
+        __syncthreads();
+        UNROLL for (int j = 0; j < V; j++) {
+            Handed h = {get(&before_tile[turn][j][0][x], WIDTH), R(0)};
+            for (int r = 0; r < me; r++) cross(h, get_crossing(&crossings[turn][r][j][0][x], WIDTH));
+            s[j] = h.s;
+            R* to = states + (p.lane * ((T + S - 1) / S) + row.t / S) * 3 * C + p.c + j;
+            if (states && p.inside && row.n > 0) put(to, C, s[j]);
+        }
+        row.plain ? emit<true>(row, w, u, k, v, s, y, C, p.inside) : emit<false>(row, w, u, k, v, s, y, C, p.inside);
+        UNROLL for (int j = 0; j < V; j++)
+            if (hands_on) put(&before_tile[turn ^ 1][j][0][x], WIDTH, s[j]);
+    }
+    UNROLL for (int j = 0; j < V; j++)
+        if (p.last && p.inside && hands_on) put(end + p.lane * 3 * C + p.c + j, C, s[j]);
+}
+
+// ---- backward
+
+#ifdef WKV_BACKWARD
+// Takes a state through a row, from left to right, and keeps y and the logarithm of its denominator. Adds to `own` what
+// the row's tokens hand to the left end, which is `offset` tokens before the row; `last`: the last token that has set
+// the exponent.
+template <bool PLAIN>
+WKV_FN void replay(const Row& row, const R (&w)[V], const R (&u)[V], const Pack (&k)[S], const Pack (&v)[S],
+                   const Pack (&gy)[S], R offset, State (&s)[V], R (&y)[S][V], R (&lse)[S][V], State (&own)[V],
+                   int (&last)[V]) {
+    UNROLL for (int i = 0; i < S; i++) {
+        if (!PLAIN && i >= row.n) break;
+        UNROLL for (int j = 0; j < V; j++) {
+            const R ki = real(k[i].x[j]), vi = real(v[i].x[j]);
+            if (!PLAIN && opens(row, i)) s[j] = nothing();
+            const Wkv4Output<R> o = wkv4_out(u[j], ki, vi, s[j]);
+            y[i][j] = o.y, lse[i][j] = wkv4_lse(o);
+            if (PLAIN || i < row.first)
+                wkv4_add_adjoint(w[j], offset + R(i), o.y, lse[i][j], real(gy[i].x[j]), own[j]);
+            last[j] = w[j] + s[j].e > ki ? last[j] : i;
+            wkv4_step(w[j], ki, vi, s[j]);
+        }
+    }
+}
+
+// Takes an adjoint through a row, from right to left, and writes the gradients.
+template <bool PLAIN>
+WKV_FN void sweep(const Row& row, const R (&w)[V], const R (&u)[V], const Pack (&k)[S], const Pack (&v)[S],
+                  const Pack (&gy)[S], const R (&y)[S][V], const R (&lse)[S][V], Adjoint (&g)[V], R (&gw)[V],
+                  R (&gu)[V], X* gk, X* gv, Size C, bool inside) {
+    gk += row.at + (S - 1) * C, gv += row.at + (S - 1) * C;
+    UNROLL for (int i = S - 1; i >= 0; i--, gk -= C, gv -= C) {
+        if (!PLAIN && i >= row.n) continue;
+        Pack gki, gvi;
+        UNROLL for (int j = 0; j < V; j++) {
+            const R ki = real(k[i].x[j]), vi = real(v[i].x[j]), gyi = real(gy[i].x[j]);
+            const Wkv4Grad<R> o = wkv4_back(w[j], u[j], ki, vi, y[i][j], lse[i][j], gyi, g[j]);
+            store(o.k, gki.x[j]), store(o.v, gvi.x[j]);
+            gw[j] += o.w, gu[j] += o.u;
+            if (!PLAIN && opens(row, i)) g[j] = {0, 0, wkv_empty<R>(), 0, 0};
+        }
+        if (inside) {
+            *reinterpret_cast<Pack*>(gk) = gki;
+            *reinterpret_cast<Pack*>(gv) = gvi;
+        }
+    }
+}
+
+// What each stretch does to an adjoint: crossings [B, stretches, 5, C].
+KERNEL(1, 1) summarise_adjoints(Size T, Size C, Size L, const R* w_, const R* u_, const X* k_, const X* v_,
+                                const unsigned char* reset, const R* states, const X* gy_, R* crossings) {
+    const Place p = place(T, C, L);
+    R w[V], u[V];
+    State s[V], own[V];
+    int last[V];
+    bool closed = false;
+    UNROLL for (int j = 0; j < V; j++) {
+        const int c = p.c + j;
+        w[j] = p.inside ? w_[c] : R(0), u[j] = p.inside ? u_[c] : R(0), own[j] = nothing(), last[j] = -1;
+        s[j] = p.inside ? get(states + (p.lane * ((T + S - 1) / S) + p.begin / S) * 3 * C + c, C) : nothing();
+    }
+    for (int t = p.begin; t < p.end; t += S) {
+        Row row = row_at(t, p, T, C, reset);
+        if (closed) row.first = 0, row.plain = false;
+        Pack k[S], v[S], gy[S];
+        load(k_, row, p, C, k), load(v_, row, p, C, v), load(gy_, row, p, C, gy);
+        prefetch_row(k_, t + S, p, T, C), prefetch_row(v_, t + S, p, T, C), prefetch_row(gy_, t + S, p, T, C);
+        R y[S][V], lse[S][V];
+        const R offset = R(t - p.begin);
+        row.plain ? replay<true>(row, w, u, k, v, gy, offset, s, y, lse, own, last)
+                  : replay<false>(row, w, u, k, v, gy, offset, s, y, lse, own, last);
+        closed |= row.resets != 0;
+    }
+    if (p.inside)
+        UNROLL for (int j = 0; j < V; j++) {
+            const Crossing by = {own[j], decay(w[j], p.end - p.begin, closed), R(last[j] >= 0)};
+            put(crossings + p.number * 5 * C + p.c + j, C, by);
+        }
+}
+
+// gk, gv; `initial`, the gradient of the state before the first token; and sums [B * stretches, 2, C], each stretch's
+// part of the gradients of w and u. `end` and `gstate` belong to the state after the last token.
+KERNEL(ROWS, 2) backward(Size T, Size C, Size L, const R* w_, const R* u_, const X* k_, const X* v_,
+                         const unsigned char* reset, const R* states, const R* end, const X* gy_, const R* gstate,
+                         const R* handed, X* gk, X* gv, R* sums, R* initial) {
+    __shared__ R crossings[2][ROWS][V][5][WIDTH], after_tile[2][V][4][WIDTH], parts[ROWS][V][2][WIDTH];
+    __shared__ R before_row[ROWS][V][3][WIDTH];  // each read by the thread that wrote it: registers are scarce
+    const Place p = place(T, C, L);
+    const int rows = blockDim.y, me = threadIdx.y, x = threadIdx.x;
+    R w[V], u[V], gw[V], gu[V];
+    UNROLL for (int j = 0; j < V; j++) {
+        const Size c = p.c + j, at = p.lane * 3 * C + c;
+        w[j] = p.inside ? w_[c] : R(0), u[j] = p.inside ? u_[c] : R(0), gw[j] = 0, gu[j] = 0;
+        const Handed h = !p.inside ? Handed{nothing(), 0}
+                         : p.last  ? from_the_end(get(end + at, C), get(gstate + at, C))
+                                   : get_handed(handed + p.number * 4 * C + c, C);
+        if (me == 0) put(&after_tile[0][j][0][x], WIDTH, h);
+    }
+    int turn = 0;
+    for (int t0 = p.begin + (p.end - p.begin - 1) / (rows * S) * (rows * S); t0 >= p.begin; t0 -= rows * S, turn ^= 1) {
+        const Row row = row_at(t0 + me * S, p, T, C, reset);
+        Pack k[S], v[S], gy[S];
+        load(k_, row, p, C, k), load(v_, row, p, C, v), load(gy_, row, p, C, gy);
+        prefetch_row(k_, row.t - rows * S, p, T, C), prefetch_row(v_, row.t - rows * S, p, T, C);
+        prefetch_row(gy_, row.t - rows * S, p, T, C);
+        State s[V], own[V];
+        int last[V];
+        UNROLL for (int j = 0; j < V; j++) {
+            const R* from = states + (p.lane * ((T + S - 1) / S) + row.t / S) * 3 * C + p.c + j;
+            s[j] = p.inside && row.n > 0 ? get(from, C) : nothing();
+            put(&before_row[me][j][0][x], WIDTH, s[j]);
+            own[j] = nothing(), last[j] = -1;
+        }
+        R y[S][V], lse[S][V];
+        row.plain ? replay<true>(row, w, u, k, v, gy, R(0), s, y, lse, own, last)
+                  : replay<false>(row, w, u, k, v, gy, R(0), s, y, lse, own, last);
+        UNROLL for (int j = 0; j < V; j++) {
+            const Crossing by = {own[j], decay(w[j], row.n, row.resets), R(last[j] >= 0)};
+            put(&crossings[turn][me][j][0][x], WIDTH, by);
+        }
+        __syncthreads();
+        Adjoint g[V];
+        R residual[V];
+        UNROLL for (int j = 0; j < V; j++) {
+            Handed h = get_handed(&after_tile[turn][j][0][x], WIDTH);
+            for (int r = rows - 1; r > me; r--) cross(h, get_crossing(&crossings[turn][r][j][0][x], WIDTH));
+            g[j] = {h.s.a, h.s.b, h.s.e, 0, 0}, residual[j] = h.residual;
+        }
+        row.plain ? sweep<true>(row, w, u, k, v, gy, y, lse, g, gw, gu, gk, gv, C, p.inside)
+                  : sweep<false>(row, w, u, k, v, gy, y, lse, g, gw, gu, gk, gv, C, p.inside);
+        UNROLL for (int j = 0; j < V; j++) {
+            const State before = get(&before_row[me][j][0][x], WIDTH);
+            gw[j] += wkv4_close(before, g[j]);
+            if (residual[j] != 0) {  // rare: it is 0 for consumers that only use a * exp(e) and b * exp(e)
+                gw[j] += residual[j] * R(last[j] < 0 ? row.n : row.n - 1 - last[j]);
+                if (last[j] >= 0) {
+                    X* to = gk + row.at + last[j] * C + j;
+                    if (p.inside) store(real(*to) + residual[j], *to);
+                    residual[j] = 0;
+                }
+            }
+            if (me == 0) put(&after_tile[turn ^ 1][j][0][x], WIDTH, Handed{{g[j].ga, g[j].gb, g[j].f}, residual[j]});
+            if (row.t == 0 && p.inside) {
+                State gs = wkv4_initial(before, g[j].ga, g[j].gb, g[j].f);
+                gs.e += residual[j];
+                put(initial + p.lane * 3 * C + p.c + j, C, gs);
+            }
+        }
+    }
+    UNROLL for (int j = 0; j < V; j++) parts[me][j][0][x] = gw[j], parts[me][j][1][x] = gu[j];
+    __syncthreads();
+    UNROLL for (int j = 0; j < V; j++) {
+        for (int r = 1; r < rows; r++) gw[j] += parts[r][j][0][x], gu[j] += parts[r][j][1][x];
+        R* to = sums + p.number * 2 * C + p.c + j;
+        if (p.inside && me == 0) to[0] = gw[j], to[C] = gu[j];
+    }
+}
+#endif
