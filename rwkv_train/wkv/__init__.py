@@ -1,13 +1,14 @@
 """The recurrences of RWKV, one function each, with interchangeable backends.
 
 reference.py  the specification, plain torch        fallback.py  vectorised torch, any device
-cpu.py        the C++ kernel, built at first use    wkv4.h       formulas shared by C++ and CUDA
+cpu.py        the C++ kernel, built at first use    cuda.py      the CUDA kernels, likewise
+wkv4.h        formulas shared by C++ and CUDA       cache.py     where the built kernels lie
 """
 
 import torch
 from torch import Tensor
 
-from rwkv_train.wkv import cpu, fallback, reference
+from rwkv_train.wkv import cpu, cuda, fallback, reference
 
 __all__ = ["empty_state", "wkv4"]
 
@@ -40,9 +41,9 @@ def wkv4(
         state  [B, 3, C]  the past: a, b, e for the sums a * exp(e) above and b * exp(e) below the fraction.
                           Empty is (0, 0, -1e38), see `empty_state`; -1e30 does as well.
         reset  [B, T]     bool or None; True empties the state before that token, which opens a document
-        backend           "auto": the C++ kernel on a CPU if it can be built, otherwise "torch"
-                          "reference": the plain loop; "cpu": the C++ kernel; "torch": vectorised torch, any
-                          device; "cuda": not part of this version
+        backend           "auto": the kernel for the device if it can be built, otherwise "torch"
+                          "reference": the plain loop; "cpu": the C++ kernel; "cuda": the CUDA kernels;
+                          "torch": vectorised torch, any device
 
     Returns:
         y      [B, T, C]  in the dtype of k
@@ -51,14 +52,18 @@ def wkv4(
 
     Gradients flow to w, u, k, v and state from both results; once, not twice.
 
-    Raises ValueError for a wrong argument, RuntimeError when backend="cpu" and the kernel cannot be built.
+    Raises ValueError for a wrong argument, RuntimeError when backend="cpu" or "cuda" cannot be built.
 
     Source: Peng et al., "RWKV: Reinventing RNNs for the Transformer Era" (arXiv:2305.13048), equation 16 and
     appendix D (the shifted exponent).
     """
     dtype = _check(w, u, k, v, state, reset)
     run = _pick(backend, k.device)
-    y, state = run(*(_cast(x, dtype) for x in (w, u, k, v, state)), reset)
+    # The CUDA kernels read and write 16 bits themselves: no copies
+    halves = run is cuda.wkv4 and k.dtype == v.dtype and k.dtype in cuda.TYPES and dtype == torch.float32
+    stored = k.dtype if halves else dtype
+    w, u, state = (_cast(x, dtype) for x in (w, u, state))
+    y, state = run(w, u, _cast(k, stored), _cast(v, stored), state, reset)
     return _cast(y, k.dtype), state
 
 
@@ -69,8 +74,8 @@ def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
 def _pick(backend: str, device: torch.device):
     """The implementation of wkv4 behind a backend's name."""
     if backend == "auto":
-        # the room for cuda.py: device.type == "cuda" and cuda.available() -> "cuda"
-        backend = "cpu" if device.type == "cpu" and cpu.available() else "torch"
+        kernels = {"cpu": cpu.available, "cuda": lambda: cuda.available(device)}.get(device.type)
+        backend = device.type if kernels and kernels() else "torch"
     if backend == "cpu":
         if device.type != "cpu":
             raise ValueError(f'wkv4: backend "cpu" needs tensors on the CPU, found {device}; use "auto"')
@@ -80,7 +85,9 @@ def _pick(backend: str, device: torch.device):
     if backend == "reference":
         return reference.wkv4
     if backend == "cuda":
-        raise ValueError('wkv4: the CUDA kernel is not part of this version yet; use backend "auto"')
+        if device.type != "cuda":
+            raise ValueError(f'wkv4: backend "cuda" needs tensors on a CUDA device, found {device}; use "auto"')
+        return cuda.wkv4
     raise ValueError(f'wkv4: unknown backend {backend!r}, expected "auto", "reference", "cpu", "torch" or "cuda"')
 
 

@@ -18,7 +18,8 @@
 // No atomics: partial gradients of w and u are added up in a fixed order, and every result is the same to the bit.
 // Threads beyond the last channel keep company, for the barriers, but read and write nothing.
 //
-// Macros of the build: WKV_X, how k, v and y are stored (Bf16, Half, float, double); WKV_V, channels of a thread.
+// Macros of the build: WKV_X, how k, v and y are stored (Bf16, Half, float, double); WKV_V, channels of a thread;
+// WKV_FORWARD or WKV_BACKWARD, or both.
 
 #ifndef WKV_HOST  // tests/wkv4_host.h runs these kernels on a CPU and brings its own
 #define WKV_FN static __device__ __forceinline__
@@ -173,6 +174,31 @@ WKV_FN void prefetch_row(const X* x, int t, const Place& p, Size T, Size C) {
     }
 }
 
+// The adjoint after the last token, from the state there and its gradient.
+WKV_FN Handed from_the_end(const State& s, const State& gs) { return {{gs.a, gs.b, -s.e}, wkv4_residual(s, gs)}; }
+
+// What is handed to each stretch, [B, N, 4, C]: from `state` [B, 3, C] before the first token, the state before it; or,
+// with `state` after the last token and its gradient, the adjoint after it. A thread a lane and channel.
+KERNEL(1, 1) scan(Size B, Size C, Size N, const R* state, const R* gstate, const R* crossings, R* handed) {
+    const Size thread = Size(blockIdx.x) * WIDTH + threadIdx.x, lane = thread / C, c = thread % C;
+    if (lane >= B) return;
+    Handed x = {get(state + lane * 3 * C + c, C), 0};
+    if (gstate) x = from_the_end(x.s, get(gstate + lane * 3 * C + c, C));
+    constexpr int AHEAD = 4;  // their loads do not wait for one another
+    for (Size first = 0; first < N; first += AHEAD) {
+        Crossing by[AHEAD];
+        UNROLL for (int i = 0; i < AHEAD; i++) {
+            const Size n = lane * N + (gstate ? N - 1 - first - i : first + i);
+            if (first + i < N) by[i] = get_crossing(crossings + n * 5 * C + c, C);
+        }
+        UNROLL for (int i = 0; i < AHEAD; i++) {
+            const Size n = lane * N + (gstate ? N - 1 - first - i : first + i);
+            if (first + i < N) put(handed + n * 4 * C + c, C, x), cross(x, by[i]);
+        }
+    }
+}
+
+#ifdef WKV_FORWARD
 // ---- forward
 
 // Takes a state through a row.
@@ -228,30 +254,6 @@ KERNEL(1, 1) summarise(Size T, Size C, Size L, const R* w_, const X* k_, const X
         }
 }
 
-// The adjoint after the last token, from the state there and its gradient.
-WKV_FN Handed from_the_end(const State& s, const State& gs) { return {{gs.a, gs.b, -s.e}, wkv4_residual(s, gs)}; }
-
-// What is handed to each stretch, [B, N, 4, C]: from `state` [B, 3, C] before the first token, the state before it; or,
-// with `state` after the last token and its gradient, the adjoint after it. A thread a lane and channel.
-KERNEL(1, 1) scan(Size B, Size C, Size N, const R* state, const R* gstate, const R* crossings, R* handed) {
-    const Size thread = Size(blockIdx.x) * WIDTH + threadIdx.x, lane = thread / C, c = thread % C;
-    if (lane >= B) return;
-    Handed x = {get(state + lane * 3 * C + c, C), 0};
-    if (gstate) x = from_the_end(x.s, get(gstate + lane * 3 * C + c, C));
-    constexpr int AHEAD = 4;  // their loads do not wait for one another
-    for (Size first = 0; first < N; first += AHEAD) {
-        Crossing by[AHEAD];
-        UNROLL for (int i = 0; i < AHEAD; i++) {
-            const Size n = lane * N + (gstate ? N - 1 - first - i : first + i);
-            if (first + i < N) by[i] = get_crossing(crossings + n * 5 * C + c, C);
-        }
-        UNROLL for (int i = 0; i < AHEAD; i++) {
-            const Size n = lane * N + (gstate ? N - 1 - first - i : first + i);
-            if (first + i < N) put(handed + n * 4 * C + c, C, x), cross(x, by[i]);
-        }
-    }
-}
-
 // y; the state after the last token, `end`; and, unless null, the state before each row, states [B, rows, 3, C].
 KERNEL(ROWS, 2) forward(Size T, Size C, Size L, const R* w_, const R* u_, const X* k_, const X* v_,
                         const unsigned char* reset, const R* state, const R* handed, X* y, R* end, R* states) {
@@ -297,6 +299,7 @@ KERNEL(ROWS, 2) forward(Size T, Size C, Size L, const R* w_, const R* u_, const 
 
 // ---- backward
 
+#endif
 #ifdef WKV_BACKWARD
 // Takes a state through a row, from left to right, and keeps y and the logarithm of its denominator. Adds to `own` what
 // the row's tokens hand to the left end, which is `offset` tokens before the row; `last`: the last token that has set
