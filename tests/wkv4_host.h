@@ -44,6 +44,8 @@ WKV_FN unsigned short float_to_half(float x) {
 }
 
 
+template <class P> WKV_FN void advance(P*& p, long long by) { p += by; }
+
 // Touches what the GPU would: an address outside of the tensors is found by a sanitizer, or by luck.
 WKV_FN void prefetch(const void* p) { (void)*static_cast<const volatile char*>(p); }
 

@@ -16,7 +16,7 @@
 // save none here, for y and that logarithm would have to be read in place of v, in fp32.
 //
 // No atomics: partial gradients of w and u are added up in a fixed order, and every result is the same to the bit.
-// Threads beyond the last channel keep company, for the barriers, but read and write nothing.
+// Threads beyond the last channel do the work of the last one once more, and write the same: no store needs a test.
 //
 // Macros of the build: WKV_X, how k, v and y are stored (Bf16, Half, float, double); WKV_V, channels of a thread;
 // WKV_FORWARD or WKV_BACKWARD, or both.
@@ -42,6 +42,12 @@ WKV_FN unsigned short float_to_half(float x) {
     unsigned short y;
     asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x));
     return y;
+}
+// Moves a pointer on, in one register: unseen, the compiler would keep the addresses of a whole row in registers.
+template <class P> WKV_FN void advance(P*& p, long long by) {
+    p += by;
+    asm volatile("" : "+l"(p));
+    __builtin_assume(__isGlobal(p));
 }
 WKV_FN void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 #endif
@@ -120,17 +126,16 @@ WKV_FN void put(R* to, Size stride, const Crossing& x) {
 // ---- where a thread works
 
 struct Place {
-    int lane, begin, end;  // the stretch has the tokens begin to end - 1
-    int number;            // its number among all [B, stretches]
-    int c;                 // the thread's first channel,
-    bool inside, last;     // if there is one; whether this is the lane's last stretch
+    int lane, begin, end, stretch;  // the stretch has the tokens begin to end - 1, and a number among all [B, stretches]
+    int first, c;                   // the first channels of the block and of the thread
+    bool last;                      // whether this is the lane's last stretch
 };
 
 WKV_FN Place place(Size T, Size C, Size L) {
-    const int groups = (C + WIDTH * V - 1) / (WIDTH * V), stretches = (T + L - 1) / L, number = blockIdx.x / groups;
-    const int begin = number % stretches * L, end = T - begin > L ? begin + L : T;
-    const int c = (blockIdx.x % groups * WIDTH + threadIdx.x) * V;
-    return {number / stretches, begin, end, number, c, c < C, end == T};
+    const int groups = (C + WIDTH * V - 1) / (WIDTH * V), stretches = (T + L - 1) / L, stretch = blockIdx.x / groups;
+    const int begin = stretch % stretches * L, end = T - begin > L ? begin + L : T;
+    const int first = blockIdx.x % groups * WIDTH * V, c = first + threadIdx.x * V, most = C - V;
+    return {stretch / stretches, begin, end, stretch, first, c < most ? c : most, end == T};
 }
 
 // A row is plain if it is full and no document opens in it. Nearly all are, and go without tests for every token.
@@ -153,13 +158,12 @@ WKV_FN Row row_at(int t, const Place& p, Size T, Size C, const unsigned char* re
 
 WKV_FN bool opens(const Row& row, int i) { return row.resets >> i & 1; }
 
-WKV_FN void load(const X* from, const Row& row, const Place& p, Size C, Pack (&to)[S]) {
-    const int n = p.inside ? row.n : 0;
+WKV_FN void load(const X* from, const Row& row, Size C, Pack (&to)[S]) {
     from += row.at;
-    if (n == S) {
-        UNROLL for (int i = 0; i < S; i++, from += C) to[i] = *reinterpret_cast<const Pack*>(from);
+    if (row.n == S) {
+        UNROLL for (int i = 0; i < S; i++, advance(from, C)) to[i] = *reinterpret_cast<const Pack*>(from);
     } else {
-        UNROLL for (int i = 0; i < S; i++, from += C) to[i] = i < n ? *reinterpret_cast<const Pack*>(from) : Pack();
+        UNROLL for (int i = 0; i < S; i++, advance(from, C)) to[i] = i < row.n ? *reinterpret_cast<const Pack*>(from) : Pack();
     }
 }
 
@@ -167,9 +171,8 @@ WKV_FN void load(const X* from, const Row& row, const Place& p, Size C, Pack (&t
 // load it earlier would cost more threads.
 WKV_FN void prefetch_row(const X* x, int t, const Place& p, Size T, Size C) {
     constexpr int EACH = 32 / sizeof(X), PIECES = WIDTH * V / EACH;  // of a token
-    const int c = p.c - int(threadIdx.x) * V;
     UNROLL for (int n = 0; n < S * PIECES / WIDTH; n++) {
-        const int i = n * WIDTH + threadIdx.x, token = t + i / PIECES, channel = c + i % PIECES * EACH;
+        const int i = n * WIDTH + threadIdx.x, token = t + i / PIECES, channel = p.first + i % PIECES * EACH;
         if (p.begin <= token && token < p.end && channel < C) prefetch(x + (p.lane * T + token) * C + channel);
     }
 }
@@ -216,9 +219,9 @@ WKV_FN void absorb(const Row& row, const R (&w)[V], const Pack (&k)[S], const Pa
 // The same, and writes y.
 template <bool PLAIN>
 WKV_FN void emit(const Row& row, const R (&w)[V], const R (&u)[V], const Pack (&k)[S], const Pack (&v)[S],
-                 State (&s)[V], X* y, Size C, bool inside) {
+                 State (&s)[V], X* y, Size C) {
     y += row.at;
-    UNROLL for (int i = 0; i < S; i++, y += C) {
+    UNROLL for (int i = 0; i < S; i++, advance(y, C)) {
         if (!PLAIN && i >= row.n) break;
         Pack out;
         UNROLL for (int j = 0; j < V; j++) {
@@ -227,7 +230,7 @@ WKV_FN void emit(const Row& row, const R (&w)[V], const R (&u)[V], const Pack (&
             store(wkv4_out(u[j], ki, vi, s[j]).y, out.x[j]);
             wkv4_step(w[j], ki, vi, s[j]);
         }
-        if (inside) *reinterpret_cast<Pack*>(y) = out;
+        *reinterpret_cast<Pack*>(y) = out;
     }
 }
 
@@ -238,20 +241,19 @@ KERNEL(1, 1) summarise(Size T, Size C, Size L, const R* w_, const X* k_, const X
     R w[V];
     State s[V];
     bool closed = false;
-    UNROLL for (int j = 0; j < V; j++) w[j] = p.inside ? w_[p.c + j] : R(0), s[j] = nothing();
+    UNROLL for (int j = 0; j < V; j++) w[j] = w_[p.c + j], s[j] = nothing();
     for (int t = p.begin; t < p.end; t += S) {
         const Row row = row_at(t, p, T, C, reset);
         Pack k[S], v[S];
-        load(k_, row, p, C, k), load(v_, row, p, C, v);
+        load(k_, row, C, k), load(v_, row, C, v);
         prefetch_row(k_, t + S, p, T, C), prefetch_row(v_, t + S, p, T, C);
         row.plain ? absorb<true>(row, w, k, v, s) : absorb<false>(row, w, k, v, s);
         closed |= row.resets != 0;
     }
-    if (p.inside)
-        UNROLL for (int j = 0; j < V; j++) {
-            const Crossing by = {s[j], decay(w[j], p.end - p.begin, closed), R(0)};
-            put(crossings + p.number * 5 * C + p.c + j, C, by);
-        }
+    UNROLL for (int j = 0; j < V; j++) {
+        const Crossing by = {s[j], decay(w[j], p.end - p.begin, closed), R(0)};
+        put(crossings + p.stretch * 5 * C + p.c + j, C, by);
+    }
 }
 
 // y; the state after the last token, `end`; and, unless null, the state before each row, states [B, rows, 3, C].
@@ -265,15 +267,15 @@ KERNEL(ROWS, 2) forward(Size T, Size C, Size L, const R* w_, const R* u_, const 
     State s[V];
     UNROLL for (int j = 0; j < V; j++) {
         const int c = p.c + j;
-        w[j] = p.inside ? w_[c] : R(0), u[j] = p.inside ? u_[c] : R(0);
-        s[j] = !p.inside ? nothing() : get(p.begin ? handed + p.number * 4 * C + c : state + p.lane * 3 * C + c, C);
+        w[j] = w_[c], u[j] = u_[c];
+        s[j] = get(p.begin ? handed + p.stretch * 4 * C + c : state + p.lane * 3 * C + c, C);
         if (hands_on) put(&before_tile[0][j][0][x], WIDTH, s[j]);
     }
     int turn = 0;
     for (int t0 = p.begin; t0 < p.end; t0 += rows * S, turn ^= 1) {
         const Row row = row_at(t0 + me * S, p, T, C, reset);
         Pack k[S], v[S];
-        load(k_, row, p, C, k), load(v_, row, p, C, v);
+        load(k_, row, C, k), load(v_, row, C, v);
         prefetch_row(k_, row.t + rows * S, p, T, C), prefetch_row(v_, row.t + rows * S, p, T, C);
         if (!hands_on) {
             UNROLL for (int j = 0; j < V; j++) s[j] = nothing();
@@ -287,14 +289,14 @@ KERNEL(ROWS, 2) forward(Size T, Size C, Size L, const R* w_, const R* u_, const 
             for (int r = 0; r < me; r++) cross(h, get_crossing(&crossings[turn][r][j][0][x], WIDTH));
             s[j] = h.s;
             R* to = states + (p.lane * ((T + S - 1) / S) + row.t / S) * 3 * C + p.c + j;
-            if (states && p.inside && row.n > 0) put(to, C, s[j]);
+            if (states && row.n > 0) put(to, C, s[j]);
         }
-        row.plain ? emit<true>(row, w, u, k, v, s, y, C, p.inside) : emit<false>(row, w, u, k, v, s, y, C, p.inside);
+        row.plain ? emit<true>(row, w, u, k, v, s, y, C) : emit<false>(row, w, u, k, v, s, y, C);
         UNROLL for (int j = 0; j < V; j++)
             if (hands_on) put(&before_tile[turn ^ 1][j][0][x], WIDTH, s[j]);
     }
     UNROLL for (int j = 0; j < V; j++)
-        if (p.last && p.inside && hands_on) put(end + p.lane * 3 * C + p.c + j, C, s[j]);
+        if (p.last && hands_on) put(end + p.lane * 3 * C + p.c + j, C, s[j]);
 }
 
 // ---- backward
@@ -323,26 +325,24 @@ WKV_FN void replay(const Row& row, const R (&w)[V], const R (&u)[V], const Pack 
     }
 }
 
-// Takes an adjoint through a row, from right to left, and writes the gradients.
+// Takes an adjoint through a row, from right to left, and writes the gradients. Token `last` takes the residual.
 template <bool PLAIN>
 WKV_FN void sweep(const Row& row, const R (&w)[V], const R (&u)[V], const Pack (&k)[S], const Pack (&v)[S],
-                  const Pack (&gy)[S], const R (&y)[S][V], const R (&lse)[S][V], Adjoint (&g)[V], R (&gw)[V],
-                  R (&gu)[V], X* gk, X* gv, Size C, bool inside) {
+                  const Pack (&gy)[S], const R (&y)[S][V], const R (&lse)[S][V], const int (&last)[V],
+                  const R (&residual)[V], Adjoint (&g)[V], R (&gw)[V], R (&gu)[V], X* gk, X* gv, Size C) {
     gk += row.at + (S - 1) * C, gv += row.at + (S - 1) * C;
-    UNROLL for (int i = S - 1; i >= 0; i--, gk -= C, gv -= C) {
+    UNROLL for (int i = S - 1; i >= 0; i--, advance(gk, -C), advance(gv, -C)) {
         if (!PLAIN && i >= row.n) continue;
         Pack gki, gvi;
         UNROLL for (int j = 0; j < V; j++) {
             const R ki = real(k[i].x[j]), vi = real(v[i].x[j]), gyi = real(gy[i].x[j]);
             const Wkv4Grad<R> o = wkv4_back(w[j], u[j], ki, vi, y[i][j], lse[i][j], gyi, g[j]);
-            store(o.k, gki.x[j]), store(o.v, gvi.x[j]);
+            store(i == last[j] ? o.k + residual[j] : o.k, gki.x[j]), store(o.v, gvi.x[j]);
             gw[j] += o.w, gu[j] += o.u;
             if (!PLAIN && opens(row, i)) g[j] = {0, 0, wkv_empty<R>(), 0, 0};
         }
-        if (inside) {
-            *reinterpret_cast<Pack*>(gk) = gki;
-            *reinterpret_cast<Pack*>(gv) = gvi;
-        }
+        *reinterpret_cast<Pack*>(gk) = gki;
+        *reinterpret_cast<Pack*>(gv) = gvi;
     }
 }
 
@@ -356,14 +356,14 @@ KERNEL(1, 1) summarise_adjoints(Size T, Size C, Size L, const R* w_, const R* u_
     bool closed = false;
     UNROLL for (int j = 0; j < V; j++) {
         const int c = p.c + j;
-        w[j] = p.inside ? w_[c] : R(0), u[j] = p.inside ? u_[c] : R(0), own[j] = nothing(), last[j] = -1;
-        s[j] = p.inside ? get(states + (p.lane * ((T + S - 1) / S) + p.begin / S) * 3 * C + c, C) : nothing();
+        w[j] = w_[c], u[j] = u_[c], own[j] = nothing(), last[j] = -1;
+        s[j] = get(states + (p.lane * ((T + S - 1) / S) + p.begin / S) * 3 * C + c, C);
     }
     for (int t = p.begin; t < p.end; t += S) {
         Row row = row_at(t, p, T, C, reset);
         if (closed) row.first = 0, row.plain = false;
         Pack k[S], v[S], gy[S];
-        load(k_, row, p, C, k), load(v_, row, p, C, v), load(gy_, row, p, C, gy);
+        load(k_, row, C, k), load(v_, row, C, v), load(gy_, row, C, gy);
         prefetch_row(k_, t + S, p, T, C), prefetch_row(v_, t + S, p, T, C), prefetch_row(gy_, t + S, p, T, C);
         R y[S][V], lse[S][V];
         const R offset = R(t - p.begin);
@@ -371,11 +371,10 @@ KERNEL(1, 1) summarise_adjoints(Size T, Size C, Size L, const R* w_, const R* u_
                   : replay<false>(row, w, u, k, v, gy, offset, s, y, lse, own, last);
         closed |= row.resets != 0;
     }
-    if (p.inside)
-        UNROLL for (int j = 0; j < V; j++) {
-            const Crossing by = {own[j], decay(w[j], p.end - p.begin, closed), R(last[j] >= 0)};
-            put(crossings + p.number * 5 * C + p.c + j, C, by);
-        }
+    UNROLL for (int j = 0; j < V; j++) {
+        const Crossing by = {own[j], decay(w[j], p.end - p.begin, closed), R(last[j] >= 0)};
+        put(crossings + p.stretch * 5 * C + p.c + j, C, by);
+    }
 }
 
 // gk, gv; `initial`, the gradient of the state before the first token; and sums [B * stretches, 2, C], each stretch's
@@ -390,24 +389,23 @@ KERNEL(ROWS, 2) backward(Size T, Size C, Size L, const R* w_, const R* u_, const
     R w[V], u[V], gw[V], gu[V];
     UNROLL for (int j = 0; j < V; j++) {
         const Size c = p.c + j, at = p.lane * 3 * C + c;
-        w[j] = p.inside ? w_[c] : R(0), u[j] = p.inside ? u_[c] : R(0), gw[j] = 0, gu[j] = 0;
-        const Handed h = !p.inside ? Handed{nothing(), 0}
-                         : p.last  ? from_the_end(get(end + at, C), get(gstate + at, C))
-                                   : get_handed(handed + p.number * 4 * C + c, C);
+        w[j] = w_[c], u[j] = u_[c], gw[j] = 0, gu[j] = 0;
+        const Handed h = p.last ? from_the_end(get(end + at, C), get(gstate + at, C))
+                                : get_handed(handed + p.stretch * 4 * C + c, C);
         if (me == 0) put(&after_tile[0][j][0][x], WIDTH, h);
     }
     int turn = 0;
     for (int t0 = p.begin + (p.end - p.begin - 1) / (rows * S) * (rows * S); t0 >= p.begin; t0 -= rows * S, turn ^= 1) {
         const Row row = row_at(t0 + me * S, p, T, C, reset);
         Pack k[S], v[S], gy[S];
-        load(k_, row, p, C, k), load(v_, row, p, C, v), load(gy_, row, p, C, gy);
+        load(k_, row, C, k), load(v_, row, C, v), load(gy_, row, C, gy);
         prefetch_row(k_, row.t - rows * S, p, T, C), prefetch_row(v_, row.t - rows * S, p, T, C);
         prefetch_row(gy_, row.t - rows * S, p, T, C);
         State s[V], own[V];
         int last[V];
         UNROLL for (int j = 0; j < V; j++) {
             const R* from = states + (p.lane * ((T + S - 1) / S) + row.t / S) * 3 * C + p.c + j;
-            s[j] = p.inside && row.n > 0 ? get(from, C) : nothing();
+            s[j] = row.n > 0 ? get(from, C) : nothing();
             put(&before_row[me][j][0][x], WIDTH, s[j]);
             own[j] = nothing(), last[j] = -1;
         }
@@ -426,23 +424,17 @@ KERNEL(ROWS, 2) backward(Size T, Size C, Size L, const R* w_, const R* u_, const
             for (int r = rows - 1; r > me; r--) cross(h, get_crossing(&crossings[turn][r][j][0][x], WIDTH));
             g[j] = {h.s.a, h.s.b, h.s.e, 0, 0}, residual[j] = h.residual;
         }
-        row.plain ? sweep<true>(row, w, u, k, v, gy, y, lse, g, gw, gu, gk, gv, C, p.inside)
-                  : sweep<false>(row, w, u, k, v, gy, y, lse, g, gw, gu, gk, gv, C, p.inside);
+        row.plain ? sweep<true>(row, w, u, k, v, gy, y, lse, last, residual, g, gw, gu, gk, gv, C)
+                  : sweep<false>(row, w, u, k, v, gy, y, lse, last, residual, g, gw, gu, gk, gv, C);
         UNROLL for (int j = 0; j < V; j++) {
             const State before = get(&before_row[me][j][0][x], WIDTH);
-            gw[j] += wkv4_close(before, g[j]);
-            if (residual[j] != 0) {  // rare: it is 0 for consumers that only use a * exp(e) and b * exp(e)
-                gw[j] += residual[j] * R(last[j] < 0 ? row.n : row.n - 1 - last[j]);
-                if (last[j] >= 0) {
-                    X* to = gk + row.at + last[j] * C + j;
-                    if (p.inside) store(real(*to) + residual[j], *to);
-                    residual[j] = 0;
-                }
-            }
-            if (me == 0) put(&after_tile[turn ^ 1][j][0][x], WIDTH, Handed{{g[j].ga, g[j].gb, g[j].f}, residual[j]});
-            if (row.t == 0 && p.inside) {
+            const bool renewed = last[j] >= 0;  // from token `last` on the exponent only decayed, by w a token
+            gw[j] += wkv4_close(before, g[j]) + residual[j] * R(row.n - (renewed ? last[j] + 1 : 0));
+            const Handed h = {{g[j].ga, g[j].gb, g[j].f}, renewed ? R(0) : residual[j]};
+            if (me == 0) put(&after_tile[turn ^ 1][j][0][x], WIDTH, h);
+            if (row.t == 0) {
                 State gs = wkv4_initial(before, g[j].ga, g[j].gb, g[j].f);
-                gs.e += residual[j];
+                gs.e += h.residual;
                 put(initial + p.lane * 3 * C + p.c + j, C, gs);
             }
         }
@@ -451,8 +443,8 @@ KERNEL(ROWS, 2) backward(Size T, Size C, Size L, const R* w_, const R* u_, const
     __syncthreads();
     UNROLL for (int j = 0; j < V; j++) {
         for (int r = 1; r < rows; r++) gw[j] += parts[r][j][0][x], gu[j] += parts[r][j][1][x];
-        R* to = sums + p.number * 2 * C + p.c + j;
-        if (p.inside && me == 0) to[0] = gw[j], to[C] = gu[j];
+        R* to = sums + p.stretch * 2 * C + p.c + j;
+        if (me == 0) to[0] = gw[j], to[C] = gu[j];
     }
 }
 #endif
