@@ -17,9 +17,9 @@
 #define __shared__ static
 #define __launch_bounds__(threads, blocks)
 
-template <class R> WKV_FN R wkv_exp(R x) { return std::exp(x); }
-template <class R> WKV_FN R wkv_log(R x) { return std::log(x); }
-template <class R> WKV_FN R wkv_abs(R x) { return std::fabs(x); }
+template <class R> WKV_FN R wkv_exp(R x) { return std::exp2(x); }
+template <class R> WKV_FN R wkv_log(R x) { return std::log2(x); }
+template <class R> WKV_FN R wkv_below(R x) { return -std::fabs(x); }
 template <class R> WKV_FN R wkv_max(R x, R y) { return x > y ? x : y; }
 
 template <class To, class From> WKV_FN To same_bits(From from) {

@@ -23,12 +23,12 @@
 
 #ifndef WKV_HOST  // tests/wkv4_host.h runs these kernels on a CPU and brings its own
 #define WKV_FN static __device__ __forceinline__
-WKV_FN float wkv_exp(float x) { return __expf(x); }
-WKV_FN double wkv_exp(double x) { return exp(x); }
-WKV_FN float wkv_log(float x) { return __logf(x); }
-WKV_FN double wkv_log(double x) { return log(x); }
-WKV_FN float wkv_abs(float x) { return fabsf(x); }
-WKV_FN double wkv_abs(double x) { return fabs(x); }
+WKV_FN float wkv_exp(float x) { return exp2f(x); }  // to base 2, see LOG2E
+WKV_FN double wkv_exp(double x) { return exp2(x); }
+WKV_FN float wkv_log(float x) { return __log2f(x); }
+WKV_FN double wkv_log(double x) { return log2(x); }
+WKV_FN float wkv_below(float x) { return fminf(x, -x); }  // one instruction, -fabsf(x) is two
+WKV_FN double wkv_below(double x) { return fmin(x, -x); }
 WKV_FN float wkv_max(float x, float y) { return fmaxf(x, y); }
 WKV_FN double wkv_max(double x, double y) { return fmax(x, y); }
 WKV_FN unsigned bits_of(float x) { return __float_as_uint(x); }
@@ -91,8 +91,22 @@ constexpr int ROWS = 8;                     // of a block of the chunked kernels
 // `blocks`: how many the registers should suffice for on a multiprocessor; in double, one at least.
 #define KERNEL(rows, blocks) extern "C" __global__ void __launch_bounds__(WIDTH * rows, sizeof(R) == 4 ? blocks : 1)
 
+// GPUs compute powers of 2. So k, u, w and every exponent are multiplied by this on their way in, and exponents are
+// divided on their way out; gradients are sums of products of weights and have no base.
+constexpr R LOG2E = R(1.4426950408889634), LN2 = R(0.69314718055994531);
+
 // Neighbouring channels of one token, read and written as one.
 struct alignas(sizeof(X) * V) Pack { X x[V]; };
+
+// How a thread holds k, v and gy: ready for use if that takes no more registers.
+constexpr bool READY = V == 1;
+template <bool> struct Ready {};
+WKV_FN R hold(X x, R scale, Ready<true>) { return real(x) * scale; }
+WKV_FN X hold(X x, R scale, Ready<false>) { return x; }
+using Held = decltype(hold(X(), R(), Ready<READY>()));
+using Tokens = Held[S][V];
+
+WKV_FN R key(Held x) { return READY ? real(x) : real(x) * LOG2E; }
 
 // What is handed from one stretch or row to the next: a state, or an adjoint's (ga, gb, f) and the residual of the
 // exponent's gradient, which waits for the token that last set the exponent.
@@ -117,6 +131,7 @@ WKV_FN Handed get_handed(const R* from, Size stride) { return {get(from, stride)
 WKV_FN Crossing get_crossing(const R* from, Size stride) {
     return {get(from, stride), from[3 * stride], from[4 * stride]};
 }
+WKV_FN State get_natural(const R* from, Size stride) { return {from[0], from[stride], from[2 * stride] * LOG2E}; }
 WKV_FN void put(R* to, Size stride, const State& x) { to[0] = x.a, to[stride] = x.b, to[2 * stride] = x.e; }
 WKV_FN void put(R* to, Size stride, const Handed& x) { put(to, stride, x.s), to[3 * stride] = x.residual; }
 WKV_FN void put(R* to, Size stride, const Crossing& x) {
@@ -148,7 +163,7 @@ struct Row {
 
 WKV_FN Row row_at(int t, const Place& p, Size T, Size C, const unsigned char* reset) {
     const int left = p.end - t, n = left < S ? (left > 0 ? left : 0) : S;
-    Row row = {t, n, n, (p.lane * T + t) * C + p.c, 0, false};
+    Row row = {t, n, n, (p.lane * T + (n > 0 ? t : p.end - 1)) * C + p.c, 0, false};
     if (reset)
         UNROLL for (int i = S - 1; i >= 0; i--)
             if (i < row.n && reset[p.lane * T + t + i]) row.resets |= 1u << i, row.first = i;
@@ -158,12 +173,18 @@ WKV_FN Row row_at(int t, const Place& p, Size T, Size C, const unsigned char* re
 
 WKV_FN bool opens(const Row& row, int i) { return row.resets >> i & 1; }
 
-WKV_FN void load(const X* from, const Row& row, Size C, Pack (&to)[S]) {
+WKV_FN void load_token(const X* from, R scale, Held (&to)[V]) {
+    const Pack in = *reinterpret_cast<const Pack*>(from);
+    UNROLL for (int j = 0; j < V; j++) to[j] = hold(in.x[j], scale, Ready<READY>());
+}
+
+// What is beyond the row's last token repeats it, unused.
+WKV_FN void load(const X* from, const Row& row, Size C, R scale, Tokens& to) {
     from += row.at;
     if (row.n == S) {
-        UNROLL for (int i = 0; i < S; i++, advance(from, C)) to[i] = *reinterpret_cast<const Pack*>(from);
+        UNROLL for (int i = 0; i < S; i++, advance(from, C)) load_token(from, scale, to[i]);
     } else {
-        UNROLL for (int i = 0; i < S; i++, advance(from, C)) to[i] = i < row.n ? *reinterpret_cast<const Pack*>(from) : Pack();
+        UNROLL for (int i = 0; i < S; i++, advance(from, i < row.n ? C : 0)) load_token(from, scale, to[i]);
     }
 }
 
@@ -185,7 +206,7 @@ WKV_FN Handed from_the_end(const State& s, const State& gs) { return {{gs.a, gs.
 KERNEL(1, 1) scan(Size B, Size C, Size N, const R* state, const R* gstate, const R* crossings, R* handed) {
     const Size thread = Size(blockIdx.x) * WIDTH + threadIdx.x, lane = thread / C, c = thread % C;
     if (lane >= B) return;
-    Handed x = {get(state + lane * 3 * C + c, C), 0};
+    Handed x = {get_natural(state + lane * 3 * C + c, C), 0};
     if (gstate) x = from_the_end(x.s, get(gstate + lane * 3 * C + c, C));
     constexpr int AHEAD = 4;  // their loads do not wait for one another
     for (Size first = 0; first < N; first += AHEAD) {
@@ -206,26 +227,26 @@ KERNEL(1, 1) scan(Size B, Size C, Size N, const R* state, const R* gstate, const
 
 // Takes a state through a row.
 template <bool PLAIN>
-WKV_FN void absorb(const Row& row, const R (&w)[V], const Pack (&k)[S], const Pack (&v)[S], State (&s)[V]) {
+WKV_FN void absorb(const Row& row, const R (&w)[V], const Tokens& k, const Tokens& v, State (&s)[V]) {
     UNROLL for (int i = 0; i < S; i++) {
         if (!PLAIN && i >= row.n) break;
         UNROLL for (int j = 0; j < V; j++) {
             if (!PLAIN && opens(row, i)) s[j] = nothing();
-            wkv4_step(w[j], real(k[i].x[j]), real(v[i].x[j]), s[j]);
+            wkv4_step(w[j], key(k[i][j]), real(v[i][j]), s[j]);
         }
     }
 }
 
 // The same, and writes y.
 template <bool PLAIN>
-WKV_FN void emit(const Row& row, const R (&w)[V], const R (&u)[V], const Pack (&k)[S], const Pack (&v)[S],
+WKV_FN void emit(const Row& row, const R (&w)[V], const R (&u)[V], const Tokens& k, const Tokens& v,
                  State (&s)[V], X* y, Size C) {
     y += row.at;
     UNROLL for (int i = 0; i < S; i++, advance(y, C)) {
         if (!PLAIN && i >= row.n) break;
         Pack out;
         UNROLL for (int j = 0; j < V; j++) {
-            const R ki = real(k[i].x[j]), vi = real(v[i].x[j]);
+            const R ki = key(k[i][j]), vi = real(v[i][j]);
             if (!PLAIN && opens(row, i)) s[j] = nothing();
             store(wkv4_out(u[j], ki, vi, s[j]).y, out.x[j]);
             wkv4_step(w[j], ki, vi, s[j]);
@@ -241,11 +262,11 @@ KERNEL(1, 1) summarise(Size T, Size C, Size L, const R* w_, const X* k_, const X
     R w[V];
     State s[V];
     bool closed = false;
-    UNROLL for (int j = 0; j < V; j++) w[j] = w_[p.c + j], s[j] = nothing();
+    UNROLL for (int j = 0; j < V; j++) w[j] = w_[p.c + j] * LOG2E, s[j] = nothing();
     for (int t = p.begin; t < p.end; t += S) {
         const Row row = row_at(t, p, T, C, reset);
-        Pack k[S], v[S];
-        load(k_, row, C, k), load(v_, row, C, v);
+        Tokens k, v;
+        load(k_, row, C, LOG2E, k), load(v_, row, C, R(1), v);
         prefetch_row(k_, t + S, p, T, C), prefetch_row(v_, t + S, p, T, C);
         row.plain ? absorb<true>(row, w, k, v, s) : absorb<false>(row, w, k, v, s);
         closed |= row.resets != 0;
@@ -267,15 +288,15 @@ KERNEL(ROWS, 2) forward(Size T, Size C, Size L, const R* w_, const R* u_, const 
     State s[V];
     UNROLL for (int j = 0; j < V; j++) {
         const int c = p.c + j;
-        w[j] = w_[c], u[j] = u_[c];
-        s[j] = get(p.begin ? handed + p.stretch * 4 * C + c : state + p.lane * 3 * C + c, C);
+        w[j] = w_[c] * LOG2E, u[j] = u_[c] * LOG2E;
+        s[j] = p.begin ? get(handed + p.stretch * 4 * C + c, C) : get_natural(state + p.lane * 3 * C + c, C);
         if (hands_on) put(&before_tile[0][j][0][x], WIDTH, s[j]);
     }
     int turn = 0;
     for (int t0 = p.begin; t0 < p.end; t0 += rows * S, turn ^= 1) {
         const Row row = row_at(t0 + me * S, p, T, C, reset);
-        Pack k[S], v[S];
-        load(k_, row, C, k), load(v_, row, C, v);
+        Tokens k, v;
+        load(k_, row, C, LOG2E, k), load(v_, row, C, R(1), v);
         prefetch_row(k_, row.t + rows * S, p, T, C), prefetch_row(v_, row.t + rows * S, p, T, C);
         if (!hands_on) {
             UNROLL for (int j = 0; j < V; j++) s[j] = nothing();
@@ -296,48 +317,63 @@ KERNEL(ROWS, 2) forward(Size T, Size C, Size L, const R* w_, const R* u_, const 
             if (hands_on) put(&before_tile[turn ^ 1][j][0][x], WIDTH, s[j]);
     }
     UNROLL for (int j = 0; j < V; j++)
-        if (p.last && hands_on) put(end + p.lane * 3 * C + p.c + j, C, s[j]);
+        if (p.last && hands_on) put(end + p.lane * 3 * C + p.c + j, C, State{s[j].a, s[j].b, s[j].e * LN2});
 }
 
 // ---- backward
 
 #endif
 #ifdef WKV_BACKWARD
-// Takes a state through a row, from left to right, and keeps y and the logarithm of its denominator. Adds to `own` what
-// the row's tokens hand to the left end, which is `offset` tokens before the row; `last`: the last token that has set
-// the exponent.
+// Takes a state through a row, from left to right, and keeps y and the logarithm of its denominator. `last`: the last
+// token that has set the exponent.
 template <bool PLAIN>
-WKV_FN void replay(const Row& row, const R (&w)[V], const R (&u)[V], const Pack (&k)[S], const Pack (&v)[S],
-                   const Pack (&gy)[S], R offset, State (&s)[V], R (&y)[S][V], R (&lse)[S][V], State (&own)[V],
-                   int (&last)[V]) {
+WKV_FN void replay(const Row& row, const R (&w)[V], const R (&u)[V], const Tokens& k, const Tokens& v, State (&s)[V],
+                   R (&y)[S][V], R (&lse)[S][V], int (&last)[V]) {
     UNROLL for (int i = 0; i < S; i++) {
         if (!PLAIN && i >= row.n) break;
         UNROLL for (int j = 0; j < V; j++) {
-            const R ki = real(k[i].x[j]), vi = real(v[i].x[j]);
+            const R ki = key(k[i][j]), vi = real(v[i][j]);
             if (!PLAIN && opens(row, i)) s[j] = nothing();
             const Wkv4Output<R> o = wkv4_out(u[j], ki, vi, s[j]);
             y[i][j] = o.y, lse[i][j] = wkv4_lse(o);
-            if (PLAIN || i < row.first)
-                wkv4_add_adjoint(w[j], offset + R(i), o.y, lse[i][j], real(gy[i].x[j]), own[j]);
             last[j] = w[j] + s[j].e > ki ? last[j] : i;
             wkv4_step(w[j], ki, vi, s[j]);
         }
     }
 }
 
-// Takes an adjoint through a row, from right to left, and writes the gradients. Token `last` takes the residual.
+// Adds to `own` what the row's tokens before the first reset hand to the left end, `offset` tokens before the row. All
+// exponents are there already, so their maximum comes first and the weights need no comparing.
 template <bool PLAIN>
-WKV_FN void sweep(const Row& row, const R (&w)[V], const R (&u)[V], const Pack (&k)[S], const Pack (&v)[S],
-                  const Pack (&gy)[S], const R (&y)[S][V], const R (&lse)[S][V], const int (&last)[V],
+WKV_FN void summarise_row(const Row& row, const R (&w)[V], const Tokens& gy, R offset, const R (&y)[S][V],
+                          const R (&lse)[S][V], State (&own)[V]) {
+    UNROLL for (int j = 0; j < V; j++) {
+        State sum = {0, 0, wkv_empty<R>()};
+        UNROLL for (int i = 0; i < S; i++)
+            if (PLAIN || i < row.first) sum.e = wkv_max(sum.e, wkv4_reach(w[j], R(i), lse[i][j]));
+        UNROLL for (int i = 0; i < S; i++) {
+            if (!PLAIN && i >= row.first) break;
+            const R z = wkv_exp(wkv4_reach(w[j], R(i), lse[i][j] + sum.e)) * real(gy[i][j]);
+            sum.a += z, sum.b -= z * y[i][j];
+        }
+        wkv4_add(own[j], sum.a, sum.b, wkv_clamp(sum.e + offset * w[j]));
+    }
+}
+
+// Takes an adjoint through a row, from right to left, and writes the gradients. Token `last` takes the residual, which
+// is 0 in a plain row.
+template <bool PLAIN>
+WKV_FN void sweep(const Row& row, const R (&w)[V], const R (&u)[V], const Tokens& k, const Tokens& v,
+                  const Tokens& gy, const R (&y)[S][V], const R (&lse)[S][V], const int (&last)[V],
                   const R (&residual)[V], Adjoint (&g)[V], R (&gw)[V], R (&gu)[V], X* gk, X* gv, Size C) {
     gk += row.at + (S - 1) * C, gv += row.at + (S - 1) * C;
     UNROLL for (int i = S - 1; i >= 0; i--, advance(gk, -C), advance(gv, -C)) {
         if (!PLAIN && i >= row.n) continue;
         Pack gki, gvi;
         UNROLL for (int j = 0; j < V; j++) {
-            const R ki = real(k[i].x[j]), vi = real(v[i].x[j]), gyi = real(gy[i].x[j]);
+            const R ki = key(k[i][j]), vi = real(v[i][j]), gyi = real(gy[i][j]);
             const Wkv4Grad<R> o = wkv4_back(w[j], u[j], ki, vi, y[i][j], lse[i][j], gyi, g[j]);
-            store(i == last[j] ? o.k + residual[j] : o.k, gki.x[j]), store(o.v, gvi.x[j]);
+            store(!PLAIN && i == last[j] ? o.k + residual[j] : o.k, gki.x[j]), store(o.v, gvi.x[j]);
             gw[j] += o.w, gu[j] += o.u;
             if (!PLAIN && opens(row, i)) g[j] = {0, 0, wkv_empty<R>(), 0, 0};
         }
@@ -356,19 +392,24 @@ KERNEL(1, 1) summarise_adjoints(Size T, Size C, Size L, const R* w_, const R* u_
     bool closed = false;
     UNROLL for (int j = 0; j < V; j++) {
         const int c = p.c + j;
-        w[j] = w_[c], u[j] = u_[c], own[j] = nothing(), last[j] = -1;
+        w[j] = w_[c] * LOG2E, u[j] = u_[c] * LOG2E, own[j] = nothing(), last[j] = -1;
         s[j] = get(states + (p.lane * ((T + S - 1) / S) + p.begin / S) * 3 * C + c, C);
     }
     for (int t = p.begin; t < p.end; t += S) {
         Row row = row_at(t, p, T, C, reset);
         if (closed) row.first = 0, row.plain = false;
-        Pack k[S], v[S], gy[S];
-        load(k_, row, C, k), load(v_, row, C, v), load(gy_, row, C, gy);
+        Tokens k, v, gy;
+        load(k_, row, C, LOG2E, k), load(v_, row, C, R(1), v), load(gy_, row, C, R(1), gy);
         prefetch_row(k_, t + S, p, T, C), prefetch_row(v_, t + S, p, T, C), prefetch_row(gy_, t + S, p, T, C);
         R y[S][V], lse[S][V];
         const R offset = R(t - p.begin);
-        row.plain ? replay<true>(row, w, u, k, v, gy, offset, s, y, lse, own, last)
-                  : replay<false>(row, w, u, k, v, gy, offset, s, y, lse, own, last);
+        if (row.plain) {
+            replay<true>(row, w, u, k, v, s, y, lse, last);
+            summarise_row<true>(row, w, gy, offset, y, lse, own);
+        } else {
+            replay<false>(row, w, u, k, v, s, y, lse, last);
+            summarise_row<false>(row, w, gy, offset, y, lse, own);
+        }
         closed |= row.resets != 0;
     }
     UNROLL for (int j = 0; j < V; j++) {
@@ -389,16 +430,16 @@ KERNEL(ROWS, 2) backward(Size T, Size C, Size L, const R* w_, const R* u_, const
     R w[V], u[V], gw[V], gu[V];
     UNROLL for (int j = 0; j < V; j++) {
         const Size c = p.c + j, at = p.lane * 3 * C + c;
-        w[j] = w_[c], u[j] = u_[c], gw[j] = 0, gu[j] = 0;
-        const Handed h = p.last ? from_the_end(get(end + at, C), get(gstate + at, C))
+        w[j] = w_[c] * LOG2E, u[j] = u_[c] * LOG2E, gw[j] = 0, gu[j] = 0;
+        const Handed h = p.last ? from_the_end(get_natural(end + at, C), get(gstate + at, C))
                                 : get_handed(handed + p.stretch * 4 * C + c, C);
         if (me == 0) put(&after_tile[0][j][0][x], WIDTH, h);
     }
     int turn = 0;
     for (int t0 = p.begin + (p.end - p.begin - 1) / (rows * S) * (rows * S); t0 >= p.begin; t0 -= rows * S, turn ^= 1) {
         const Row row = row_at(t0 + me * S, p, T, C, reset);
-        Pack k[S], v[S], gy[S];
-        load(k_, row, C, k), load(v_, row, C, v), load(gy_, row, C, gy);
+        Tokens k, v, gy;
+        load(k_, row, C, LOG2E, k), load(v_, row, C, R(1), v), load(gy_, row, C, R(1), gy);
         prefetch_row(k_, row.t - rows * S, p, T, C), prefetch_row(v_, row.t - rows * S, p, T, C);
         prefetch_row(gy_, row.t - rows * S, p, T, C);
         State s[V], own[V];
@@ -410,8 +451,13 @@ KERNEL(ROWS, 2) backward(Size T, Size C, Size L, const R* w_, const R* u_, const
             own[j] = nothing(), last[j] = -1;
         }
         R y[S][V], lse[S][V];
-        row.plain ? replay<true>(row, w, u, k, v, gy, R(0), s, y, lse, own, last)
-                  : replay<false>(row, w, u, k, v, gy, R(0), s, y, lse, own, last);
+        if (row.plain) {
+            replay<true>(row, w, u, k, v, s, y, lse, last);
+            if (me > 0) summarise_row<true>(row, w, gy, R(0), y, lse, own);
+        } else {
+            replay<false>(row, w, u, k, v, s, y, lse, last);
+            if (me > 0) summarise_row<false>(row, w, gy, R(0), y, lse, own);
+        }
         UNROLL for (int j = 0; j < V; j++) {
             const Crossing by = {own[j], decay(w[j], row.n, row.resets), R(last[j] >= 0)};
             put(&crossings[turn][me][j][0][x], WIDTH, by);
@@ -424,8 +470,10 @@ KERNEL(ROWS, 2) backward(Size T, Size C, Size L, const R* w_, const R* u_, const
             for (int r = rows - 1; r > me; r--) cross(h, get_crossing(&crossings[turn][r][j][0][x], WIDTH));
             g[j] = {h.s.a, h.s.b, h.s.e, 0, 0}, residual[j] = h.residual;
         }
-        row.plain ? sweep<true>(row, w, u, k, v, gy, y, lse, last, residual, g, gw, gu, gk, gv, C)
-                  : sweep<false>(row, w, u, k, v, gy, y, lse, last, residual, g, gw, gu, gk, gv, C);
+        bool plain = row.plain;
+        UNROLL for (int j = 0; j < V; j++) plain &= residual[j] == 0;
+        plain ? sweep<true>(row, w, u, k, v, gy, y, lse, last, residual, g, gw, gu, gk, gv, C)
+              : sweep<false>(row, w, u, k, v, gy, y, lse, last, residual, g, gw, gu, gk, gv, C);
         UNROLL for (int j = 0; j < V; j++) {
             const State before = get(&before_row[me][j][0][x], WIDTH);
             const bool renewed = last[j] >= 0;  // from token `last` on the exponent only decayed, by w a token

@@ -6,8 +6,8 @@
 // The includer defines, before including:
 //   WKV_FN           qualifiers of an inlined function, e.g. `static inline` or `static __device__ __forceinline__`
 //   wkv_exp(R)       for R = float, double; 0 far below the range, arguments never much above 0
-//   wkv_log(R)       for positive normal numbers
-//   wkv_abs(R), wkv_max(R, R)
+//   wkv_log(R)       for positive normal numbers; to any base, that of wkv_exp, in which all exponents then are
+//   wkv_max(R, R), and wkv_below(R), -|x|
 // No header is included here, because NVRTC has none.
 #pragma once
 
@@ -31,7 +31,7 @@ template <class R> WKV_FN R wkv_clamp(R x) { return wkv_max(x, wkv_empty<R>()); 
 
 // exp(p - max(p, q)) and exp(q - max(p, q)).
 template <class R> WKV_FN WkvPair<R> wkv_weights(R p, R q) {
-    R d = p - q, x = wkv_exp(-wkv_abs(d));
+    R d = p - q, x = wkv_exp(wkv_below(d));
     return {d > 0 ? R(1) : x, d > 0 ? x : R(1)};
 }
 
@@ -82,11 +82,9 @@ WKV_FN Wkv4Grad<R> wkv4_back(R w, R u, R k, R v, R y, R lse, R gy, Wkv4Adjoint<R
     return out;
 }
 
-// The same adjoint can be summed up for a stretch: token i of it adds this to `own`, what its tokens before the first
-// reset hand to the stretch's left end. An adjoint (ga, gb, f) crosses the stretch, to the left, by wkv4_cross.
-template <class R> WKV_FN void wkv4_add_adjoint(R w, R i, R y, R lse, R gy, Wkv4State<R>& own) {
-    wkv4_add(own, gy, -gy * y, i * w - lse);
-}
+// The same adjoint can be summed up for a stretch: with z = gy * exp(reach), token i of it adds (z, -z * y) to what its
+// tokens before the first reset hand to its left end. An adjoint (ga, gb, f) crosses it, to the left, by wkv4_cross.
+template <class R> WKV_FN R wkv4_reach(R w, R i, R lse) { return i * w - lse; }
 
 // At the left end of a stretch, where the state was `s` and pa, pb were counted from the right end: the last of gw.
 template <class R> WKV_FN R wkv4_close(const Wkv4State<R>& s, const Wkv4Adjoint<R>& g) {

@@ -20,7 +20,7 @@
 #define INDEPENDENT _Pragma("GCC ivdep")
 #endif
 
-template <class R> WKV_FN R wkv_abs(R x) { return x > 0 ? x : -x; }
+template <class R> WKV_FN R wkv_below(R x) { return x > 0 ? -x : x; }
 template <class R> WKV_FN R wkv_max(R x, R y) { return x > y ? x : y; }  // fmax is slower: it minds NaN
 
 // ---- exp and log in plain arithmetic, because calls into the C library would stop the vectoriser
