@@ -17,11 +17,11 @@ from torch import Tensor
 from rwkv_train.wkv import cache
 
 SOURCE = Path(__file__).with_name("wkv4.cu")
-HEADER = Path(__file__).with_name("wkv4.h")
+HEADERS = tuple(Path(__file__).with_name(name) for name in ("wkv4.h", "wkv4_gpu.h"))
 # Fast: exponentials and divisions of about 2 ulp, numbers below 1e-38 are 0. None of it touches double precision.
 OPTIONS = {"std": "c++17", "use_fast_math": True, "restrict": True, "diag_suppress": 177}
 TYPES = {torch.bfloat16: "Bf16", torch.float16: "Half", torch.float32: "float", torch.float64: "double"}
-WIDTH, ROWS = 32, 8  # as in wkv4.cu; WIDTH * ROWS threads are a block of the chunked kernels, WIDTH of the serial
+WIDTH, ROWS = 32, 8  # as in wkv4_gpu.h; WIDTH * ROWS threads are a block of the chunked kernels, WIDTH of the serial
 
 # These are for a later look at the clock; none of them changes what is computed, but for rounding.
 VECTOR = {False: 2, True: 1}  # 16-bit channels of a thread, forward and backward: as many as its registers bear
@@ -94,7 +94,7 @@ def build(variant: Variant, arch: str, logs=None) -> bytes:
 
     which = "WKV_BACKWARD" if variant.backward else "WKV_FORWARD"
     macros = [("WKV_X", TYPES[variant.dtype]), ("WKV_V", str(variant.vector)), which]
-    options = {**OPTIONS, "include_path": str(HEADER.parent), "define_macro": macros}
+    options = {**OPTIONS, "include_path": str(HEADERS[0].parent), "define_macro": macros}
     if logs is not None:
         options["ptxas_options"] = "-v"
     program = Program(SOURCE.read_text(encoding="utf-8"), "c++", ProgramOptions(name=SOURCE.name, arch=arch, **options))
@@ -107,7 +107,7 @@ def _program(variant: Variant, arch: str):
     from cuda.bindings import nvrtc
     from cuda.core import ObjectCode
 
-    parts = (SOURCE.read_bytes(), HEADER.read_bytes(), repr((OPTIONS, nvrtc.nvrtcVersion())).encode())
+    parts = [path.read_bytes() for path in (SOURCE, *HEADERS)] + [repr((OPTIONS, nvrtc.nvrtcVersion())).encode()]
     stem = f"wkv4-{arch}-{'-'.join(map(str, variant))}-{cache.key(*parts)}"
     path = next(cache.find(stem, ".cubin"), None)
     if path is None:
@@ -135,7 +135,7 @@ def _launch(name: str, variant: Variant, device: torch.device, blocks: int, rows
 
 
 def _row(dtype: torch.dtype) -> int:
-    """Tokens of a row, S in wkv4.cu; the states before rows are kept for the backward."""
+    """Tokens of a row, S in wkv4_gpu.h; the states before rows are kept for the backward."""
     return 4 if dtype == torch.float64 else 16
 
 
