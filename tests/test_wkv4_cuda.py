@@ -299,6 +299,8 @@ def test_without_cuda_core_auto_is_torch_and_says_why_once(hopper, monkeypatch, 
     assert [_pick("auto", torch.device("cuda", 0)) for _ in range(2)] == [fallback.wkv4] * 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "cuda.core" in line and "pip install 'rwkv_train[cuda]'" in line
+    with pytest.raises(RuntimeError, match=r'backend "cuda" is not available: the CUDA kernels need cuda.core'):
+        _pick("cuda", torch.device("cuda", 0))
 
 
 @needs_cuda_core

@@ -87,6 +87,8 @@ def _pick(backend: str, device: torch.device):
     if backend == "cuda":
         if device.type != "cuda":
             raise ValueError(f'wkv4: backend "cuda" needs tensors on a CUDA device, found {device}; use "auto"')
+        if not cuda.available(device):
+            raise RuntimeError(f'wkv4: backend "cuda" is not available: {cuda.why_not(device)}')
         return cuda.wkv4
     raise ValueError(f'wkv4: unknown backend {backend!r}, expected "auto", "reference", "cpu", "torch" or "cuda"')
 

@@ -57,10 +57,9 @@ def wkv4(w, u, k, v, state, reset=None, path="auto"):
 
 def available(device: torch.device) -> bool:
     """Whether the kernels are there or can be built for a device; the first time they cannot, one line says why."""
-    why_not = _why_not(torch.cuda.get_device_capability(device))
-    if why_not:
-        cache.say_once(f"{why_not} Until then WKV runs in torch, many times slower.")
-    return not why_not
+    if why_not(device):
+        cache.say_once(f"{why_not(device)} Until then WKV runs in torch, many times slower.")
+    return not why_not(device)
 
 
 # torch.compile calls it while tracing, and takes the answer for a constant. The decorator that is made for this,
@@ -68,9 +67,13 @@ def available(device: torch.device) -> bool:
 available._dynamo_marked_constant = True
 
 
+def why_not(device: torch.device) -> str:
+    """Empty, or one line: what is missing and what to do."""
+    return _why_not(torch.cuda.get_device_capability(device))
+
+
 @functools.cache
 def _why_not(capability: tuple[int, int]) -> str:
-    """Empty, or one line: what is missing and what to do."""
     try:
         _program(Variant(False, torch.float32, 1), _arch(capability))
     except ImportError as error:
