@@ -1,13 +1,15 @@
 """WKV-4: every backend against the plain recurrence, results and all gradients; building the C++ kernel."""
 
+import functools
 from concurrent.futures import ThreadPoolExecutor
 
+import platformdirs
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rwkv_train.wkv import cpu, empty_state, wkv4
+from rwkv_train.wkv import cache, cpu, empty_state, wkv4
 
 NAMES = ("y", "a", "b", "e", "gw", "gu", "gk", "gv", "ga", "gb", "ge")
 needs_compiler = pytest.mark.skipif(not cpu.available(), reason="no C++ compiler")
@@ -33,13 +35,17 @@ def resets_at(B, T, *positions):
 
 
 def run(backend, args, reset, gy, gstate, splits=()):
-    """Results and gradients by name, with the sequence cut at `splits` and the state carried across."""
+    """Results and gradients by name, with the sequence cut at `splits` and the state carried across.
+
+    `backend` is the name of one, or a function like wkv4.
+    """
+    op = functools.partial(wkv4, backend=backend) if isinstance(backend, str) else backend
     leaves = [x.detach().clone().requires_grad_() for x in args]
     w, u, k, v, state = leaves
     T, ys = k.shape[1], []
     for start, end in zip((0, *splits), (*splits, T), strict=True):
         part = None if reset is None else reset[:, start:end]
-        y, state = wkv4(w, u, k[:, start:end], v[:, start:end], state, part, backend=backend)
+        y, state = op(w, u, k[:, start:end], v[:, start:end], state, part)
         ys.append(y)
     y = torch.cat(ys, 1)
     *grads, gstate0 = torch.autograd.grad((y, state), leaves, (gy.to(y.dtype), gstate.to(state.dtype)))
@@ -265,7 +271,7 @@ def test_any_size_any_reset_any_split(data):
         ),
         ({"reset": torch.zeros(2, 5)}, r"reset is torch.float32, expected torch.bool"),
         ({"backend": "cdua"}, r"unknown backend 'cdua', expected \"auto\", \"reference\""),
-        ({"backend": "cuda"}, r"the CUDA kernel is not part of this version yet; use backend \"auto\""),
+        ({"backend": "cuda"}, r"backend \"cuda\" needs tensors on a CUDA device, found cpu; use \"auto\""),
     ],
 )
 def test_errors_name_the_argument(change, message):
@@ -277,12 +283,12 @@ def test_errors_name_the_argument(change, message):
 @pytest.fixture
 def fresh(monkeypatch, tmp_path):
     """The kernel as on a machine that has never built it; yields the cache folder."""
-    monkeypatch.setattr(cpu.platformdirs, "user_cache_dir", lambda name: str(tmp_path / name))
+    monkeypatch.setattr(platformdirs, "user_cache_dir", lambda name: str(tmp_path / name))
     monkeypatch.setattr(cpu, "FLAGS", ("-O1", "-std=c++17", "-shared", "-fPIC", "-pthread"))  # builds faster
-    for cached in (cpu.load, cpu._notice_once):
+    for cached in (cpu.load, cache.say_once):
         cached.cache_clear()
     yield tmp_path / "rwkv_train"
-    for cached in (cpu.load, cpu._notice_once):
+    for cached in (cpu.load, cache.say_once):
         cached.cache_clear()
 
 

@@ -2,13 +2,14 @@
 
 wkv7.py       the operator of RWKV-7; that of RWKV-4 is here
 reference.py  the specification, plain torch         fallback.py, chunked7.py  vectorised torch, any device
-cpu.py        the C++ kernels, built at first use    wkv4.h, wkv7.h            formulas shared by C++ and CUDA
+cpu.py        the C++ kernels, built at first use    cuda.py                   the CUDA kernels, likewise
+cache.py      where the built kernels lie            wkv4.h, wkv7.h            formulas shared by C++ and CUDA
 """
 
 import torch
 from torch import Tensor
 
-from rwkv_train.wkv import cpu, fallback, reference
+from rwkv_train.wkv import cpu, cuda, fallback, reference
 from rwkv_train.wkv.arguments import cast, check
 from rwkv_train.wkv.elementwise import cross_entropy_, gate, shift_mix, squared_relu
 from rwkv_train.wkv.wkv7 import wkv7
@@ -44,9 +45,9 @@ def wkv4(
         state  [B, 3, C]  the past: a, b, e for the sums a * exp(e) above and b * exp(e) below the fraction.
                           Empty is (0, 0, -1e38), see `empty_state`; -1e30 does as well.
         reset  [B, T]     bool or None; True empties the state before that token, which opens a document
-        backend           "auto": the C++ kernel on a CPU if it can be built, otherwise "torch"
-                          "reference": the plain loop; "cpu": the C++ kernel; "torch": vectorised torch, any
-                          device; "cuda": not part of this version
+        backend           "auto": the kernel for the device if it can be built, otherwise "torch"
+                          "reference": the plain loop; "cpu": the C++ kernel; "cuda": the CUDA kernels;
+                          "torch": vectorised torch, any device
 
     Returns:
         y      [B, T, C]  in the dtype of k
@@ -55,22 +56,26 @@ def wkv4(
 
     Gradients flow to w, u, k, v and state from both results; once, not twice.
 
-    Raises ValueError for a wrong argument, RuntimeError when backend="cpu" and the kernel cannot be built.
+    Raises ValueError for a wrong argument, RuntimeError when backend="cpu" or "cuda" cannot be built.
 
     Source: Peng et al., "RWKV: Reinventing RNNs for the Transformer Era" (arXiv:2305.13048), equation 16 and
     appendix D (the shifted exponent).
     """
     dtype = _check(w, u, k, v, state, reset)
     run = _pick(backend, k.device)
-    y, state = run(*(cast(x, dtype) for x in (w, u, k, v, state)), reset)
+    # The CUDA kernels read and write 16 bits themselves: no copies
+    halves = run is cuda.wkv4 and k.dtype == v.dtype and k.dtype in cuda.TYPES and dtype == torch.float32
+    stored = k.dtype if halves else dtype
+    w, u, state = (cast(x, dtype) for x in (w, u, state))
+    y, state = run(w, u, cast(k, stored), cast(v, stored), state, reset)
     return cast(y, k.dtype), state
 
 
 def _pick(backend: str, device: torch.device):
     """The implementation of wkv4 behind a backend's name."""
     if backend == "auto":
-        # the room for cuda.py: device.type == "cuda" and cuda.available() -> "cuda"
-        backend = "cpu" if device.type == "cpu" and cpu.available() else "torch"
+        kernels = {"cpu": cpu.available, "cuda": lambda: cuda.available(device)}.get(device.type)
+        backend = device.type if kernels and kernels() else "torch"
     if backend == "cpu":
         if device.type != "cpu":
             raise ValueError(f'wkv4: backend "cpu" needs tensors on the CPU, found {device}; use "auto"')
@@ -80,7 +85,11 @@ def _pick(backend: str, device: torch.device):
     if backend == "reference":
         return reference.wkv4
     if backend == "cuda":
-        raise ValueError('wkv4: the CUDA kernel is not part of this version yet; use backend "auto"')
+        if device.type != "cuda":
+            raise ValueError(f'wkv4: backend "cuda" needs tensors on a CUDA device, found {device}; use "auto"')
+        if not cuda.available(device):
+            raise RuntimeError(f'wkv4: backend "cuda" is not available: {cuda.why_not(device)}')
+        return cuda.wkv4
     raise ValueError(f'wkv4: unknown backend {backend!r}, expected "auto", "reference", "cpu", "torch" or "cuda"')
 
 

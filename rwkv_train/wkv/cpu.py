@@ -5,16 +5,16 @@ Nothing happens at import. `available` decides for backend "auto", and says why 
 
 import ctypes
 import functools
-import hashlib
 import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
 from torch.autograd.function import once_differentiable
+
+from rwkv_train.wkv import cache
 
 FOLDER = Path(__file__).parent
 SOURCES = tuple(FOLDER / name for name in ("wkv4_cpu.cpp", "wkv7_cpu.cpp", "elementwise_cpu.cpp"))
@@ -56,7 +56,7 @@ def available() -> bool:
     """Whether the kernel is there or can be built; the first time it is not, one line on stderr says why."""
     library, why_not = load()
     if library is None:
-        _notice_once(f"{why_not} Until then WKV runs in torch, about ten times slower.")
+        cache.say_once(f"{why_not} Until then WKV runs in torch, about ten times slower.")
     return library is not None
 
 
@@ -76,10 +76,9 @@ def load() -> tuple[ctypes.CDLL | None, str]:
             f"no C++ compiler found ({', '.join(COMPILERS)}). Install one: apt install g++ (Debian, Ubuntu), "
             "dnf install gcc-c++ (Fedora), xcode-select --install (macOS)."
         )
-    cache = _cache()
     try:
         stem = f"wkv-{_key(compiler)}"
-        return _find(cache, stem) or _build(compiler, cache, stem), ""
+        return _find(stem) or _build(compiler, stem), ""
     except subprocess.CalledProcessError as error:
         lines = [line for line in error.stderr.splitlines() if "error" in line] or error.stderr.splitlines()
         reason = lines[0] if lines else f"exit status {error.returncode}"
@@ -89,56 +88,35 @@ def load() -> tuple[ctypes.CDLL | None, str]:
         )
     except OSError as error:
         return None, (
-            f"the CPU kernel could not be built or loaded ({error}). Make {cache} writable, "
+            f"the CPU kernel could not be built or loaded ({error}). Make {cache.folder()} writable, "
             "or set XDG_CACHE_HOME to a folder that is, and check that the C++ compiler fits this Python."
         )
-
-
-def _cache() -> Path:
-    try:
-        import platformdirs
-    except ImportError:  # a bare machine with torch and a GPU, where only `bench gpu` runs
-        return Path.home() / ".cache" / "rwkv_train"
-    return Path(platformdirs.user_cache_dir("rwkv_train"))
 
 
 def _key(compiler: str) -> str:
     """Whatever the machine code depends on: sources, flags, compiler, and the CPU as the compiler sees it."""
     # The predefined macros name the compiler's version and, under -march=native, every extension of this CPU.
     macros = _run(compiler, *FLAGS, "-x", "c++", "-dM", "-E", os.devnull)
-    parts = [*(path.read_bytes() for path in SOURCES + HEADERS), " ".join(FLAGS).encode(), macros.encode()]
-    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+    sources = [path.read_bytes() for path in SOURCES + HEADERS]
+    return cache.key(*sources, " ".join(FLAGS).encode(), macros.encode())
 
 
-def _find(cache: Path, stem: str) -> ctypes.CDLL | None:
-    """A cached library that is whole: its name ends in its digest, for a truncated one could kill Python."""
-    for path in cache.glob(f"{stem}-*.so"):
-        if path.stem == f"{stem}-{_digest(path)}":
-            try:
-                return _bind(path)
-            except OSError:
-                continue
+def _find(stem: str) -> ctypes.CDLL | None:
+    for path in cache.find(stem, ".so"):
+        try:
+            return _bind(path)
+        except OSError:
+            continue
     return None
 
 
-def _build(compiler: str, cache: Path, stem: str) -> ctypes.CDLL:
-    """Compile under a name of our own, then rename: other processes may be doing the same at this moment."""
+def _build(compiler: str, stem: str) -> ctypes.CDLL:
     print("rwkv_train: building the CPU kernel (once, a few seconds) ...", file=sys.stderr, flush=True)
-    cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache) as folder:
-        built = Path(folder) / "wkv.so"
-        _run(compiler, *FLAGS, "-o", str(built), *map(str, SOURCES))
-        path = cache / f"{stem}-{_digest(built)}.so"
-        os.replace(built, path)
-    return _bind(path)
+    return _bind(cache.keep(stem, ".so", lambda path: _run(compiler, *FLAGS, "-o", str(path), *map(str, SOURCES))))
 
 
 def _run(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, errors="replace", check=True).stdout
-
-
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def _bind(path: Path) -> ctypes.CDLL:
@@ -150,11 +128,6 @@ def _bind(path: Path) -> ctypes.CDLL:
                 function.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int)
                 function.restype = None
     return library
-
-
-@functools.cache
-def _notice_once(text: str) -> None:
-    print(f"rwkv_train: {text}", file=sys.stderr, flush=True)
 
 
 def run(kernel: str, dtype: torch.dtype, inputs: ctypes.Structure, outputs: ctypes.Structure) -> None:

@@ -6,6 +6,9 @@
 #include "exp_log.h"
 #include "jobs.h"
 
+template <class R> WKV_FN R wkv_below(R x) { return x > 0 ? -x : x; }
+template <class R> WKV_FN R wkv_max(R x, R y) { return x > y ? x : y; }  // fmax is slower: it minds NaN
+
 #include "wkv4.h"
 
 namespace {  // wkv7_cpu.cpp has other structures of these names
@@ -93,10 +96,9 @@ template <class R> static void backward(const Inputs<R>& in, const Gradients<R>&
     R* initial = g.initial + lane * 3 * in.C + c0;
     for (int i = 0; i < n; i++) {
         const int64_t b = in.C + i, e = 2 * in.C + i;
-        const R scale = wkv_exp(wkv_clamp(f[i] + from[e]));
-        gw[i] += scale * (pa[i] * from[i] + pb[i] * from[b]);
-        initial[i] = scale * ga[i], initial[b] = scale * gb[i];
-        initial[e] = initial[i] * from[i] + initial[b] * from[b];
+        const Wkv4State<R> s = {from[i], from[b], from[e]}, gs = wkv4_initial(s, ga[i], gb[i], f[i]);
+        gw[i] += wkv4_close(s, {ga[i], gb[i], f[i], pa[i], pb[i]});
+        initial[i] = gs.a, initial[b] = gs.b, initial[e] = gs.e;
         const R residual = wkv4_residual<R>({end[i], end[b], end[e]}, {gend[i], gend[b], gend[e]});
         const int64_t last = g.last[lane * in.C + c0 + i];  // from there on the exponent only decayed, by w a token
         gw[i] += residual * R(in.T - 1 - last);

@@ -1,0 +1,275 @@
+"""The CUDA kernels of wkv4.cu: built by NVRTC at first use, kept in the user's cache, launched through cuda.core.
+
+Nobody needs a CUDA toolkit: NVRTC comes with torch's CUDA wheels, cuda.core is a package (`rwkv_train[cuda]`), and
+the source includes none of CUDA's headers. Importing this only declares the operators; `available` decides for
+backend "auto". All launches are on torch's current stream and nothing waits for the device, so that CUDA graphs can
+record a call once one like it has run and so loaded the kernels.
+"""
+
+import functools
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rwkv_train.wkv import cache
+
+SOURCE = Path(__file__).with_name("wkv4.cu")
+HEADERS = tuple(Path(__file__).with_name(name) for name in ("wkv4.h", "wkv4_gpu.h"))
+# Fast: exponentials and divisions of about 2 ulp, numbers below 1e-38 are 0. None of it touches double precision.
+OPTIONS = {"std": "c++17", "use_fast_math": True, "restrict": True, "diag_suppress": 177}
+TYPES = {torch.bfloat16: "Bf16", torch.float16: "Half", torch.float32: "float", torch.float64: "double"}
+WIDTH, ROWS = 32, 8  # as in wkv4_gpu.h; WIDTH * ROWS threads are a block of the chunked kernels, WIDTH of the serial
+
+# These are for a later look at the clock; none of them changes what is computed, but for rounding.
+VECTOR = {False: 2, True: 1}  # 16-bit channels of a thread, forward and backward: as many as its registers bear
+FULL = 8192  # lanes x channels that keep a GPU busy without cutting the tokens into stretches
+STRETCHED = 1 << 16  # lanes x channels x stretches to aim at below that
+SERIAL = 1 << 17  # lanes x channels that keep it busy with one thread each
+SHORT = 32  # tokens that are not worth sharing among warps
+
+
+class Variant(NamedTuple):
+    """What a cubin is built for: one pass, how k, v and y are stored, and channels of a thread."""
+
+    backward: bool
+    dtype: torch.dtype
+    vector: int
+
+
+def wkv4(w, u, k, v, state, reset=None, path="auto"):
+    """WKV-4 on a CUDA device; see `rwkv_train.wkv.wkv4`.
+
+    w, u and state are float32, k and v float32, bfloat16 or float16; or all are float64. `path` is "serial" (a thread
+    a channel walks the tokens), "chunked" (many threads a channel) or "auto", which picks by size.
+    """
+    if path not in ("auto", "serial", "chunked"):
+        raise ValueError(f'wkv4: unknown path {path!r}, expected "auto", "serial" or "chunked"')
+    save = torch.is_grad_enabled() and any(x.requires_grad for x in (w, u, k, v, state))
+    y, end, _ = torch.ops.rwkv_train.wkv4(w, u, k, v, state, reset, path, save)
+    return y, end
+
+
+# ---- building and launching
+
+
+def available(device: torch.device) -> bool:
+    """Whether the kernels are there or can be built for a device; the first time they cannot, one line says why."""
+    if why_not(device):
+        cache.say_once(f"{why_not(device)} Until then WKV runs in torch, many times slower.")
+    return not why_not(device)
+
+
+# torch.compile calls it while tracing, and takes the answer for a constant. The decorator that is made for this,
+# torch.compiler.assume_constant_result, would import the whole compiler here.
+available._dynamo_marked_constant = True
+
+
+def why_not(device: torch.device) -> str:
+    """Empty, or one line: what is missing and what to do."""
+    return _why_not(torch.cuda.get_device_capability(device))
+
+
+@functools.cache
+def _why_not(capability: tuple[int, int]) -> str:
+    try:
+        _program(Variant(False, torch.float32, 1), _arch(capability))
+    except ImportError as error:
+        return f"the CUDA kernels need {error.name}: pip install 'rwkv_train[cuda]'."
+    except OSError as error:
+        return f"the CUDA kernels could not be kept ({error}). Make {cache.folder()} writable."
+    except Exception as error:  # of NVRTC's loader, of NVRTC, of the driver: whatever it is, torch can do the work
+        lines = str(error).splitlines() or [type(error).__name__]
+        reason = next((line for line in lines if "error" in line), lines[0])
+        return f"the CUDA kernels could not be built ({reason}). Update cuda-core and nvidia-cuda-nvrtc."
+    return ""
+
+
+def _arch(capability: tuple[int, int]) -> str:
+    return "sm_{}{}".format(*capability)
+
+
+def build(variant: Variant, arch: str, logs=None) -> bytes:
+    """The cubin for an architecture like "sm_90"; no GPU is needed. `logs.write` receives what the compiler says."""
+    from cuda.core import Program, ProgramOptions
+
+    which = "WKV_BACKWARD" if variant.backward else "WKV_FORWARD"
+    macros = [("WKV_X", TYPES[variant.dtype]), ("WKV_V", str(variant.vector)), which]
+    options = {**OPTIONS, "include_path": str(HEADERS[0].parent), "define_macro": macros}
+    if logs is not None:
+        options["ptxas_options"] = "-v"
+    program = Program(SOURCE.read_text(encoding="utf-8"), "c++", ProgramOptions(name=SOURCE.name, arch=arch, **options))
+    return bytes(program.compile("cubin", logs=logs).code)
+
+
+@functools.cache
+def _program(variant: Variant, arch: str):
+    """The kernels as a cuda.core ObjectCode, from the cache or built now."""
+    from cuda.bindings import nvrtc
+    from cuda.core import ObjectCode
+
+    parts = [path.read_bytes() for path in (SOURCE, *HEADERS)] + [repr((OPTIONS, nvrtc.nvrtcVersion())).encode()]
+    stem = f"wkv4-{arch}-{'-'.join(map(str, variant))}-{cache.key(*parts)}"
+    path = next(cache.find(stem, ".cubin"), None)
+    if path is None:
+        print("rwkv_train: building CUDA kernels (once, a few seconds) ...", file=sys.stderr, flush=True)
+        path = cache.keep(stem, ".cubin", lambda path: path.write_bytes(build(variant, arch)))
+    return ObjectCode.from_cubin(path.read_bytes())
+
+
+@functools.cache
+def _kernel(name: str, variant: Variant, index: int):
+    return _program(variant, _arch(torch.cuda.get_device_capability(index))).get_kernel(name)
+
+
+def _launch(name: str, variant: Variant, device: torch.device, blocks: int, rows: int, arguments: list[int]) -> None:
+    """Queue a kernel; its arguments are addresses and sizes, all of 64 bits."""
+    from cuda.core import Device, LaunchConfig, launch
+
+    with torch.cuda.device(device):
+        Device(device.index).set_current()  # torch's context; a new thread may not have it yet
+        config = LaunchConfig(grid=blocks, block=(WIDTH, rows))
+        launch(torch.cuda.current_stream(), config, _kernel(name, variant, device.index), *arguments)
+
+
+# ---- the operators
+
+
+def _row(dtype: torch.dtype) -> int:
+    """Tokens of a row, S in wkv4_gpu.h; the states before rows are kept for the backward."""
+    return 4 if dtype == torch.float64 else 16
+
+
+class _Work(NamedTuple):
+    """How a call is cut up: rows a block, L tokens a stretch; a stretch and an `S` as in wkv4.cu."""
+
+    B: int
+    T: int
+    C: int
+    S: int
+    rows: int
+    L: int
+
+    @property
+    def stretches(self) -> int:
+        return -(-self.T // self.L)
+
+    @classmethod
+    def plan(cls, k: Tensor, path: str) -> "_Work":
+        B, T, C = k.shape
+        S = _row(k.dtype)
+        if path == "auto":
+            path = "serial" if T <= SHORT or B * C >= SERIAL else "chunked"
+        if path == "serial":
+            return cls(B, T, C, S, 1, T)
+        tile = ROWS * S
+        stretches = 1 if B * C >= FULL else -(-STRETCHED // max(1, B * C))
+        return cls(B, T, C, S, ROWS, -(-T // (stretches * tile)) * tile)
+
+    def run(self, name: str, variant: Variant, rows: int, *arguments: Tensor | None) -> None:
+        """One of the kernels that have a block for each stretch and 32 threads' channels."""
+        blocks = self.B * self.stretches * -(-self.C // (WIDTH * variant.vector))
+        _call(name, variant, blocks, rows, (self.T, self.C, self.L), arguments)
+
+    def hand_on(self, variant: Variant, state: Tensor, gstate: Tensor | None, crossings: Tensor) -> Tensor:
+        """What the scan hands to each stretch, [B, stretches, 4, C]."""
+        handed = state.new_empty(self.B, self.stretches, 4, self.C)
+        sizes = (self.B, self.C, self.stretches)
+        _call("scan", variant, -(-self.B * self.C // WIDTH), 1, sizes, (state, gstate, crossings, handed))
+        return handed
+
+
+def _call(name, variant, blocks, rows, sizes, tensors):
+    pointers = (0 if x is None else x.data_ptr() for x in tensors)
+    if blocks:
+        _launch(name, variant, tensors[0].device, blocks, rows, [*sizes, *pointers])
+
+
+def _variant(backward: bool, *streams: Tensor) -> Variant:
+    """With several channels a thread only if all of them start at the right places in memory."""
+    vector = VECTOR[backward]
+    size = vector * streams[0].element_size()
+    if streams[0].element_size() > 2 or streams[0].shape[2] % vector or any(x.data_ptr() % size for x in streams):
+        vector = 1
+    return Variant(backward, streams[0].dtype, vector)
+
+
+def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if x is None else x.contiguous() for x in tensors]
+
+
+_library = torch.library.Library("rwkv_train", "DEF")
+_library.define(
+    "wkv4(Tensor w, Tensor u, Tensor k, Tensor v, Tensor state, Tensor? reset, str path, bool save)"
+    " -> (Tensor y, Tensor end, Tensor states)"
+)
+_library.define(
+    "wkv4_backward(Tensor w, Tensor u, Tensor k, Tensor v, Tensor? reset, Tensor states, Tensor end, Tensor gy,"
+    " Tensor gstate, str path) -> (Tensor gwu, Tensor gk, Tensor gv, Tensor gstate)"
+)
+
+
+def _results(w, u, k, v, state, reset, path, save):
+    """Room for y [B, T, C], the state after the last token, and with `save` the states before all rows."""
+    B, T, C = k.shape
+    rows = -(-T // _row(k.dtype))
+    return k.new_empty(B, T, C), state.new_empty(B, 3, C), state.new_empty((B, rows, 3, C) if save else 0)
+
+
+@torch.library.impl(_library, "wkv4", "CUDA")
+def _forward(w, u, k, v, state, reset, path, save):
+    w, u, k, v, state, reset = _contiguous(w, u, k, v, state, reset)
+    work, variant, handed = _Work.plan(k, path), _variant(False, k, v), None
+    y, end, states = _results(w, u, k, v, state, reset, path, save)
+    if work.stretches > 1:
+        crossings = state.new_empty(work.B, work.stretches, 5, work.C)
+        work.run("summarise", variant, 1, w, k, v, reset, crossings)
+        handed = work.hand_on(variant, state, None, crossings)
+    work.run("forward", variant, work.rows, w, u, k, v, reset, state, handed, y, end, states if save else None)
+    return y, end, states
+
+
+@torch.library.impl(_library, "wkv4_backward", "CUDA")
+def _backward(w, u, k, v, reset, states, end, gy, gstate, path):
+    w, u, k, v, reset, gy, gstate = _contiguous(w, u, k, v, reset, gy, gstate)
+    work, variant, handed = _Work.plan(k, path), _variant(True, k, v, gy), None
+    gk, gv, initial = torch.empty_like(k), torch.empty_like(v), torch.empty_like(end)
+    sums = w.new_empty(work.B * work.stretches, 2, work.C)
+    if work.stretches > 1:
+        crossings = w.new_empty(work.B, work.stretches, 5, work.C)
+        work.run("summarise_adjoints", variant, 1, w, u, k, v, reset, states, gy, crossings)
+        handed = work.hand_on(variant, end, gstate, crossings)
+    inputs = (w, u, k, v, reset, states, end, gy, gstate, handed)
+    work.run("backward", variant, work.rows, *inputs, gk, gv, sums, initial)
+    return sums.sum(0), gk, gv, initial
+
+
+torch.library.register_fake("rwkv_train::wkv4", _results, lib=_library)
+
+
+@torch.library.register_fake("rwkv_train::wkv4_backward", lib=_library)
+def _gradients(w, u, k, v, reset, states, end, gy, gstate, path):
+    return w.new_empty(2, *w.shape), k.new_empty(k.shape), v.new_empty(v.shape), end.new_empty(end.shape)
+
+
+def _save(ctx, inputs, output):
+    w, u, k, v, _, reset, ctx.path, _ = inputs
+    _, end, states = output
+    ctx.save_for_backward(w, u, k, v, reset, states, end)
+
+
+def _differentiate(ctx, gy, gstate, _):
+    gwu, gk, gv, initial = torch.ops.rwkv_train.wkv4_backward(*ctx.saved_tensors, gy, gstate, ctx.path)
+    return *gwu, gk, gv, initial, None, None, None
+
+
+torch.library.register_autograd("rwkv_train::wkv4", _differentiate, setup_context=_save, lib=_library)
+
+
+def _refuse(ctx, *gradients):
+    raise RuntimeError("wkv4: the CUDA kernels can be differentiated once, not twice")
+
+
+torch.library.register_autograd("rwkv_train::wkv4_backward", _refuse, lib=_library)
