@@ -91,6 +91,8 @@ class OnlineTrainer(L.LightningModule):
 
     def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None) -> None:
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        if self.config.model.tune == "state":
+            self.model.repair_initial_state()
         if is_deepspeed(self.trainer.strategy):
             self.grad_norm = torch.tensor(self.trainer.model.get_global_grad_norm() or 0.0)
             if not self.grad_norm.isfinite():

@@ -46,7 +46,6 @@ def test_a_trained_model_reverses_every_string(backend, splits):
 
 
 @needs_checkpoint
-@pytest.mark.filterwarnings("ignore:.*head_dim")
 @pytest.mark.parametrize("name", ["m.pth", "m.safetensors", "hf"])
 def test_a_trained_model_survives_every_format(name, tmp_path):
     model = load_model(REVERSE)

@@ -25,7 +25,8 @@ def tuned(generation, what, **kwargs):
         for p in model.parameters():
             if p.requires_grad:
                 p += 0.1 * torch.randn(p.shape, generator=rng, dtype=p.dtype)
-        model.repair_state(model.empty_state(1))
+    if what == "state":
+        model.repair_initial_state()
     return model
 
 

@@ -171,7 +171,7 @@ def learn(
             for name, p in parameters.items():
                 p -= size * ways[name]
             if config.scope == "state":
-                twin.repair_state(State(twin.initial_shift, twin.initial_wkv))
+                twin.repair_initial_state()
         tick(step + 1, loss.item())
     return _finished(twin, config.scope), step
 

@@ -98,8 +98,8 @@ class RWKV(nn.Module):
         """`zero_state` of one lane in a form that gradients come through."""
         return self.zero_state(1)
 
-    def repair_state(self, state: State) -> None:
-        """Put a state that a gradient step changed back into what a text could leave, in place."""
+    def repair_initial_state(self) -> None:
+        """Put the initial state, after a gradient step, back into what a text could leave."""
 
     def enter(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
         """What the first block gets: x [B,T,C] and carry."""

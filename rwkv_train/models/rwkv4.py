@@ -89,8 +89,9 @@ class RWKV4(RWKV):
         wkv[:, :, 2] = 0
         return State(shift, wkv)
 
-    def repair_state(self, state: State) -> None:
-        state.wkv[:, :, 1].clamp_(min=0)  # a denominator
+    @torch.no_grad()
+    def repair_initial_state(self) -> None:
+        self.initial_wkv[:, :, 1].clamp_(min=0)  # a denominator
 
     @torch.no_grad()
     def init_weights(self) -> "RWKV4":
