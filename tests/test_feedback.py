@@ -23,16 +23,13 @@ from rwkv_train.feedback.guards import Guards
 from rwkv_train.feedback.journal import Journal
 from rwkv_train.feedback.steps import (
     Lesson,
-    Row,
-    answer_loss,
     between,
     changed,
-    divergence,
     learn,
     localised_names,
-    predictions,
     with_weights,
 )
+from rwkv_train.feedback.texts import Row, answer_loss, divergence, predictions
 from rwkv_train.tokenizer import load_tokenizer
 
 BYTES = load_tokenizer("bytes")

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rwkv_train.feedback.curvature import Curvature
 from rwkv_train.feedback.decode import Form, decode, greedy
-from rwkv_train.feedback.steps import predictions
+from rwkv_train.feedback.texts import predictions
 from rwkv_train.files import replace_file
 from rwkv_train.models.common import RWKV
 from rwkv_train.weightfile import read_weights, write_safetensors

@@ -21,17 +21,14 @@ from rwkv_train.feedback.steps import (
     Diverged,
     FeedbackConfig,
     Lesson,
-    Row,
-    answer_loss,
     between,
     changed,
-    divergence,
     follow,
     learn,
     localised_names,
-    predictions,
     with_weights,
 )
+from rwkv_train.feedback.texts import Row, answer_loss, divergence, predictions
 from rwkv_train.files import replace_file
 from rwkv_train.models.common import RWKV
 from rwkv_train.tokenizer import Tokenizer
@@ -307,11 +304,11 @@ class Learner:
         asked, answer = row.ids[: -row.answer], row.ids[-row.answer :]
         if correction.context:
             ids = [form.tokenizer.eod, *correction.context, *form.turn(correction.question), *answer]
-            new.append(Row(ids, row.answer, row.bad))
+            new.append(Row(ids, row.answer, bad=row.bad))
         with half_the_threads():
             old = greedy(self.model, form, [asked], most=MOST)[0]
             made_up = self.guards.around(self.model, correction.question, config.neighbours, FORMS)
-        subject = self.guards.subject(correction.question)
+            subject = self.guards.subject(correction.question)
         taught = [self._row(_correction(r)) for r in valid.values() if r["answer"] is not None]
         taught = {tuple(r.ids[-r.answer :]) for r in taught}
         kept, same = [], []
@@ -377,7 +374,7 @@ class Learner:
         for name, given in (("question", correction.question), ("answer", text)):
             _check(name, given)
         answer = self.form.answer(text)
-        return Row([*self.form.prompt(correction.question), *answer], len(answer), bad)
+        return Row([*self.form.prompt(correction.question), *answer], len(answer), bad=bad)
 
     def _document(self, reading: Reading) -> list[int]:
         _check("text", reading.text)
