@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from rwkv_train.data.prepare import PrepareConfig, prepare
 from rwkv_train.feedback import Correction, FeedbackConfig, Learner, Reading
-from rwkv_train.feedback.curvature import Curvature
+from rwkv_train.feedback.curvature import DAMPING, Curvature
 from rwkv_train.feedback.decode import Form, decode, greedy
 from rwkv_train.feedback.guards import Guards
 from rwkv_train.feedback.journal import Journal
@@ -282,7 +282,7 @@ def test_curvature_is_the_fisher_information_of_each_side():
     gradient = torch.randn(48, 192, generator=torch.Generator().manual_seed(0))
     sides = []
     for factor in (outer / count, inner / count):
-        sides.append(torch.linalg.inv(factor + 0.1 * factor.trace() / len(factor) * torch.eye(len(factor))))
+        sides.append(torch.linalg.inv(factor + DAMPING * factor.trace() / len(factor) * torch.eye(len(factor))))
     assert_close_rel(curvature.flatten({name: gradient})[name], sides[0] @ gradient @ sides[1], 1e-3)
 
 
@@ -408,16 +408,17 @@ def test_guards_are_made_by_the_model_kept_in_a_file_and_know_their_neighbours(t
 def test_questions_are_crossed_with_those_of_the_pool():
     model = small_model()
     ours = guards(model)
-    ours.subject = lambda question: "sun"
-    made = ours.around(model, "why sun?", 2, 9)
+    ours.subjects = lambda question: ["sun"]
+    own, subject, made = ours.around(model, "why sun?", 2, 9)
+    assert subject == "sun" and own == greedy(model, FORM, [FORM.prompt("why sun?")])[0]
     assert [text for text, *_ in made] == ["why you?", "why a?", "hi sun", "sun?"]
     other = with_weights(model, {"head.weight": -model.head.weight})
     for (text, prompt, now, before), (_, _, changed_now, still) in zip(
-        made, ours.around(other, "why sun?", 2, 9), strict=True
+        made, ours.around(other, "why sun?", 2, 9).made, strict=True
     ):
         assert prompt == FORM.prompt(text) and now == before == still == greedy(model, FORM, [prompt])[0]
         assert changed_now == greedy(other, FORM, [prompt])[0] != still
-    assert ours.around(model, "why sun?", 0, 0) == []
+    assert ours.around(model, "why sun?", 0, 0).made == []
 
 
 def test_the_subject_is_a_rare_word_that_could_not_be_foreseen():
@@ -426,7 +427,7 @@ def test_the_subject_is_a_rare_word_that_could_not_be_foreseen():
     rows = [FORM.prompt(question) for question in asked]
     ours = Guards(model, FORM, rows, [], Curvature.measure(model, localised_names(model), rows))
     ours.base = with_weights(model, {"head.weight": torch.zeros_like(model.head.weight)})  # foresees nothing
-    assert ours.subject("my xyz?") in "xyz" and ours.subject("my ice?") in "ice"
+    assert ours.subjects("my xyz?")[0] in "xyz" and ours.subjects("my ice?")[0] in "ice"
 
 
 def test_drift_counts_every_token_once():
@@ -459,4 +460,4 @@ def test_a_model_that_knows_no_dialogues_is_guarded_by_what_it_writes():
     ours, again = (Guards.of_model(model, FORM, localised_names(model), count=5) for _ in range(2))
     assert len(ours.rows) == 5 and ours.rows == again.rows
     assert all(row[0] == 0 and BYTES.decode(row[1:]).startswith("User:") for row in ours.rows)
-    assert again.asked == ours.asked == [] == ours.around(model, "sun?", 3, 3)
+    assert again.asked == ours.asked == [] == ours.around(model, "sun?", 3, 3).made

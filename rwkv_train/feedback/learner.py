@@ -28,14 +28,14 @@ from rwkv_train.feedback.steps import (
     localised_names,
     with_weights,
 )
-from rwkv_train.feedback.texts import Row, answer_loss, divergence, predictions
+from rwkv_train.feedback.texts import Row, answer_loss, divergence
 from rwkv_train.files import replace_file
 from rwkv_train.models.common import RWKV
 from rwkv_train.tokenizer import Tokenizer
 from rwkv_train.weightfile import read_weights, write_safetensors
 
 LONGEST = {"question": 2000, "answer": 2000, "text": 1_000_000}  # characters
-FORMS = 12  # in which questions about a correction's subject are made up
+FORMS = 20  # in which questions about a correction's subject are made up
 MOST = 200  # tokens of a reply that is decoded to see what was learnt
 SNAPSHOTS = 8  # newest weights kept as files; older ones are replayed from the journal
 SHARES = (1.0, 0.75, 0.5)  # of a change, tried in turn when the whole of it moves everything else too far
@@ -301,19 +301,21 @@ class Learner:
         correction = _correction(record)
         row = self._row(correction)
         new, wordings = [row], []
-        asked, answer = row.ids[: -row.answer], row.ids[-row.answer :]
+        answer = row.ids[-row.answer :]
         if correction.context:
             ids = [form.tokenizer.eod, *correction.context, *form.turn(correction.question), *answer]
-            new.append(Row(ids, row.answer, bad=row.bad))
+            new.append(Row(ids, row.answer, 1 + len(correction.context), row.bad))
+        for number in range(config.strangers):
+            talk = self.guards.talk(config.strangers * record["id"] + number)
+            new.append(Row([*talk, *form.turn(correction.question), *answer], row.answer, len(talk), row.bad))
         with half_the_threads():
-            old = greedy(self.model, form, [asked], most=MOST)[0]
-            made_up = self.guards.around(self.model, correction.question, config.neighbours, FORMS)
-            subject = self.guards.subject(correction.question)
+            around = self.guards.around(self.model, correction.question, config.neighbours, FORMS)
+            old = around.own
         taught = [self._row(_correction(r)) for r in valid.values() if r["answer"] is not None]
         taught = {tuple(r.ids[-r.answer :]) for r in taught}
         kept, same = [], []
-        for question, prompt, reply, before in made_up:
-            if reply == old and subject in question:
+        for question, prompt, reply, before in around.made:
+            if reply == old and around.subject in question:
                 same.append((question, prompt))
             elif reply == before or tuple(reply) not in taught:  # where it differs from the base's, that was not meant
                 kept.append((prompt + before, self.base))
@@ -357,7 +359,7 @@ class Learner:
         """How far a model is from the current one on guard text, in nats a token."""
         models = (self.model, after)
         known = {id(model): said for model, said in self._said}
-        self._said = [(m, known[id(m)] if id(m) in known else predictions(m, self.guards.watched())) for m in models]
+        self._said = [(m, known[id(m)] if id(m) in known else self.guards.said(m)) for m in models]
         return float(divergence(*(said for _, said in self._said)))
 
     def _wanted(self, record: dict, answer: str) -> bool:

@@ -35,6 +35,7 @@ class FeedbackConfig:
         loss: mean loss of the answer, in nats a token, below which it counts as learnt
         extra: steps taken after it is learnt
         wordings: other wordings of the question that are taught along, as far as the model knows some
+        strangers: times that the question is also taught after dialogues that have nothing to do with it
         replay: earlier corrections trained along
         neighbours: other subjects of which the question is asked to keep the answers, and as many other questions
             about its subject
@@ -52,6 +53,7 @@ class FeedbackConfig:
     loss: float = 0.05
     extra: int = 1
     wordings: int = 6
+    strangers: int = 2
     replay: int = 16
     neighbours: int = 8
     guards: int = 12

@@ -134,7 +134,8 @@ class Kept:
 
     def divergence(self) -> Tensor:
         """KL(before || now) summed over tokens, in nats."""
-        now = _said(self.model, self.tokens, self.packed, self.state)
+        with _quickly(self.before.device):
+            now = _said(self.model, self.tokens, self.packed, self.state)
         return -torch.dot(self.before.flatten(), now.flatten()) - self.entropy
 
 
@@ -147,13 +148,11 @@ def kept(twin: RWKV, start: RWKV, rows: list[tuple[list[int], RWKV]], scope: Sco
         state = twin.empty_state(len(packed.tokens))
         entered = _entered(twin, packed, state, scope)
         upper, tokens, upper_state = _upper(twin, packed, state, scope, entered)
-        if other is start:
-            before = _said(upper, tokens, packed, upper_state)
-        elif entered is not None and _share_lower(twin, other):
-            before = _said(*_upper(other, packed, state, scope, entered)[:2], packed, upper_state)
-        else:
-            before = predictions(other, texts)
-        before = before.detach()
+        reader = upper if other is start else None
+        if reader is None and entered is not None and _share_lower(twin, other):
+            reader = _upper(other, packed, state, scope, entered)[0]
+        with torch.no_grad(), _quickly(twin.device):
+            before = predictions(other, texts) if reader is None else _said(reader, tokens, packed, upper_state)
         entropy = -float((before.exp() * before).sum(dtype=torch.float64))
         found.append(Kept(upper, tokens, packed, upper_state, before.exp_(), entropy, other is start))
     return found
@@ -169,6 +168,12 @@ def predictions(model: RWKV, rows: list[list[int]]) -> Tensor:
 def _said(model: RWKV, tokens: Tensor, packed: Packed, state: State) -> Tensor:
     logits = model.head(packed.real(model.hidden(tokens, state, packed.reset)[0]))
     return logits.log_softmax(-1, torch.promote_types(logits.dtype, torch.float32))
+
+
+def _quickly(device: torch.device) -> torch.autocast:
+    """What is kept needs no fine rounding: bfloat16 where the processor multiplies it, several times as fast."""
+    there = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    return torch.autocast(device.type, torch.bfloat16, enabled=there)
 
 
 def divergence(before: Tensor, now: Tensor) -> Tensor:
