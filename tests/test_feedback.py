@@ -29,7 +29,7 @@ from rwkv_train.feedback.steps import (
     localised_names,
     with_weights,
 )
-from rwkv_train.feedback.texts import Row, answer_loss, divergence, predictions
+from rwkv_train.feedback.texts import Row, answer_loss, divergence, pack, predictions
 from rwkv_train.tokenizer import load_tokenizer
 
 BYTES = load_tokenizer("bytes")
@@ -236,6 +236,7 @@ def test_one_step_is_a_plain_gradient_step_on_the_whole_model():
     """Blocks left out, text read beforehand, rows padded together: none of it changes the gradient."""
     model = random_model(n_embd=8, n_layer=4, vocab_size=257, dtype=torch.float64).requires_grad_(False)
     new = [Row([0, *BYTES.encode("a long way before: hot")], 3), Row([0, *BYTES.encode("sun? hot")], 3)]
+    new.append(Row([0, *BYTES.encode("other talk. sun? hot")], 3, context=16))
     replayed, kept = [Row([0, *BYTES.encode("ice? cold")], 4)], DIALOGUES[1]
     config = FeedbackConfig(steps=1, reach=9, pull=2.0, rate=0.1)
     before = with_weights(model, {"emb.weight": model.emb.weight * 1.1})
@@ -246,13 +247,13 @@ def test_one_step_is_a_plain_gradient_step_on_the_whole_model():
     trained = {n: p.requires_grad_() for n, p in whole.named_parameters() if n in localised_names(model)}
 
     def nll(row):
-        cut = max(0, len(row.ids) - row.answer - config.reach)
+        cut = max(row.context, len(row.ids) - row.answer - config.reach)
         with torch.no_grad():
             state = whole.hidden(torch.tensor([row.ids[:cut]]))[1] if cut else None
         logits = whole(torch.tensor([row.ids[cut:-1]]), state)[0][0, -row.answer :]
         return torch.nn.functional.cross_entropy(logits, torch.tensor(row.ids[-row.answer :]), reduction="sum")
 
-    total = sum(map(nll, new)) / 6 + nll(replayed[0]) / 4
+    total = sum(map(nll, new)) / 9 + nll(replayed[0]) / 4
     parts = []
     for ids, other in ((kept, before), (kept[:-3], model)):
         p, q = (m(torch.tensor([ids]))[0][0].log_softmax(-1) for m in (other, whole))
@@ -262,6 +263,19 @@ def test_one_step_is_a_plain_gradient_step_on_the_whole_model():
     size = config.rate * total / sum(g.square().sum() for g in gradients)
     for (name, p), g in zip(trained.items(), gradients, strict=True):
         torch.testing.assert_close(changed(after, model)[name], p.detach() - size.detach() * g, rtol=1e-6, atol=1e-9)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 9), st.booleans()), min_size=1, max_size=9))
+def test_packed_texts_do_not_know_of_each_other(drawn):
+    model = random_model(n_embd=8, vocab_size=257, dtype=torch.float64)
+    texts = [[0, *BYTES.encode("abcdefghi"[-length:])] for length, _ in drawn]
+    packed = pack(texts, [alone for _, alone in drawn], model.device)
+    together = packed.real(model(packed.tokens, None, packed.reset)[0])
+    alone = torch.cat([model(torch.tensor([text]))[0][0] for text in texts])
+    torch.testing.assert_close(together, alone, rtol=1e-9, atol=1e-9)
+    begun = [i for i, (_, first) in enumerate(drawn) if first]
+    assert set(begun) <= set(packed.firsts) and len(packed.firsts) == len(packed.tokens) <= len(texts)
 
 
 def test_curvature_is_the_fisher_information_of_each_side():
@@ -419,6 +433,34 @@ def test_questions_are_crossed_with_those_of_the_pool():
         assert prompt == FORM.prompt(text) and now == before == still == greedy(model, FORM, [prompt])[0]
         assert changed_now == greedy(other, FORM, [prompt])[0] != still
     assert ours.around(model, "why sun?", 0, 0).made == []
+
+
+def test_a_subject_is_what_the_answer_depends_on():
+    """Of the words tried, one whose place others can take without another answer is not it."""
+    model = small_model()
+    ours = guards(model)
+    ours.subjects = lambda question: ["why", "sun"]
+    replies = {"why sun?": "hot"} | {f"{word} sun?": "hot" for word in ("you", "a", "2")}
+
+    def answer(model, form, prompts):
+        asked = [form.shown(prompt).split("User: ")[1].split("\n")[0] for prompt in prompts]
+        return [form.answer(replies.get(question, "cold")) for question in asked]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rwkv_train.feedback.guards.greedy", answer)
+        around = ours.around(model, "why sun?", 3, 3)
+        assert around.subject == "sun" and around.own == FORM.answer("hot") and len(around.made) > 3
+        ours.subjects = lambda question: ["why"]
+        assert ours.around(model, "why sun?", 3, 3) == (FORM.answer("hot"), "", [])
+
+
+def test_talk_before_a_question_is_whole_dialogues():
+    model = small_model()
+    ours = guards(model)
+    talk = ours.talk(3)
+    assert talk[0] == 0 and 0 not in talk[1:] and talk == ours.talk(3)
+    said = BYTES.decode(talk[1:])
+    assert sorted(said.split("User: ")[1:]) == sorted(BYTES.decode(row[1:])[6:] for row in DIALOGUES)
 
 
 def test_the_subject_is_a_rare_word_that_could_not_be_foreseen():

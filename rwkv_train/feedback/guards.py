@@ -142,36 +142,33 @@ class Guards:
         """Questions made up around one, and what the model answers to all of them.
 
         They are crossings with the nearest questions of the pool: this one asked of up to `subjects` others, and up to
-        `forms` others asked of its subject, those before these. A subject is what the answer depends on: if others in
-        its place are answered alike, it is another word.
+        `forms` others asked of its subject, those before these. What it is about is what the answer depends on: of its
+        rare words, the one that others in its place change most answers.
         """
-        asked, best = self.form.prompt(question), None
+        asked, tried = self.form.prompt(question), []
         for ours in self.subjects(question):
             elsewhere, otherwise = self._crossed(question, ours, subjects, forms)
-            prompts = [self.form.prompt(text) for text in (*elsewhere, *otherwise)]
+            texts = [text for text in dict.fromkeys(elsewhere + otherwise) if text != question]
+            prompts = [self.form.prompt(text) for text in texts]
             own, *now = greedy(model, self.form, [asked, *prompts])
-            alike = sum(reply == own for reply in now[: len(elsewhere)]) / max(1, len(elsewhere))
-            if best is None or alike < best[0]:
-                best = alike, ours, (*elsewhere, *otherwise), prompts, now
-            if alike < ALIKE:
+            alike = [reply == own for text, reply in zip(texts, now, strict=True) if text in elsewhere]
+            tried.append((sum(alike) / max(1, len(alike)), ours, texts, prompts, now))
+            if tried[-1][0] < ALIKE:
                 break
-        if best is None or best[0] > 0.5:
+        alike, ours, texts, prompts, now = min(tried, key=lambda t: t[0], default=(1.0, "", [], [], []))
+        if alike > 0.5:
             return Around(greedy(model, self.form, [asked])[0], "", [])
-        _, ours, texts, prompts, now = best
         before = now if model is self.base or not prompts else greedy(self.base, self.form, prompts)
         return Around(own, ours, list(zip(texts, prompts, now, before, strict=True)))
 
     def _crossed(self, question: str, ours: str, subjects: int, forms: int) -> tuple[list[str], list[str]]:
-        """(this question asked of others, others asked of this one's subject), none twice."""
+        """(a question asked of others, others asked of its subject), the nearest first."""
         places = _nearest(self.form.begun(question), [self.form.begun(text) for text, _ in self.asked])
         # A piece of a character is no subject.
         pairs = [(asked, theirs) for asked, theirs in (self.asked[i] for i in places) if theirs and theirs in asked]
         elsewhere = dict.fromkeys(question.replace(ours, theirs) for _, theirs in pairs)
         otherwise = dict.fromkeys(asked.replace(theirs, ours) for asked, theirs in pairs)
-        elsewhere = list(islice(elsewhere, subjects))
-        return [t for t in elsewhere if t != question], [
-            t for t in islice(otherwise, forms) if t != question and t not in elsewhere
-        ]
+        return list(islice(elsewhere, subjects)), list(islice(otherwise, forms))
 
     def subjects(self, question: str) -> list[str]:
         """What a question may be about: rare words that the base model could not foresee, and how they go on."""

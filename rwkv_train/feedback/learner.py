@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from rwkv_train.data.templates import Template
-from rwkv_train.feedback.decode import Form, greedy
+from rwkv_train.feedback.decode import DECODED, Form, greedy
 from rwkv_train.feedback.guards import Guards
 from rwkv_train.feedback.journal import Journal
 from rwkv_train.feedback.steps import (
@@ -311,6 +311,8 @@ class Learner:
         with half_the_threads():
             around = self.guards.around(self.model, correction.question, config.neighbours, FORMS)
             old = around.own
+            if len(old) == DECODED:
+                old = greedy(self.model, form, [row.ids[: -row.answer]], most=MOST)[0]
         taught = [self._row(_correction(r)) for r in valid.values() if r["answer"] is not None]
         taught = {tuple(r.ids[-r.answer :]) for r in taught}
         kept, same = [], []
