@@ -171,15 +171,19 @@ class Learner:
         received(number)
         return self.commit(number, tick)
 
+    def check(self, correction: Correction | Reading) -> None:
+        """Raises ValueError for one that cannot be learnt."""
+        if isinstance(correction, Reading):
+            self._document(correction)
+        else:
+            self._row(correction)
+
     def receive(self, correction: Correction | Reading) -> int:
         """Record a correction with the settings of now, at once and from any thread; returns its number.
 
         Raises ValueError, before anything is recorded, for one that cannot be learnt.
         """
-        if isinstance(correction, Reading):
-            self._document(correction)
-        else:
-            self._row(correction)
+        self.check(correction)
         return self.journal.append("received", **asdict(correction), config=asdict(self.config))["id"]
 
     def commit(self, number: int, tick: Tick = lambda step, loss: None) -> Outcome:
