@@ -12,7 +12,7 @@ from pathlib import Path
 
 import platformdirs
 
-from rwkv_train.checkpoint import load_model
+from rwkv_train.checkpoint import load_model, parts_of
 from rwkv_train.cli import ChatConfig
 from rwkv_train.commands import DTYPES, tokenizer_of
 from rwkv_train.data.templates import Template
@@ -270,6 +270,7 @@ def open_chat(config: ChatConfig) -> Chat:
 
 def template_of(path: Path, given: str | None = None) -> Template:
     """The template that was given, or lies beside a model as template.yaml, or the World models'."""
+    path = parts_of(path)[0]
     beside = (path.parent if path.is_file() else path) / "template.yaml"
     found = given or (beside if beside.is_file() else None)
     return Template.load(found) if found else Template()

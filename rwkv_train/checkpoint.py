@@ -14,49 +14,73 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from rwkv_train.files import replace_file
-from rwkv_train.hf import from_hf_name, hf_files, save_hf, to_hf_name
+from rwkv_train.hf import from_hf_name, hf_files, hf_generation, save_hf, to_hf_name, turned
+from rwkv_train.models.common import RWKV
 from rwkv_train.models.rwkv4 import RWKV4, RWKV4Config
+from rwkv_train.models.rwkv7 import RWKV7, RWKV7Config
 from rwkv_train.savepoint import TRAINER, WEIGHTS, newest_good
+from rwkv_train.tuning import is_adapter, put_on
 from rwkv_train.weightfile import read_weights, write_pth, write_safetensors
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def load_model(path: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> RWKV4:
+def load_model(path: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> RWKV:
     """Open a model, in eval mode, with weights that no longer depend on the file.
 
     path: a `.pth` or `.safetensors` file with BlinkDL's or Hugging Face's names, a Hugging Face directory,
-    a run directory (its newest checkpoint), or one checkpoint of a run.
+    a run directory (its newest checkpoint), or one checkpoint of a run. "BASE+ADAPTER" puts an adapter (see tuning.py)
+    on a model; that of a run comes with the run.
     dtype: None keeps the file's; if it mixes several, all get the widest.
-    Raises FileNotFoundError if there is nothing at path, ValueError if there is no RWKV-4.
+    Raises FileNotFoundError if there is nothing at path, ValueError if there is no RWKV-4 or RWKV-7.
     """
     _check_dtype(dtype)
-    path = Path(path).expanduser()
-    files = _weight_files(path)
-    content: dict[str, object] = {}
-    for file in files:
-        content |= read_weights(file)
-    found = _sort_keys(files[0] if len(files) == 1 else path, content)
-    del content  # so that `_own` frees each of the file's tensors as it goes
+    path, *others = parts_of(path)
+    found = _read(path)
+    adapters = [(path, found.take_adapter())]
+    for other in others:
+        adapters.append((other, _read(other).take_adapter()))
+        if not adapters[-1][1]:
+            raise ValueError(f"{other} holds no adapter: no low-rank factors, and no state to begin in")
     with torch.device("meta"), _NoInit():  # no memory, no initialisation: every weight is assigned
-        model = RWKV4(_rwkv4_config(found))
+        model = RWKV7(_rwkv7_config(found)) if found.generation is RWKV7 else RWKV4(_rwkv4_config(found))
     tensors = {name: found.fitted(name, t.shape) for name, t in model.state_dict().items()}
     if extra := [key for name, key in found.keys.items() if name not in tensors]:
         raise ValueError(
-            f"{found.source} holds {len(extra)} keys that no RWKV-4 of {model.config.n_layer} layers has, "
-            f"unexpected: {', '.join(extra[:3])}; load the file of an RWKV-4 alone"
+            f"{found.source} holds {len(extra)} keys that no {model.name} of {model.config.n_layer} layers has, "
+            f"unexpected: {', '.join(extra[:3])}; load the file of an {model.name} alone"
         )
     found.tensors.clear()
     dtype = dtype or reduce(torch.promote_types, (t.dtype for t in tensors.values()))
     model.load_state_dict(_own(tensors, dtype, device), assign=True)
+    for source, adapter in adapters:
+        put_on(model, adapter, source)
     return model.eval()
 
 
-def save_model(model: RWKV4, path: str | Path, dtype: torch.dtype | None = None, tokenizer=None) -> None:
+def parts_of(path: str | Path) -> list[Path]:
+    """The model and the adapters that a path names: BASE, or BASE+ADAPTER where there is no file of that name."""
+    whole = Path(path).expanduser()
+    return [whole] if whole.exists() else [Path(part).expanduser() for part in str(path).split("+")]
+
+
+def save_adapter(path: str | Path, target: str | Path) -> None:
+    """Write the adapter that a run trained, and nothing else, to a `.pth` or `.safetensors` file."""
+    adapter, target = _read(Path(path).expanduser()).take_adapter(), Path(target).expanduser().resolve()
+    if not adapter:
+        raise ValueError(f"{path} holds no adapter; a run with model.tune has one")
+    if target.suffix not in (".pth", ".safetensors"):
+        raise ValueError(f"{target}: an adapter is written to a .pth or .safetensors file")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write = write_pth if target.suffix == ".pth" else write_safetensors
+    replace_file(target, lambda temporary: write(_own(adapter, None, "cpu"), temporary))
+
+
+def save_model(model: RWKV, path: str | Path, dtype: torch.dtype | None = None, tokenizer=None) -> None:
     """Write a model's weights: `.pth`, `.safetensors`, or a Hugging Face directory (no suffix, or "name/").
 
     dtype: None keeps the model's. tokenizer: its `save` writes tokenizer.json into a Hugging Face directory.
-    A crash leaves the old file or the new one, complete. In an existing Hugging Face directory of an RWKV-4,
+    A crash leaves the old file or the new one, complete. In an existing Hugging Face directory of an RWKV,
     weights and config are replaced and other files stay; any other directory with something in it is refused.
     Raises ValueError for a path that cannot be meant.
     """
@@ -77,7 +101,16 @@ def save_model(model: RWKV4, path: str | Path, dtype: torch.dtype | None = None,
         write = write_pth if target.suffix == ".pth" else write_safetensors
         replace_file(target, lambda temporary: write(tensors, temporary))
     else:
-        save_hf(tensors, model.config, target, tokenizer)
+        save_hf(tensors, model, target, tokenizer)
+
+
+def _read(path: Path) -> "_Found":
+    """The tensors of what path names."""
+    files = _weight_files(path)
+    content: dict[str, object] = {}
+    for file in files:
+        content |= read_weights(file)
+    return _sort_keys(files[0] if len(files) == 1 else path, content)
 
 
 def _weight_files(path: Path) -> list[Path]:
@@ -109,29 +142,52 @@ class _Found:
     source: Path
     tensors: dict[str, Tensor]
     keys: dict[str, str]
-    is_hf: bool
+    hf: type[RWKV] | None  # whose Hugging Face layout it has
+
+    @property
+    def generation(self) -> type[RWKV]:
+        return RWKV7 if self.hf is RWKV7 or any(".att.r_k" in name for name in self.keys) else RWKV4
 
     def key(self, name: str) -> str:
         """What the file calls, or would call, our parameter `name`."""
-        return self.keys.get(name) or (to_hf_name(name) if self.is_hf else name)
+        return self.keys.get(name) or (to_hf_name(self.hf, name) if self.hf else name)
 
     def get(self, name: str) -> Tensor:
         if name not in self.tensors:
-            some = ", ".join(list(self.keys.values())[:3]) or "none"
+            some, kind = ", ".join(list(self.keys.values())[:3]) or "none", self.generation.name
             raise ValueError(
-                f"{self.source}: {self.key(name)} is missing, expected in every RWKV-4 "
-                f"(the file's {len(self.keys)} keys: {some}, ...); is it complete, and an RWKV-4?"
+                f"{self.source}: {self.key(name)} is missing, expected in every {kind} "
+                f"(the file's {len(self.keys)} keys: {some}, ...); is it complete, and an {kind}?"
             )
         return self.tensors[name]
 
-    def fitted(self, name: str, shape: torch.Size) -> Tensor:
-        """The tensor in the model's shape; between programs only time_* vectors differ, in axes of size 1."""
+    def take_adapter(self) -> dict[str, Tensor]:
+        """The tensors of an adapter, which this then no longer has."""
+        names = list(filter(is_adapter, self.tensors))
+        for name in names:
+            del self.keys[name]
+        return {name: self.tensors.pop(name) for name in names}
+
+    def matrix(self, name: str) -> torch.Size:
+        """The shape of what has to be a matrix."""
         t = self.get(name)
-        is_vector = ".time_" in name and max(t.shape, default=1) == t.numel()
-        if t.shape != shape and not (is_vector and t.numel() == shape.numel()):
+        if t.ndim != 2 or not t.numel():
+            raise ValueError(f"{self.source}: {self.key(name)} has shape {list(t.shape)}, expected a matrix")
+        return t.shape
+
+    @property
+    def n_layer(self) -> int:
+        """Blocks counted, not the highest number: a damaged name must not ask for a million of them."""
+        return len({match[1] for name in self.tensors if (match := re.match(r"blocks\.([0-9]+)\.", name))})
+
+    def fitted(self, name: str, shape: torch.Size) -> Tensor:
+        """The tensor in the model's shape; between programs only vectors differ, in axes of size 1."""
+        t = self.get(name)
+        is_vector = max(t.shape, default=1) == t.numel() == shape.numel() == max(shape)
+        if t.shape != shape and not is_vector:
             raise ValueError(
                 f"{self.source}: {self.key(name)} has shape {list(t.shape)}, expected {list(shape)}, going "
-                "by the file's other tensors; load an unconverted RWKV-4"
+                f"by the file's other tensors; load an unconverted {self.generation.name}"
             )
         return t.reshape(shape)
 
@@ -139,12 +195,12 @@ class _Found:
 def _sort_keys(source: Path, content: dict[str, object]) -> _Found:
     """Rename to our names, and refuse what is not a plain tensor of floats."""
     _refuse_other_models(source, [key for key in content if key.isprintable()])
-    is_hf = any(key.startswith("rwkv.") or ".attention." in key for key in content)
-    found = _Found(source, {}, {}, is_hf)
+    hf = hf_generation(list(content))
+    found = _Found(source, {}, {}, hf)
     for key, value in content.items():
         if not key.isprintable():  # nothing a message should repeat
             raise ValueError(f"{source} is damaged: it names a tensor {key!r}; download or save it again")
-        name = from_hf_name(key) if is_hf else key
+        name = from_hf_name(hf, key) if hf else key
         if name in found.keys:
             raise ValueError(f"{source} holds both {found.keys[name]} and {key}, the same weight; remove one")
         if not isinstance(value, Tensor):
@@ -158,33 +214,44 @@ def _sort_keys(source: Path, content: dict[str, object]) -> _Found:
                 f"{source}: {key} is {what}, expected dense float16, bfloat16, float32 or float64; "
                 "load the original, not quantised, file"
             )
-        found.tensors[name], found.keys[name] = value.detach(), key
+        value = value.detach().t() if hf and turned(name) and value.ndim == 2 else value.detach()
+        found.tensors[name], found.keys[name] = value, key
     return found
 
 
 def _refuse_other_models(source: Path, keys: list[str]) -> None:
-    """Tell of files that are sound but hold something else than an RWKV-4."""
+    """Tell of files that are sound but hold something else than an RWKV-4 or RWKV-7."""
     for key in keys:
         if "lora_" in key.lower():
             raise ValueError(f"{source} holds a LoRA ({key}); merge it into its base model and load the result")
-    marks = {".r_k": "RWKV-7", ".time_maa_": "RWKV-6", ".ln_x.": "RWKV-5 or 6", ".time_faaaa": "RWKV-5 or 6"}
-    for mark, other in marks.items():  # by mark first: RWKV-7 has an ln_x too
+    marks = {".time_maa_": "RWKV-6", ".time_faaaa": "RWKV-5 or 6"}
+    if not any(".r_k" in key for key in keys):  # RWKV-7 has an ln_x too
+        marks[".ln_x."] = "RWKV-5 or 6"
+    for mark, other in marks.items():
         for key in keys:
             if mark in key:
-                raise ValueError(f"{source} ({key}): {other} is not supported by this version yet; load an RWKV-4")
+                raise ValueError(f"{source} ({key}): {other} is not supported; load an RWKV-4 or RWKV-7")
 
 
 def _rwkv4_config(found: _Found) -> RWKV4Config:
-    """The sizes, from three matrices' shapes and the number of blocks."""
-    sizes = []
-    for name in ("emb.weight", "blocks.0.att.key.weight", "blocks.0.ffn.key.weight"):
-        t = found.get(name)
-        if t.ndim != 2 or not t.numel():
-            raise ValueError(f"{found.source}: {found.key(name)} has shape {list(t.shape)}, expected a matrix")
-        sizes.append(t.shape)
-    # Counted, not the highest number: a damaged name must not ask for a million blocks.
-    blocks = {match[1] for name in found.tensors if (match := re.match(r"blocks\.([0-9]+)\.", name))}
-    return RWKV4Config(*sizes[0], len(blocks), n_att=sizes[1][0], n_ffn=sizes[2][0])
+    names = ("emb.weight", "blocks.0.att.key.weight", "blocks.0.ffn.key.weight")
+    (vocab_size, n_embd), (n_att, _), (n_ffn, _) = map(found.matrix, names)
+    return RWKV4Config(vocab_size, n_embd, found.n_layer, n_att=n_att, n_ffn=n_ffn)
+
+
+def _rwkv7_config(found: _Found) -> RWKV7Config:
+    """Head size and ranks from the shapes, too: released files do not follow one formula."""
+    vocab_size, n_embd = found.matrix("emb.weight")
+    n_head, head_size = found.matrix("blocks.0.att.r_k")
+    if n_head * head_size != n_embd:
+        shape = f"{found.key('blocks.0.att.r_k')} has shape {[n_head, head_size]}"
+        raise ValueError(f"{found.source}: {shape}, expected heads and channels of a head, together {n_embd}")
+    n_ffn, _ = found.matrix("blocks.0.ffn.key.weight")
+    ranks = {f"rank_{x}": found.matrix(f"blocks.0.att.{x}1")[1] for x in "wag"}
+    first_v = "blocks.0.att.v1" in found.tensors
+    if found.n_layer > 1 or first_v:
+        ranks["rank_v"] = found.matrix(f"blocks.{int(found.n_layer > 1)}.att.v1")[1]
+    return RWKV7Config(vocab_size, n_embd, found.n_layer, head_size, n_ffn, first_v=first_v, **ranks)
 
 
 class _NoInit(TorchFunctionMode):

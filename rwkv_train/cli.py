@@ -206,11 +206,13 @@ class ExportConfig:
         model: checkpoint or runs/NAME
         out: NAME.pth (RWKV-LM, ChatRWKV), NAME.safetensors, or a folder (Hugging Face)
         dtype: number format of the weights; that of the model if not given
+        adapter: write only what a run with model.tune trained, the low-rank factors or the state
     """
 
     model: str
     out: str
     dtype: Literal["fp32", "fp16", "bf16"] | None = None
+    adapter: bool = False
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import yaml
 from tqdm import tqdm
 
 from rwkv_train.batches import make_batches
-from rwkv_train.checkpoint import load_model, save_model
+from rwkv_train.checkpoint import load_model, parts_of, save_adapter, save_model
 from rwkv_train.cli import ExportConfig, GenerateConfig, InspectConfig, ValidateConfig, parse
 from rwkv_train.data.lanes import LaneBatches, split
 from rwkv_train.data.store import Store
@@ -118,7 +118,11 @@ def inspect(config: InspectConfig) -> None:
 
 
 def export(config: ExportConfig) -> None:
-    """Write a model in another format."""
+    """Write a model in another format, or what a run with model.tune has trained."""
+    if config.adapter:
+        save_adapter(config.model, config.out)
+        print(f"{config.out}: what {config.model} trained; `--model BASE+{config.out}` puts it on its model")
+        return
     model = load_model(config.model)
     folder = not Path(config.out).suffix or config.out.endswith("/")
     tokenizer = Path(config.model) / "tokenizer.json"
@@ -129,12 +133,12 @@ def export(config: ExportConfig) -> None:
         load_tokenizer(tokenizer) if folder and tokenizer.is_file() else None,
     )
     c = model.config
-    print(f"{config.out}: RWKV-4, {c.n_layer} layers x {c.n_embd} channels, vocabulary {c.vocab_size}")
+    print(f"{config.out}: {model.name}, {c.n_layer} layers x {c.n_embd} channels, vocabulary {c.vocab_size}")
 
 
 def tokenizer_of(model: str, given: str | None, vocab_size: int) -> Tokenizer:
     """The tokenizer given, or tokenizer.json in a model's folder or beside its file, or World for 65,536 tokens."""
-    path = Path(model).expanduser()
+    path = parts_of(model)[0]
     beside = (path.parent if path.is_file() else path) / "tokenizer.json"
     if given or beside.is_file():
         return load_tokenizer(given or beside)

@@ -22,32 +22,50 @@ class ModelConfig:
 
     Args:
         init: checkpoint to start from (.pth, .safetensors, Hugging Face directory or runs/NAME); none starts fresh
+        architecture: generation of a fresh model, rwkv4 or rwkv7; rwkv4 if not given
         n_layer: blocks of a fresh model
         n_embd: channels of a fresh model
-        n_att: attention channels of a fresh model; n_embd if not given
+        n_att: attention channels of a fresh RWKV-4; n_embd if not given
+        head_size: channels of a head of a fresh RWKV-7, a divisor of n_embd; 64 if not given
         n_ffn: hidden channels of the channel mix of a fresh model; 4 * n_embd if not given
         vocab_size: vocabulary of a fresh model; that of the data's tokenizer if not given
         dropout: share of each block's output that is dropped in training
+        tune: what of init is trained: all of it; lora, low-rank factors beside the blocks' matrices; state, only the
+            state in which documents begin
+        rank: of the factors of tune lora; 16 if not given
     """
 
     init: str | None = None
+    architecture: Literal["rwkv4", "rwkv7"] | None = None
     n_layer: int | None = None
     n_embd: int | None = None
     n_att: int | None = None
+    head_size: int | None = None
     n_ffn: int | None = None
     vocab_size: int | None = None
     dropout: float = 0.0
+    tune: Literal["all", "lora", "state"] = "all"
+    rank: int | None = None
 
     def __post_init__(self):
-        sizes = ("n_layer", "n_embd", "n_att", "n_ffn", "vocab_size")
-        given = [name for name in sizes if getattr(self, name) is not None]
+        if self.tune != "all" and not self.init:
+            raise ValueError(f"model.tune: {self.tune} needs model.init: a fresh model has to be trained as a whole")
+        if self.rank is not None and self.tune != "lora":
+            raise ValueError("model.rank is that of model.tune: lora; drop it")
+        sizes = ("n_layer", "n_embd", "n_att", "head_size", "n_ffn", "vocab_size")
+        given = [name for name in ("architecture", *sizes) if getattr(self, name) is not None]
         if self.init and given:
             raise ValueError(
                 f"model.init ({self.init}) and model.{given[0]} contradict each other: the checkpoint has its own "
                 "sizes; drop one of them"
             )
         for name in given:
-            _at_least(1, "model", self, name)
+            if name in sizes:
+                _at_least(1, "model", self, name)
+        other = "head_size" if self.architecture in (None, "rwkv4") else "n_att"
+        if other in given:
+            named = "rwkv7 alone has heads" if other == "head_size" else "an rwkv7's attention is n_embd wide"
+            raise ValueError(f"model.architecture and model.{other} contradict each other: {named}; drop one of them")
         if not self.init and not (self.n_layer and self.n_embd):
             raise ValueError("give model.init to start from a checkpoint, or model.n_layer and model.n_embd")
         if not 0 <= self.dropout < 1:
@@ -97,7 +115,7 @@ class OptimConfig:
         decay_share: share of the steps over which wsd falls
         beta1: decay of the gradient's running mean
         beta2: decay of the squared gradient's running mean
-        eps: added to the root of the squared gradient
+        eps: added to the root of the squared gradient; 1e-8 for RWKV-4 and 1e-18 for RWKV-7 if not given
         weight_decay: pull of matrices towards 0, times the learning rate; vectors are never decayed
         clip: largest norm of the gradient; 0 does not clip
         z_loss: pull on each row's largest logit (RWKV-LM's L2Wrap is 1e-4); 0 is off
@@ -110,7 +128,7 @@ class OptimConfig:
     decay_share: float = 0.2
     beta1: float = 0.9
     beta2: float = 0.99
-    eps: float = 1e-8
+    eps: float | None = None
     weight_decay: float = 0.0
     clip: float = 1.0
     z_loss: float = 1e-4
@@ -248,6 +266,8 @@ class FitConfig:
     def __post_init__(self):
         if not self.data.path:
             raise ValueError("give data.path: a token store (make one with `python train.py prepare`)")
+        if self.model.tune == "state" and self.train.strategy.startswith(("fsdp", "deepspeed_stage_3")):
+            raise ValueError("model.tune: state and train.strategy contradict each other; use ddp, a state is small")
         ranks = self.train.devices * self.train.nodes
         if self.data.lanes % ranks:
             nodes = f" * train.nodes ({self.train.nodes})" if self.train.nodes > 1 else ""

@@ -5,6 +5,8 @@ import logging
 import os
 import secrets
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -19,12 +21,15 @@ from rwkv_train.data.store import Store
 from rwkv_train.evaluate import byte_lengths
 from rwkv_train.files import replace_file
 from rwkv_train.generate import Sampling, generate_text
+from rwkv_train.models.common import RWKV
 from rwkv_train.models.rwkv4 import RWKV4, RWKV4Config
+from rwkv_train.models.rwkv7 import RWKV7, RWKV7Config
 from rwkv_train.module import OnlineTrainer
 from rwkv_train.runlog import duration, new_run, write_config
 from rwkv_train.savepoint import TRAINER, damage, newest_good, savepoints
 from rwkv_train.strategies import make_strategy
 from rwkv_train.tokenizer import Tokenizer, load_tokenizer
+from rwkv_train.tuning import tune
 
 
 def fit(config: FitConfig, resume: str | None = None) -> int:
@@ -54,17 +59,18 @@ def fit(config: FitConfig, resume: str | None = None) -> int:
             f"{trainer.max_steps} steps of {config.data.lanes} x {train.width} tokens"
             + (f" x {config.train.accumulate}" if config.train.accumulate > 1 else "")
         )
-    try:
-        trainer.fit(module, ckpt_path=checkpoint and checkpoint / TRAINER, weights_only=True)
-    finally:
-        monitor.close()
-    stopped = stopper.signal
-    if rank == 0:
-        _farewell(config, run, trainer, monitor, tokenizer, stopped)
+    with _closing(trainer):
+        try:
+            trainer.fit(module, ckpt_path=checkpoint and checkpoint / TRAINER, weights_only=True)
+        finally:
+            monitor.close()
+        stopped = stopper.signal
+        if rank == 0:
+            _farewell(config, run, trainer, monitor, tokenizer, stopped)
     return SIGNALS[stopped] if stopped else 0
 
 
-def make_model(config: ModelConfig, tokenizer: Tokenizer | None) -> RWKV4:
+def make_model(config: ModelConfig, tokenizer: Tokenizer | None) -> RWKV:
     """A fresh model or the checkpoint `init`, in float32, ready to be trained."""
     if config.init:
         model = load_model(config.init, dtype=torch.float32)
@@ -72,8 +78,10 @@ def make_model(config: ModelConfig, tokenizer: Tokenizer | None) -> RWKV4:
         vocab_size = config.vocab_size or (tokenizer.vocab_size if tokenizer else None)
         if vocab_size is None:
             raise ValueError("the data names no tokenizer: give model.vocab_size or data.tokenizer")
-        sizes = {k: v for k, v in asdict(config).items() if k in ("n_layer", "n_embd", "n_att", "n_ffn") and v}
-        model = RWKV4(RWKV4Config(vocab_size, **sizes)).init_weights()
+        names = ("n_layer", "n_embd", "n_att", "head_size", "n_ffn")
+        sizes = {k: v for k, v in asdict(config).items() if k in names and v} | {"vocab_size": vocab_size}
+        rwkv7 = config.architecture == "rwkv7"
+        model = (RWKV7(RWKV7Config(**sizes)) if rwkv7 else RWKV4(RWKV4Config(**sizes))).init_weights()
     if tokenizer and tokenizer.vocab_size > model.config.vocab_size:
         raise ValueError(
             f"the data's tokenizer ({tokenizer.name}) has {tokenizer.vocab_size} tokens and the model only "
@@ -81,6 +89,8 @@ def make_model(config: ModelConfig, tokenizer: Tokenizer | None) -> RWKV4:
         )
     for block in model.blocks:
         block.dropout = config.dropout
+    if config.tune != "all":
+        tune(model, config.tune, config.rank or 16)
     return model.train()
 
 
@@ -127,6 +137,19 @@ def _loggers(log: LogConfig, run: Path) -> list:
             )
         )
     return loggers
+
+
+@contextmanager
+def _closing(trainer: L.Trainer) -> Iterator[None]:
+    """End what outlives a run otherwise: wandb's run, which the next one would write into, and the ranks' threads."""
+    try:
+        yield
+    finally:
+        for logger in trainer.loggers:
+            if isinstance(logger, L.pytorch.loggers.WandbLogger) and trainer.is_global_zero:
+                logger.experiment.finish()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 def _wandb_id(run: Path) -> str:

@@ -64,6 +64,8 @@ class OnlineTrainer(L.LightningModule):
         # Lightning divides by `accumulate` and the strategy by the number of ranks: what is left is the mean over
         # all trained tokens of the optimizer step, however they are spread over batches and ranks.
         share = self.trainer.world_size * self.trainer.accumulate_grad_batches
+        if is_deepspeed(self.trainer.strategy):  # divides by `accumulate` once more
+            share *= self.trainer.accumulate_grad_batches
         return loss * share / batch["step_tokens"].clamp(min=1)
 
     def configure_optimizers(self):

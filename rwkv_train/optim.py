@@ -6,8 +6,9 @@ import torch
 from torch import nn
 
 from rwkv_train.config import OptimConfig
+from rwkv_train.models.common import RWKV
 
-MULTIPLIERS = {"time_decay": 2.0, "time_first": 3.0}  # how much faster than the rest these learn
+MULTIPLIERS = {"time_decay": 2.0, "time_first": 3.0, "w0": 2.0}  # how much faster than the rest these learn
 
 
 def rate(config: OptimConfig, step: int, steps: int) -> float:
@@ -31,19 +32,19 @@ def rate(config: OptimConfig, step: int, steps: int) -> float:
 
 
 def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict]:
-    """Trainable parameters by learning rate and weight decay: matrices decay, vectors never do."""
+    """Trainable parameters by learning rate and weight decay: matrices of layers decay, nothing else does."""
     groups: dict[tuple[float, float], list] = {}
     for name, p in model.named_parameters():
         if p.requires_grad:
             lr = config.lr * MULTIPLIERS.get(name.rsplit(".", 1)[-1], 1.0)
-            decay = config.weight_decay if sum(size > 1 for size in p.shape) >= 2 else 0.0
+            decay = config.weight_decay if name.endswith(".weight") and p.ndim == 2 else 0.0
             groups.setdefault((lr, decay), []).append(p)
     return [{"params": ps, "lr": lr, "weight_decay": decay} for (lr, decay), ps in groups.items()]
 
 
-def make_optimizer(model: nn.Module, config: OptimConfig, steps: int):
+def make_optimizer(model: RWKV, config: OptimConfig, steps: int):
     """(AdamW, its scheduler, to be stepped once per optimizer step)."""
-    groups = parameter_groups(model, config)
-    optimizer = torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+    groups, eps = parameter_groups(model, config), model.adam_eps if config.eps is None else config.eps
+    optimizer = torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), eps=eps, fused=True)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(config, step, steps) / config.lr)
     return optimizer, scheduler

@@ -17,6 +17,7 @@ class State(NamedTuple):
 
     shift: [B, L, 2, C]  last input of each layer's time mix (0) and channel mix (1), for the token shift
     wkv:   [B, L, 3, A]  RWKV-4: numerator, denominator and largest exponent of each attention channel
+           [B, L, H, N, N]  RWKV-7: a matrix of each head, indexed [value, key]
     """
 
     shift: Tensor

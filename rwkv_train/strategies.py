@@ -52,11 +52,11 @@ def is_deepspeed(strategy: Strategy) -> bool:
 
 def whole_weights(model: RWKV, trainer: Trainer) -> dict[str, Tensor] | None:
     """The weights of a model that DeepSpeed trains, on rank 0; None on the others."""
-    from deepspeed.zero import GatheredParameters
+    import deepspeed
 
     weights = {}
     for name, p in model.named_parameters():
-        with GatheredParameters([p]) if hasattr(p, "ds_id") else nullcontext():
+        with deepspeed.zero.GatheredParameters([p]) if hasattr(p, "ds_id") else nullcontext():
             if trainer.is_global_zero:
                 weights[name] = p.detach().cpu().clone()
     return weights if trainer.is_global_zero else None

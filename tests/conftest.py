@@ -1,9 +1,18 @@
 """Fixtures that several files use."""
 
+import functools
+
 import pytest
+from helpers import GENERATIONS
 from runs import config_of, store_in
 
 from rwkv_train.fit import fit
+
+
+@pytest.fixture(params=GENERATIONS)
+def generation(request):
+    """What `random_model` takes: both generations of models, one after the other."""
+    return request.param
 
 
 @pytest.fixture(scope="session")
@@ -12,8 +21,19 @@ def store(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def finished(store, tmp_path_factory):
+def finished_of(store, tmp_path_factory):
+    """finished_of(generation): the folder of an uninterrupted run."""
+
+    @functools.cache
+    def run(generation):
+        runs = tmp_path_factory.mktemp("runs")
+        assert fit(config_of(store, runs, generation)) == 0
+        return runs / "run"
+
+    return run
+
+
+@pytest.fixture
+def finished(finished_of):
     """An uninterrupted run."""
-    runs = tmp_path_factory.mktemp("runs")
-    assert fit(config_of(store, runs)) == 0
-    return runs / "run"
+    return finished_of("rwkv4")

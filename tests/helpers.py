@@ -7,8 +7,12 @@ import torch
 from torch import Tensor
 
 from rwkv_train import load_model
+from rwkv_train.models.common import RWKV
 from rwkv_train.models.rwkv4 import RWKV4, RWKV4Config
+from rwkv_train.models.rwkv7 import RWKV7, RWKV7Config
 from rwkv_train.savepoint import TRAINER, draft, savepoint, seal
+
+GENERATIONS = ("rwkv4", "rwkv7")
 
 
 def random_model(
@@ -19,18 +23,27 @@ def random_model(
     n_ffn: int = 0,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
+    generation: str = "rwkv4",
+    head_size: int = 8,
     **config,
-) -> RWKV4:
-    """An RWKV-4 in eval mode whose every parameter matters (`init_weights` leaves whole matrices at zero)."""
+) -> RWKV:
+    """A model in eval mode whose every parameter matters (`init_weights` leaves whole matrices at zero).
+
+    n_att is of RWKV-4 alone, head_size of RWKV-7.
+    """
     rng = torch.Generator().manual_seed(seed)
-    model = RWKV4(RWKV4Config(vocab_size, n_embd, n_layer, n_att, n_ffn, **config))
+    if generation == "rwkv4":
+        model = RWKV4(RWKV4Config(vocab_size, n_embd, n_layer, n_att, n_ffn, **config))
+    else:
+        config = {"rank_w": 3, "rank_a": 4, "rank_v": 5, "rank_g": 6} | config
+        model = RWKV7(RWKV7Config(vocab_size, n_embd, n_layer, head_size, n_ffn, **config))
     with torch.no_grad():
-        for name, p in model.named_parameters():
+        for name, p in model.state_dict().items():
             if name.endswith("time_decay"):
                 p.uniform_(-5, 2, generator=rng)
-            elif "time_mix" in name:
+            elif "time_mix" in name or ".x_" in name:
                 p.uniform_(0, 1, generator=rng)
-            elif p.ndim == 1:  # layer norms around 1 and 0, time_first around 0
+            elif p.ndim == 1 or p.shape[:2] == (1, 1):  # layer norms around 1 and 0, other vectors around 0
                 p.normal_(1.0 if "ln" in name and name.endswith("weight") else 0.0, 0.2, generator=rng)
             else:
                 p.normal_(0, 0.25, generator=rng)
@@ -52,9 +65,9 @@ def assert_close_rel(a: Tensor, b: Tensor, tol: float, name: str = "tensor") -> 
     return error
 
 
-def small_weights(**changes):
+def small_weights(generation="rwkv4", **changes):
     """A small model's tensors, some replaced (a value of None: removed); '__' in a name stands for '.'."""
-    tensors = dict(random_model(n_embd=8, n_layer=2, vocab_size=11).state_dict())
+    tensors = dict(random_model(n_embd=8, n_layer=2, vocab_size=11, generation=generation).state_dict())
     for name, value in changes.items():
         name = name.replace("__", ".")
         tensors.pop(name, None)

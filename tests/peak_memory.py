@@ -1,4 +1,4 @@
-"""Prints the peak memory, in MB, of a process that takes training steps: python peak_memory.py TOKENS [SIZES]."""
+"""Prints the peak memory, in MB, of a process that takes training steps: python peak_memory.py TOKENS [rwkv4|rwkv7]."""
 
 import resource
 import sys
@@ -8,13 +8,16 @@ import torch
 from rwkv_train.bptt import chunked_loss
 from rwkv_train.config import OptimConfig
 from rwkv_train.models.rwkv4 import RWKV4, RWKV4Config
+from rwkv_train.models.rwkv7 import RWKV7, RWKV7Config
 from rwkv_train.optim import make_optimizer
 
 
-def main(length: int, n_embd: int = 256, n_layer: int = 4, chunk_len: int = 512, steps: int = 1) -> None:
+def main(length: int, generation: str = "rwkv4", chunk_len: int = 512, steps: int = 1) -> None:
     torch.manual_seed(0)
     vocab_size = 1024
-    model = RWKV4(RWKV4Config(vocab_size, n_embd, n_layer)).init_weights().train()
+    rwkv7 = generation == "rwkv7"
+    model = RWKV7(RWKV7Config(vocab_size, 256, 4)) if rwkv7 else RWKV4(RWKV4Config(vocab_size, 256, 4))
+    model.init_weights().train()
     optimizer, _ = make_optimizer(model, OptimConfig(), steps)
     text = torch.randint(0, vocab_size, (1, length + 1))
     state = None
@@ -28,4 +31,4 @@ def main(length: int, n_embd: int = 256, n_layer: int = 4, chunk_len: int = 512,
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    main(int(sys.argv[1]), *sys.argv[2:])

@@ -20,12 +20,17 @@ def store_in(folder: Path) -> Path:
     return folder
 
 
-def config_of(store, runs, **changes) -> FitConfig:
+def model_of(generation: str = "rwkv4", **settings) -> ModelConfig:
+    heads = {"head_size": 8} if generation == "rwkv7" else {}
+    return ModelConfig(architecture=generation, n_layer=2, n_embd=24, **heads, **settings)
+
+
+def config_of(store, runs, generation: str = "rwkv4", **changes) -> FitConfig:
     config = FitConfig(
         name="run",
         runs=str(runs),
         seed=3,
-        model=ModelConfig(n_layer=2, n_embd=24, dropout=0.1),
+        model=model_of(generation, dropout=0.1),
         data=DataConfig(path=str(store), lanes=4, chunk_len=16, horizon=2, val_share=0.1, val_lanes=3),
         optim=OptimConfig(lr=1e-2, warmup=2, weight_decay=0.01),
         train=TrainConfig(steps=8, accumulate=2, val_every=3, save_every=5, log_every=1, device="cpu"),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import assert_close_rel, random_model
+from helpers import GENERATIONS, assert_close_rel, random_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -55,15 +55,15 @@ def assert_same(ours, theirs, tol):
 
 @pytest.mark.parametrize("chunk_len", [1, 7, 16, T])
 @pytest.mark.parametrize("recompute", [True, False])
-def test_chunked_is_whole(chunk_len, recompute):
-    model = random_model(dtype=torch.float64)
+def test_chunked_is_whole(chunk_len, recompute, generation):
+    model = random_model(dtype=torch.float64, generation=generation)
     data = text(model)
     whole = gradients(model, data, chunk_len=T, recompute=False)
     assert_same(gradients(model, data, chunk_len=chunk_len, recompute=recompute), whole, 1e-10)
 
 
-def test_logits_in_chunks_are_the_whole_logits():
-    model = random_model(dtype=torch.float64)
+def test_logits_in_chunks_are_the_whole_logits(generation):
+    model = random_model(dtype=torch.float64, generation=generation)
     tokens, _, state, reset = text(model)
     whole, end = model(tokens, state, reset)
     for chunk_len in (1, 7, 16):
@@ -76,8 +76,8 @@ def test_logits_in_chunks_are_the_whole_logits():
             assert_close_rel(a, b, 1e-10, "state")
 
 
-def test_recompute_blocks_changes_nothing():
-    model = random_model(dtype=torch.float64)
+def test_recompute_blocks_changes_nothing(generation):
+    model = random_model(dtype=torch.float64, generation=generation)
     data = text(model)
     for chunk_len in (T, 8):
         ours = gradients(model, data, chunk_len=chunk_len, recompute_blocks=True)
@@ -86,8 +86,9 @@ def test_recompute_blocks_changes_nothing():
 
 @settings(max_examples=15, deadline=None)
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=5), st.integers(1, 9), st.integers(0, 99))
-def test_packed_documents_are_the_documents_one_at_a_time(lengths, chunk_len, seed):
-    model = random_model(dtype=torch.float64)
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_packed_documents_are_the_documents_one_at_a_time(generation, lengths, chunk_len, seed):
+    model = random_model(dtype=torch.float64, generation=generation)
     rng = torch.Generator().manual_seed(seed)
     documents = [torch.randint(0, 31, (1, n), generator=rng) for n in lengths]
     targets = [torch.randint(0, 31, (1, n), generator=rng) for n in lengths]
@@ -110,9 +111,9 @@ def test_packed_documents_are_the_documents_one_at_a_time(lengths, chunk_len, se
         assert_close_rel(ours[name], p.grad, 1e-10, name)
 
 
-def test_detached_steps_lose_only_the_gradient_through_the_state():
+def test_detached_steps_lose_only_the_gradient_through_the_state(generation):
     """Truncated BPTT is the sum of its chunks' losses, each with a detached state."""
-    model = random_model(dtype=torch.float64)
+    model = random_model(dtype=torch.float64, generation=generation)
     tokens, targets, state, _ = text(model)
     whole, _, _ = chunked_loss(model, tokens, targets, state, None, chunk_len=8)
     s, total = state.detach(), 0
@@ -123,9 +124,9 @@ def test_detached_steps_lose_only_the_gradient_through_the_state():
     assert_close_rel(total, whole, 1e-12)
 
 
-def test_dropout_and_autocast_are_the_same_in_the_recomputation():
+def test_dropout_and_autocast_are_the_same_in_the_recomputation(generation):
     """The sweep's second forward must draw the same dropout and cast the same way as its first."""
-    model = random_model(dropout=0.3).train()
+    model = random_model(dropout=0.3, generation=generation).train()
     tokens, targets, state, reset = text(model)
     results = []
     for recompute in (True, False):
@@ -136,9 +137,9 @@ def test_dropout_and_autocast_are_the_same_in_the_recomputation():
     assert results[0][0] == results[1][0]  # the losses agree to the bit
 
 
-def test_autocast_leaves_no_cast_weights_behind():
+def test_autocast_leaves_no_cast_weights_behind(generation):
     """Weights cast during the sweep's forward, outside any graph, must not serve a later loss."""
-    model = random_model()
+    model = random_model(generation=generation)
     tokens, targets, _, _ = text(model, resets=())
     with torch.autocast("cpu", dtype=torch.bfloat16):
         chunked_loss(model, tokens, targets, None, None, chunk_len=8)
@@ -147,9 +148,9 @@ def test_autocast_leaves_no_cast_weights_behind():
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for n, p in model.named_parameters())
 
 
-def test_hooks_fire_once_a_step():
+def test_hooks_fire_once_a_step(generation):
     """DDP and DeepSpeed count on it."""
-    model = random_model(dtype=torch.float64)
+    model = random_model(dtype=torch.float64, generation=generation)
     fired = []
     for name, p in model.named_parameters():
         p.register_post_accumulate_grad_hook(lambda _, name=name: fired.append(name))
@@ -157,8 +158,8 @@ def test_hooks_fire_once_a_step():
     assert sorted(fired) == sorted(n for n, _ in model.named_parameters())
 
 
-def test_frozen_parameters_stay_without_gradient():
-    model = random_model(dtype=torch.float64)
+def test_frozen_parameters_stay_without_gradient(generation):
+    model = random_model(dtype=torch.float64, generation=generation)
     for name, p in model.named_parameters():
         p.requires_grad_("ffn.value" in name)
     data = text(model)
@@ -183,8 +184,10 @@ def test_clear_errors():
         model(tokens, model.empty_state(3))
 
 
-def test_peak_memory_is_that_of_one_chunk():
+@pytest.mark.parametrize(("generation", "long"), [("rwkv4", 65536), ("rwkv7", 16384)])
+def test_peak_memory_is_that_of_one_chunk(generation, long):
     """256 x 4 layers, chunks of 512: a horizon of 65,536 tokens takes at most 1.05 times the memory of 2,048."""
-    script = Path(__file__).with_name("peak_memory.py")
-    peaks = [float(subprocess.check_output([sys.executable, script, str(n)], timeout=300)) for n in (2048, 65536)]
-    assert peaks[1] <= 1.05 * peaks[0]
+    argv = [sys.executable, Path(__file__).with_name("peak_memory.py")]
+    outputs = [subprocess.check_output([*argv, str(n), generation], timeout=300) for n in (2048, long)]
+    short, peak = map(float, outputs)
+    assert peak <= 1.05 * short

@@ -5,15 +5,18 @@ import os
 import stat
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import fails_to_load, random_model, save_point, small_weights
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from rwkv_train import load_model, save_model
-from rwkv_train.hf import from_hf_name, to_hf_name
+from rwkv_train.hf import from_hf_name, to_hf, to_hf_name
+from rwkv_train.models.rwkv4 import RWKV4
+from rwkv_train.models.rwkv7 import RWKV7
 
 FORMATS = ("m.pth", "m.safetensors", "hf")
 
@@ -28,8 +31,9 @@ def same(a, b):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_every_format_round_trips_through_every_other(tmp_path, dtype):
-    model = random_model(n_embd=6, n_layer=3, vocab_size=13, n_att=10, n_ffn=15, dtype=dtype)
+def test_every_format_round_trips_through_every_other(tmp_path, dtype, generation):
+    sizes = {"n_att": 10} if generation == "rwkv4" else {"head_size": 3}
+    model = random_model(n_embd=6, n_layer=3, vocab_size=13, n_ffn=15, dtype=dtype, generation=generation, **sizes)
     for first in FORMATS:
         for second in FORMATS:
             a, b = tmp_path / "a" / first, tmp_path / "b" / second  # the folders are made on the way
@@ -74,10 +78,10 @@ def test_mixed_dtypes_become_the_widest(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["pth", "safetensors", "bin", ""])
-def test_what_a_file_is_does_not_depend_on_its_name(tmp_path, suffix):
-    tensors = small_weights()
+def test_what_a_file_is_does_not_depend_on_its_name(tmp_path, suffix, generation):
+    tensors = small_weights(generation)
     path = (tmp_path / "m").with_suffix("." + suffix if suffix else "")
-    for content in (tensors, {to_hf_name(k): v for k, v in tensors.items()}):
+    for content in (tensors, to_hf(RWKV4 if generation == "rwkv4" else RWKV7, tensors)):
         torch.save(content, path)
         same(load_model(path), tensors)
         torch.save(content, path, _use_new_zipfile_serialization=False)
@@ -86,14 +90,63 @@ def test_what_a_file_is_does_not_depend_on_its_name(tmp_path, suffix):
         same(load_model(path), tensors)
 
 
-def test_hf_names():
-    model = random_model(n_layer=2)
+def test_hf_names(generation):
+    model = random_model(n_layer=2, generation=generation)
+    kind = type(model)
     for name in model.state_dict():
-        assert from_hf_name(to_hf_name(name)) == name
-    assert to_hf_name("blocks.1.att.time_mix_k") == "rwkv.blocks.1.attention.time_mix_key"
-    assert to_hf_name("blocks.0.ln0.weight") == "rwkv.blocks.0.pre_ln.weight"
-    assert to_hf_name("blocks.0.att.time_first") == "rwkv.blocks.0.attention.time_first"
-    assert to_hf_name("head.weight") == "head.weight"
+        assert from_hf_name(kind, to_hf_name(kind, name)) == name
+
+
+@pytest.mark.parametrize(
+    ("kind", "ours", "theirs"),
+    [
+        (RWKV4, "blocks.1.att.time_mix_k", "rwkv.blocks.1.attention.time_mix_key"),
+        (RWKV4, "blocks.0.ln0.weight", "rwkv.blocks.0.pre_ln.weight"),
+        (RWKV4, "blocks.0.att.time_first", "rwkv.blocks.0.attention.time_first"),
+        (RWKV4, "head.weight", "head.weight"),
+        (RWKV7, "emb.weight", "model.embeddings.weight"),
+        (RWKV7, "blocks.0.ln0.bias", "model.layers.0.pre_norm.bias"),
+        (RWKV7, "blocks.10.att.w0", "model.layers.10.attn.w_lora.lora.2.bias"),
+        (RWKV7, "blocks.1.att.g1", "model.layers.1.attn.g_lora.lora.0.weight"),
+        (RWKV7, "blocks.1.att.v2", "model.layers.1.attn.v_lora.lora.2.weight"),
+        (RWKV7, "blocks.1.att.ln_x.weight", "model.layers.1.attn.g_norm.weight"),
+        (RWKV7, "blocks.1.att.receptance.weight", "model.layers.1.attn.r_proj.weight"),
+        (RWKV7, "blocks.1.att.x_k", "model.layers.1.attn.x_k"),
+        (RWKV7, "blocks.1.ffn.key.weight", "model.layers.1.ffn.key.weight"),
+        (RWKV7, "ln_out.weight", "model.norm.weight"),
+        (RWKV7, "head.weight", "lm_head.weight"),
+    ],
+)
+def test_hf_names_are_those_of_released_files(kind, ours, theirs):
+    assert to_hf_name(kind, ours) == theirs and from_hf_name(kind, theirs) == ours
+
+
+def test_hf_shapes_of_rwkv7_are_those_of_released_files(tmp_path):
+    """As flash-linear-attention's RWKV7ForCausalLM has them: low-rank maps are linear layers [out,in], vectors flat."""
+    model = random_model(n_embd=128, head_size=64, generation="rwkv7", first_v=True)
+    save_model(model, tmp_path / "hf")
+    found = {k: list(v.shape) for k, v in load_file(tmp_path / "hf/model.safetensors").items() if ".1." in k}
+    attention = {k.split("attn.")[1]: shape for k, shape in found.items() if ".attn." in k}
+    assert attention == {
+        **{f"x_{x}": [1, 1, 128] for x in "rwkvag"},
+        **{f"{x}_proj.weight": [128, 128] for x in "rkvo"},
+        **{f"{x}_lora.lora.0.weight": [rank, 128] for x, rank in zip("wavg", (3, 4, 5, 6), strict=True)},
+        **{f"{x}_lora.lora.2.weight": [128, rank] for x, rank in zip("wavg", (3, 4, 5, 6), strict=True)},
+        **{f"{x}_lora.lora.2.bias": [128] for x in "wav"},
+        **{"k_k": [128], "k_a": [128], "r_k": [2, 64], "g_norm.weight": [128], "g_norm.bias": [128]},
+    }
+    assert found["model.layers.1.ffn.x_k"] == [128]
+    names = load_file(tmp_path / "hf/model.safetensors").keys()
+    assert not any("layers.0.attn.v_lora" in name for name in names)
+    config = json.loads((tmp_path / "hf/config.json").read_text())
+    assert config["model_type"] == "rwkv7" and config["head_dim"] == 64 and config["decay_low_rank_dim"] == 3
+    del config["head_norm_eps"]  # which is ours
+    (tmp_path / "hf/config.json").write_text(json.dumps(config))
+    assert load_model(tmp_path / "hf").config == replace(model.config, first_v=False)
+    config["head_dim"] = 32
+    (tmp_path / "hf/config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"head_norm_eps is 0.00032, expected 0.00064"):
+        load_model(tmp_path / "hf")
 
 
 def test_foreign_shapes_of_the_time_vectors(tmp_path):
@@ -141,7 +194,7 @@ def test_run_directory_opens_its_newest_checkpoint(tmp_path):
 
 def shard(folder, library, names):
     """Split a directory's weights over two files and an index, as transformers does for large models."""
-    tensors = {to_hf_name(k): v for k, v in small_weights().items()}
+    tensors = to_hf(RWKV4, small_weights())
     folder.mkdir()
     where = {}
     for i, name in enumerate(names):
@@ -198,7 +251,7 @@ def test_save_refuses_what_it_would_spoil(tmp_path):
     (tmp_path / "dir.pth").mkdir()
     (tmp_path / "file").write_text("text")
     for name, part in (
-        ("photos", "holds no RWKV-4"),
+        ("photos", "holds no RWKV to replace"),
         ("dir.pth", "a directory"),
         ("file", "a file"),
         ("x.gguf", "suffix"),

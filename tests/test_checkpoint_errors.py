@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import fails_to_load, random_model, small_weights
+from helpers import GENERATIONS, fails_to_load, random_model, small_weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from rwkv_train import load_model, save_model
-from rwkv_train.hf import to_hf_name
+from rwkv_train.hf import to_hf
+from rwkv_train.models.rwkv4 import RWKV4
 
 
 def written(path, **changes):
@@ -28,11 +29,13 @@ def test_nothing_there(tmp_path):
     fails_to_load(tmp_path, "a.pth")
     (tmp_path / "config.json").write_text('{"model_type": "rwkv"}')
     fails_to_load(tmp_path, "no weights", "pytorch_model.bin")
-    for text, part in (("{", "JSON"), ("[]", "list"), ("{}", "None"), ('{"model_type": "rwkv7"}', "rwkv7")):
+    for text, part in (("{", "JSON"), ("[]", "list"), ("{}", "None"), ('{"model_type": "rwkv6"}', "rwkv6")):
         (tmp_path / "config.json").write_text(text)
         fails_to_load(tmp_path, "config.json", part)
     (tmp_path / "config.json").write_text('{"model_type": "rwkv", "layer_norm_epsilon": 1e-6}')
     fails_to_load(tmp_path, "layer_norm_epsilon", "1e-06")
+    (tmp_path / "config.json").write_text('{"model_type": "rwkv7", "attn": {"layers": [1]}}')
+    fails_to_load(tmp_path, "attn", "not supported")
 
 
 class Code:
@@ -89,22 +92,35 @@ WRONG = [
     ({"head__weight": torch.zeros(11, 8).to_sparse()}, ["torch.sparse_coo"]),
     ({"head__weight": torch.zeros(11, 8, device="meta")}, ["meta"]),
     ({"rwkv.head.weight": MATRIX, "head.weight": MATRIX}, ["both", "rwkv.head.weight"]),
-    ({"blocks__0__att__r_k": torch.zeros(1, 8)}, ["att.r_k", "RWKV-7 is not supported by this version yet"]),
-    ({"blocks__0__att__r_k": MATRIX, "blocks__0__att__ln_x__weight": MATRIX}, ["RWKV-7 is not"]),
+    ({"blocks__0__att__r_k": torch.zeros(1, 8)}, ["att.w1 is missing, expected in every RWKV-7"]),
+    ({"blocks__0__att__r_k": MATRIX}, ["att.r_k has shape [8, 8]", "together 8"]),
     ({"blocks__0__att__time_maa_x": MATRIX}, ["time_maa_x", "RWKV-6 is not"]),
     ({"blocks__0__att__ln_x__weight": MATRIX}, ["ln_x", "RWKV-5"]),
     ({"blocks__0__att__key__lora_A": MATRIX}, ["lora_A", "merge"]),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("changes, parts", WRONG)
-def test_wrong_contents(tmp_path, changes, parts):
-    fails_to_load(written(tmp_path / "m.pth", **changes), *parts)
+WRONG_7 = [
+    ({"blocks__1__att__w2": None}, ["blocks.1.att.w2 is missing, expected in every RWKV-7"]),
+    ({"blocks__0__att__v0": torch.zeros(1, 1, 8)}, ["unexpected: blocks.0.att.v0"]),
+    ({"blocks__1__att__k_k": torch.zeros(1, 1, 9)}, ["k_k has shape [1, 1, 9], expected [1, 1, 8]"]),
+    ({"blocks__1__att__r_k": torch.zeros(2, 4)}, ["r_k has shape [2, 4], expected [1, 8]"]),
+    ({"blocks__0__att__r_k": torch.zeros(3, 4)}, ["r_k has shape [3, 4]", "together 8"]),
+    ({"blocks__1__att__a1": torch.zeros(8, 5)}, ["a1 has shape [8, 5], expected [8, 4]"]),
+    ({"blocks__1__att__key__weight": torch.zeros(8, 8, dtype=torch.int8)}, ["torch.int8", "quantised"]),
+]
+
+
+@pytest.mark.parametrize(
+    "generation, changes, parts", [*(("rwkv4", *w) for w in WRONG), *(("rwkv7", *w) for w in WRONG_7)]
+)
+def test_wrong_contents(tmp_path, generation, changes, parts):
+    fails_to_load(written(tmp_path / "m.pth", generation=generation, **changes), *parts)
 
 
 def test_messages_spell_keys_as_the_file_does(tmp_path):
     save_model(random_model(), tmp_path / "hf")
-    tensors = {to_hf_name(k): v for k, v in small_weights(blocks__1__att__time_mix_k=None).items()}
+    tensors = to_hf(RWKV4, small_weights(blocks__1__att__time_mix_k=None))
     save_file(tensors, tmp_path / "hf/model.safetensors")
     fails_to_load(tmp_path / "hf/model.safetensors", "rwkv.blocks.1.attention.time_mix_key is missing")
     torch.save({"model.embed_tokens.weight": MATRIX}, tmp_path / "llama.pth")
@@ -117,7 +133,8 @@ def test_messages_spell_keys_as_the_file_does(tmp_path):
 @pytest.mark.parametrize("name", ["m.pth", "legacy.pth", "m.safetensors"])
 def test_damaged_files_fail_in_one_way(tmp_path_factory, name, data):
     path = tmp_path_factory.getbasetemp() / f"damaged-{name}"
-    tensors = dict(random_model(n_embd=4, n_layer=1, vocab_size=5).state_dict())
+    generation = data.draw(st.sampled_from(GENERATIONS), label="generation")
+    tensors = dict(random_model(n_embd=4, n_layer=1, vocab_size=5, generation=generation, head_size=2).state_dict())
     if name == "m.safetensors":
         save_file(tensors, path)
     else:

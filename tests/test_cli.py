@@ -1,6 +1,7 @@
 """The command line: overview, help, one clear line for every mistake, and the short commands end to end."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -80,9 +81,9 @@ def test_installed_command_is_the_script():
 
 
 @pytest.fixture
-def model(tmp_path, monkeypatch):
+def model(tmp_path, monkeypatch, generation):
     monkeypatch.chdir(tmp_path)
-    save_model(random_model(vocab_size=257), "model.pth")
+    save_model(random_model(vocab_size=257, generation=generation), "model.pth")
     return "model.pth"
 
 
@@ -96,7 +97,7 @@ def test_generate_is_repeatable(model, capsys):
 @pytest.mark.parametrize("out", ["o.pth", "o.safetensors", "folder/"])
 def test_export_and_back(model, out, capsys):
     code, text, _ = run("export", "--model", model, "--out", out, "--dtype=bf16", capsys=capsys)
-    assert code == 0 and "RWKV-4, 2 layers x 16 channels" in text
+    assert code == 0 and re.search("RWKV-[47], 2 layers x 16 channels", text)
     ours, theirs = load_model(out).state_dict(), load_model(model, dtype=torch.bfloat16).state_dict()
     assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
 

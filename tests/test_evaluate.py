@@ -32,8 +32,8 @@ def small_store():
 
 
 @pytest.mark.parametrize(("lanes", "width"), [(1, 200), (2, 7), (4, 16)])
-def test_score_is_that_of_each_document_alone(lanes, width):
-    model, store = random_model(dtype=torch.float64), small_store()
+def test_score_is_that_of_each_document_alone(lanes, width, generation):
+    model, store = random_model(dtype=torch.float64, generation=generation), small_store()
     ours = score(model, store, lanes, width)
     nats, counts, n_bytes = {}, {}, 0
     for start, n in zip(store.offsets, store.lengths, strict=True):
@@ -63,8 +63,8 @@ def test_forgetting_differs_only_after_the_first_chunk():
     assert score(model, store, 1, 200, forget=True).loss == pytest.approx(score(model, store, 1, 200).loss)
 
 
-def test_greedy_generation_is_the_argmax_of_whole_forwards():
-    model, tokenizer = random_model(vocab_size=257), load_tokenizer("bytes")
+def test_greedy_generation_is_the_argmax_of_whole_forwards(generation):
+    model, tokenizer = random_model(vocab_size=257, generation=generation), load_tokenizer("bytes")
     text = "".join(generate_text(model, tokenizer, "hi", Sampling(temperature=0), 12))
     ids = [0, *tokenizer.encode("hi")]
     for _ in range(12):
@@ -74,8 +74,8 @@ def test_greedy_generation_is_the_argmax_of_whole_forwards():
     assert text == tokenizer.decode(ids[3:])
 
 
-def test_prefill_in_pieces_is_prefill_at_once(monkeypatch):
-    model = random_model(dtype=torch.float64)
+def test_prefill_in_pieces_is_prefill_at_once(monkeypatch, generation):
+    model = random_model(dtype=torch.float64, generation=generation)
     ids = list(range(20))
     whole = prefill(model, ids)
     monkeypatch.setattr("rwkv_train.generate.PREFILL", 3)

@@ -41,21 +41,23 @@ SUBJECTS = [("hi you", "you"), ("a?", "a"), ("2?", "2")]
 DIALOGUES = [[0, *BYTES.encode(f"User: {q}\n\nAssistant: {a}\n\n")] for q, a in ASKED]
 
 
-def small_model(seed=0):
-    return random_model(n_embd=48, vocab_size=257, seed=seed).eval().requires_grad_(False)
+def small_model(seed=0, generation="rwkv4"):
+    seed += generation == "rwkv7"  # not every random model can be taught by so few weights
+    model = random_model(n_embd=48, vocab_size=257, seed=seed, generation=generation, head_size=16)
+    return model.requires_grad_(False)
 
 
 def guards(model) -> Guards:
     return Guards(model, FORM, DIALOGUES, SUBJECTS, Curvature.measure(model, localised_names(model), DIALOGUES))
 
 
-def learner(folder, config=CONFIG, seed=0) -> Learner:
-    model = small_model(seed)
+def learner(folder, config=CONFIG, seed=0, generation="rwkv4") -> Learner:
+    model = small_model(seed, generation)
     return Learner(model, BYTES, folder / "profile", config=config, guards=guards(model))
 
 
-def test_corrections_are_learnt_kept_and_undone_exactly(tmp_path):
-    it = learner(tmp_path)
+def test_corrections_are_learnt_kept_and_undone_exactly(tmp_path, generation):
+    it = learner(tmp_path, generation=generation)
     before, seen = it.weights, []
     hashes = []
     for correction in QUICK:
@@ -69,7 +71,7 @@ def test_corrections_are_learnt_kept_and_undone_exactly(tmp_path):
     assert seen[0] == it.active()[0]["id"] and len(seen) > 3
     it.close()
 
-    again = learner(tmp_path)  # after a restart, from a snapshot
+    again = learner(tmp_path, generation=generation)  # after a restart, from a snapshot
     assert again.weights == hashes[-1]
     for file in (tmp_path / "profile" / "snapshots").iterdir():  # and from the journal alone, past a damaged snapshot
         file.write_bytes(file.read_bytes()[:-1])
@@ -103,8 +105,8 @@ def test_base_model_and_serving_model_are_never_written_to(tmp_path):
     it.close()
 
 
-def test_context_of_the_dialogue_is_trained_too(tmp_path):
-    it = learner(tmp_path)
+def test_context_of_the_dialogue_is_trained_too(tmp_path, generation):
+    it = learner(tmp_path, generation=generation)
     context = tuple(BYTES.encode("User: something long before\n\nAssistant: yes\n\n"))
     outcome = it.learn(Correction("sun?", "hot", context))
     assert outcome.accepted, outcome.why
@@ -232,9 +234,10 @@ def test_a_damaged_journal_is_told_and_an_unfinished_end_is_dropped(tmp_path_fac
     assert Journal(path).records == found.records
 
 
-def test_one_step_is_a_plain_gradient_step_on_the_whole_model():
+def test_one_step_is_a_plain_gradient_step_on_the_whole_model(generation):
     """Blocks left out, text read beforehand, rows padded together: none of it changes the gradient."""
-    model = random_model(n_embd=8, n_layer=4, vocab_size=257, dtype=torch.float64).requires_grad_(False)
+    model = random_model(n_embd=8, n_layer=4, vocab_size=257, dtype=torch.float64, generation=generation)
+    model.requires_grad_(False)
     new = [Row([0, *BYTES.encode("a long way before: hot")], 3), Row([0, *BYTES.encode("sun? hot")], 3)]
     new.append(Row([0, *BYTES.encode("other talk. sun? hot")], 3, context=16))
     replayed, kept = [Row([0, *BYTES.encode("ice? cold")], 4)], DIALOGUES[1]
@@ -278,8 +281,8 @@ def test_packed_texts_do_not_know_of_each_other(drawn):
     assert set(begun) <= set(packed.firsts) and len(packed.firsts) == len(packed.tokens) <= len(texts)
 
 
-def test_curvature_is_the_fisher_information_of_each_side():
-    model = small_model()
+def test_curvature_is_the_fisher_information_of_each_side(generation):
+    model = small_model(generation=generation)
     (name,) = localised_names(model)
     curvature = Curvature.measure(model, [name], DIALOGUES)
     outer, inner, count = torch.zeros(48, 48), torch.zeros(192, 192), 0
@@ -301,8 +304,8 @@ def test_curvature_is_the_fisher_information_of_each_side():
 
 
 @pytest.mark.parametrize("scope", ["lora", "full"])
-def test_every_scope_learns_and_changes_what_it_says(tmp_path, scope):
-    it = learner(tmp_path, replace(CONFIG, scope=scope, steps=300))
+def test_every_scope_learns_and_changes_what_it_says(tmp_path, scope, generation):
+    it = learner(tmp_path, replace(CONFIG, scope=scope, steps=300), generation=generation)
     outcome = it.learn(QUICK[0])
     assert outcome.accepted and it.answer("sun?") == "hot", outcome
     ours, base = changed(it.model, it.base), dict(it.base.named_parameters())
@@ -313,15 +316,15 @@ def test_every_scope_learns_and_changes_what_it_says(tmp_path, scope):
         assert ours.keys() == base.keys()
     hashed = it.weights
     it.close()
-    again = learner(tmp_path)  # from the snapshot
+    again = learner(tmp_path, generation=generation)  # from the snapshot
     assert again.weights == hashed and again.answer("sun?") == "hot"
     again.undo()
     assert again.model is again.base
     again.close()
 
 
-def test_a_state_to_begin_with_is_the_empty_one_until_it_is_trained():
-    model, lesson = small_model(), Lesson([Row(DIALOGUES[0], 4)])
+def test_a_state_to_begin_with_is_the_empty_one_until_it_is_trained(generation):
+    model, lesson = small_model(generation=generation), Lesson([Row(DIALOGUES[0], 4)])
     still, _ = learn(model, lesson, None, FeedbackConfig(scope="state", steps=0))
     tokens = torch.tensor([DIALOGUES[1]])
     torch.testing.assert_close(model(tokens)[0], still(tokens)[0], rtol=1e-4, atol=1e-4)
@@ -345,8 +348,8 @@ def test_a_wrong_reply_is_left_and_other_answers_are_kept(tmp_path):
     it.close()
 
 
-def test_the_last_word_on_a_question_counts(tmp_path):
-    it = learner(tmp_path)
+def test_the_last_word_on_a_question_counts(tmp_path, generation):
+    it = learner(tmp_path, generation=generation)
     for answer in ("hot", "cold", "hot", "wet"):
         outcome = it.learn(Correction("sun?", answer))
         assert outcome.accepted and it.answer("sun?") == answer, outcome
@@ -354,8 +357,8 @@ def test_the_last_word_on_a_question_counts(tmp_path):
     it.close()
 
 
-def test_reading_gets_used_to_a_text_and_is_undone_and_replayed(tmp_path):
-    it = learner(tmp_path, replace(CONFIG, learn_rate=0.01))
+def test_reading_gets_used_to_a_text_and_is_undone_and_replayed(tmp_path, generation):
+    it = learner(tmp_path, replace(CONFIG, learn_rate=0.01), generation=generation)
     losses = []
     outcome = it.learn(Reading("to and fro " * 100), tick=lambda step, loss: losses.append(loss))
     assert outcome.accepted and outcome.steps == len(losses) == 9 and losses[-1] < losses[0]
@@ -489,9 +492,9 @@ def test_sampled_replies_are_drawn_by_seed():
     assert draws[0] == draws[1] != draws[2]
 
 
-def test_loss_of_an_answer_does_not_depend_on_where_the_text_is_cut():
+def test_loss_of_an_answer_does_not_depend_on_where_the_text_is_cut(generation):
     row = Row([0, *BYTES.encode("so many words before it " * 10)], 5)
-    model = small_model()
+    model = small_model(generation=generation)
     logits = model(torch.tensor([row.ids[:-1]]))[0][0, -5:]
     want = torch.nn.functional.cross_entropy(logits, torch.tensor(row.ids[-5:])).item()
     assert answer_loss(model, row) == pytest.approx(want, rel=1e-5)

@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from helpers import assert_close_rel
-from runs import config_of, losses_of, metrics, weights
+from runs import config_of, losses_of, metrics, model_of, weights
 
 from rwkv_train.cli import parse
 from rwkv_train.config import DataConfig, LogConfig, ModelConfig, TrainConfig
@@ -22,7 +22,8 @@ from rwkv_train.fit import fit
 ROOT = Path(__file__).parent.parent
 
 
-def test_a_run_learns_and_leaves_what_it_promises(finished, store, capsys):
+def test_a_run_learns_and_leaves_what_it_promises(finished_of, generation):
+    finished = finished_of(generation)
     records = metrics(finished)
     train = [r for r in records if "loss" in r]
     val = [r for r in records if "val_loss" in r]
@@ -46,8 +47,9 @@ def test_a_second_run_of_the_same_name_gets_a_number(store, tmp_path):
     assert config == config_of(store, tmp_path, train=small, name="run-2")
 
 
-def test_interrupted_and_resumed_is_uninterrupted(finished, store, tmp_path, monkeypatch, capsys):
+def test_interrupted_and_resumed_is_uninterrupted(finished_of, store, tmp_path, monkeypatch, capsys, generation):
     """To the bit: with dropout, accumulation, weight decay, in mid-document, and after Ctrl-C in mid-step."""
+    finished = finished_of(generation)
     read = LaneBatches.__getitem__
 
     def read_and_interrupt(self, n):
@@ -55,7 +57,7 @@ def test_interrupted_and_resumed_is_uninterrupted(finished, store, tmp_path, mon
             os.kill(os.getpid(), signal.SIGINT)
         return read(self, n)
 
-    config = config_of(store, tmp_path)
+    config = config_of(store, tmp_path, generation)
     with monkeypatch.context() as m:
         m.setattr(LaneBatches, "__getitem__", read_and_interrupt)
         assert fit(config) == 130
@@ -89,9 +91,9 @@ def test_resuming_with_other_batches_is_refused(finished, store, tmp_path):
         fit(replace(config, data=replace(config.data, lanes=2)), resume="newest")
 
 
-def test_two_processes_are_one(store, tmp_path):
+def test_two_processes_are_one(store, tmp_path, generation):
     """Uneven masks, accumulation: two ranks' gradients are the mean over all trained tokens of the step."""
-    config = config_of(store, tmp_path, model=ModelConfig(n_layer=2, n_embd=24))
+    config = config_of(store, tmp_path, model=model_of(generation))
     assert fit(config) == 0
     two = replace(config, name="two", train=replace(config.train, devices=2))
     file = tmp_path / "two.yaml"
@@ -113,12 +115,12 @@ def test_two_processes_are_one(store, tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-def test_precision_and_recompute_change_the_figures_little(finished, store, tmp_path):
-    want = [loss for _, loss in losses_of(finished)]
+def test_precision_and_recompute_change_the_figures_little(finished_of, store, tmp_path, generation):
+    want = [loss for _, loss in losses_of(finished_of(generation))]
     base = TrainConfig(steps=8, accumulate=2, log_every=1, device="cpu")
-    fit(config_of(store, tmp_path, train=replace(base, recompute=True)))
+    fit(config_of(store, tmp_path, generation, train=replace(base, recompute=True)))
     assert [loss for _, loss in losses_of(tmp_path / "run")] == pytest.approx(want, rel=1e-4)
-    fit(config_of(store, tmp_path, name="bf16", train=replace(base, precision="bf16")))
+    fit(config_of(store, tmp_path, generation, name="bf16", train=replace(base, precision="bf16")))
     assert [loss for _, loss in losses_of(tmp_path / "bf16")] == pytest.approx(want, rel=5e-2)
 
 
@@ -155,6 +157,9 @@ def test_settings_that_clash_are_refused_before_anything_is_written(store, tmp_p
         config_of(store, tmp_path, train=TrainConfig(steps=1, devices=3))
     with pytest.raises(ValueError, match=r"model\.init .* and model\.n_layer contradict"):
         ModelConfig(init="x.pth", n_layer=2)
+    for clash in ({"architecture": "rwkv7", "n_att": 8}, {"head_size": 8}):
+        with pytest.raises(ValueError, match=rf"model\.architecture and model\.{[*clash][-1]} contradict"):
+            ModelConfig(n_layer=1, n_embd=16, **clash)
     with pytest.raises(ValueError, match=r"exactly one of train\.steps and train\.epochs, found both"):
         TrainConfig(steps=1, epochs=1.0)
     assert not (tmp_path / "runs").exists()

@@ -1,4 +1,4 @@
-"""RWKV-4 as a whole: numbers in bfloat16, lanes apart from each other, initial weights as in the recipe."""
+"""Models as a whole: numbers in bfloat16, lanes apart from each other, initial weights of RWKV-4 as in the recipe."""
 
 import math
 
@@ -7,6 +7,7 @@ import torch
 from helpers import assert_close_rel, random_model
 
 from rwkv_train.models.rwkv4 import RWKV4, RWKV4Config
+from rwkv_train.models.rwkv7 import RWKV7, RWKV7Config
 from rwkv_train.state import State
 
 
@@ -16,23 +17,24 @@ def tokens_of(model, lanes=2, length=19):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_float32_with_rounded_weights(dtype):
+def test_half_precision_is_float32_with_rounded_weights(dtype, generation):
     """On the CPU too; the state stays float32."""
-    model = random_model(n_layer=3).to(dtype)
-    wide = random_model(n_layer=3)
+    model = random_model(n_layer=3, generation=generation).to(dtype)
+    wide = random_model(n_layer=3, generation=generation)
     wide.load_state_dict({k: v.float() for k, v in model.state_dict().items()})
     tokens = tokens_of(model)
     ours, state = model(tokens)
     theirs, wide_state = wide(tokens)
     assert ours.dtype == dtype and all(s.dtype == torch.float32 for s in state)
     assert_close_rel(ours, theirs, 0.05, "logits")
-    assert_close_rel(state.wkv[:, 0, :2], wide_state.wkv[:, 0, :2], 0.05, "first layer's sums")
+    sums = slice(2) if generation == "rwkv4" else slice(None)  # not the exponent
+    assert_close_rel(state.wkv[:, 0, sums], wide_state.wkv[:, 0, sums], 0.05, "first layer's sums")
     ours.float().logsumexp(-1).sum().backward()
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
-def test_lanes_do_not_see_each_other():
-    model = random_model(dtype=torch.float64, n_att=24)
+def test_lanes_do_not_see_each_other(generation):
+    model = random_model(dtype=torch.float64, n_att=24, generation=generation)
     tokens = tokens_of(model, lanes=3)
     together, state = model(tokens, model.empty_state(3))
     for lane in range(3):
@@ -42,8 +44,8 @@ def test_lanes_do_not_see_each_other():
             assert_close_rel(a, b, 1e-12)
 
 
-def test_a_reset_at_the_first_token_forgets_the_carried_state():
-    model = random_model(dtype=torch.float64)
+def test_a_reset_at_the_first_token_forgets_the_carried_state(generation):
+    model = random_model(dtype=torch.float64, generation=generation)
     tokens = tokens_of(model)
     _, carried = model(tokens)
     reset = torch.zeros_like(tokens, dtype=torch.bool)
@@ -52,8 +54,8 @@ def test_a_reset_at_the_first_token_forgets_the_carried_state():
     assert not torch.allclose(model(tokens, carried)[0], model(tokens)[0])
 
 
-def test_state_is_kept_in_a_file(tmp_path):
-    model = random_model()
+def test_state_is_kept_in_a_file(tmp_path, generation):
+    model = random_model(generation=generation)
     state = model(tokens_of(model))[1].detach()
     state.save(tmp_path / "state")
     assert all(torch.equal(a, b) for a, b in zip(State.load(tmp_path / "state"), state, strict=True))
@@ -83,6 +85,11 @@ def test_initial_weights():
             assert zero.weight.abs().max() == 0
 
 
-def test_one_layer_and_one_channel():
-    model = RWKV4(RWKV4Config(vocab_size=3, n_embd=1, n_layer=1)).init_weights()
+@pytest.mark.parametrize(
+    "model",
+    [RWKV4(RWKV4Config(vocab_size=3, n_embd=1, n_layer=1)), RWKV7(RWKV7Config(3, n_embd=1, n_layer=1, head_size=1))],
+    ids=lambda model: model.name,
+)
+def test_one_layer_and_one_channel(model):
+    model.init_weights()
     assert model(torch.tensor([[1, 2, 0]]))[0].isfinite().all()

@@ -30,24 +30,28 @@ def test_schedules_halfway():
     )
 
 
-def test_groups_of_the_recipe():
-    model = random_model()
+def test_groups_of_the_recipe(generation):
+    model = random_model(generation=generation)
     config = OptimConfig(lr=1e-3, weight_decay=0.1)
     of = {id(p): g for g in parameter_groups(model, config) for p in g["params"]}
     assert len(of) == len(list(model.parameters()))
     for name, p in model.named_parameters():
-        scale = {"time_decay": 2, "time_first": 3}.get(name.split(".")[-1], 1)
+        scale = {"time_decay": 2, "time_first": 3, "w0": 2}.get(name.split(".")[-1], 1)
         assert of[id(p)]["lr"] == pytest.approx(1e-3 * scale), name
         matrix = name.endswith(".weight") and ".ln" not in name and not name.startswith("ln")
         assert of[id(p)]["weight_decay"] == (0.1 if matrix else 0.0), name
 
 
-def test_optimizer_follows_the_schedule_in_every_group():
+def test_optimizer_follows_the_schedule_in_every_group(generation):
     config = OptimConfig(lr=1e-3, schedule="linear", warmup=3)
-    optimizer, scheduler = make_optimizer(random_model(), config, STEPS)
+    model = random_model(generation=generation)
+    optimizer, scheduler = make_optimizer(model, config, STEPS)
+    assert optimizer.defaults["eps"] == {"rwkv4": 1e-8, "rwkv7": 1e-18}[generation]
+    assert make_optimizer(model, OptimConfig(eps=1e-6), STEPS)[0].defaults["eps"] == 1e-6
+    multipliers = (1, 2, 3) if generation == "rwkv4" else (1, 2)
     for step in range(20):
         lrs = sorted({g["lr"] for g in optimizer.param_groups})
-        assert lrs == pytest.approx([k * rate(config, step, STEPS) for k in (1, 2, 3)])
+        assert lrs == pytest.approx([k * rate(config, step, STEPS) for k in multipliers])
         optimizer.step()
         scheduler.step()
 

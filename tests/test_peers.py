@@ -4,6 +4,7 @@ And the case this project began with: training on a CPU from a carried state, wh
 """
 
 import functools
+import sys
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ from helpers import assert_close_rel, random_model
 from torch.nn import functional as F
 
 from rwkv_train import load_model, save_model
-from rwkv_train.models import rwkv4
-from rwkv_train.wkv import wkv4
+from rwkv_train.models import rwkv4, rwkv7
+from rwkv_train.state import State
+from rwkv_train.wkv import wkv4, wkv7
 
 T = 20
 
@@ -24,13 +26,18 @@ def transformers():
 
 @pytest.fixture
 def rwkv_package(monkeypatch):
-    """The package's model class; it reads its options from the environment and sets torch's when imported."""
+    """Opens a .pth with the package; it reads its options from the environment and sets torch's when imported."""
     monkeypatch.setenv("RWKV_JIT_ON", "0")
     monkeypatch.setenv("RWKV_CUDA_ON", "0")
-    monkeypatch.delenv("RWKV_V7_ON", raising=False)
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     before = cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32
-    yield pytest.importorskip("rwkv.model").RWKV
+
+    def open_model(path, generation):
+        monkeypatch.setenv("RWKV_V7_ON", "1" if generation == "rwkv7" else "0")
+        monkeypatch.delitem(sys.modules, "rwkv.model", raising=False)
+        return pytest.importorskip("rwkv.model").RWKV(model=str(path), strategy="cpu fp32")
+
+    yield open_model
     cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = before
 
 
@@ -83,10 +90,18 @@ def test_transformers_files_survive_us(transformers, tmp_path):
         assert getattr(back.config, option) == getattr(config, option)
 
 
-def test_logits_and_state_equal_the_rwkv_package(rwkv_package, tmp_path):
-    model, tokens = random_model(n_layer=3, n_ffn=40), random_tokens(1, T)
+def as_ours(model, theirs) -> State:
+    """The package's list of states, layer by layer: time mix, its sums, channel mix."""
+    n = len(theirs) // model.config.n_layer  # rwkv4: numerator, denominator, exponent; rwkv7: the matrix
+    att, *sums, ffn = (torch.stack(theirs[i::n]) for i in range(n))
+    return State(torch.stack([att, ffn], 1), torch.stack(sums, 1) if len(sums) > 1 else sums[0])
+
+
+def test_logits_and_state_equal_the_rwkv_package(rwkv_package, tmp_path, generation):
+    sizes = {"n_embd": 16} if generation == "rwkv4" else {"n_embd": 128, "head_size": 64}
+    model, tokens = random_model(n_layer=3, n_ffn=40, generation=generation, **sizes), random_tokens(1, T)
     save_model(model, tmp_path / "m.pth")
-    theirs = rwkv_package(model=str(tmp_path / "m"), strategy="cpu fp32", verbose=False)
+    theirs = rwkv_package(tmp_path / "m", generation)
     with torch.no_grad():
         logits, state = model(tokens)
     at_once, their_state = theirs.forward(tokens[0].tolist(), None, full_output=True)
@@ -95,13 +110,9 @@ def test_logits_and_state_equal_the_rwkv_package(rwkv_package, tmp_path):
     for t, token in enumerate(tokens[0].tolist()):
         one, carried = theirs.forward([token], carried)
         assert (logits[0, t] - one).abs().max() <= 1e-3
-    for five in (
-        their_state,
-        carried,
-    ):  # of each layer: time mix, numerator, denominator, exponent, channel mix
-        att, a, b, e, ffn = (torch.stack(five[i::5]) for i in range(5))
-        assert_close_rel(state.shift[0], torch.stack([att, ffn], 1), 1e-5, "shift")
-        assert_close_rel(state.wkv[0], torch.stack([a, b, e], 1), 1e-5, "wkv")
+    for found in (their_state, carried):
+        for ours, part in zip(state.select(0), as_ours(model, found), strict=True):
+            assert_close_rel(ours[0], part, 1e-5)
 
 
 def loss_of(model, tokens, state):
@@ -114,9 +125,9 @@ def gradients(model, tokens, state):
     return dict(zip(names, torch.autograd.grad(loss_of(model, tokens, state)[0], parameters), strict=True))
 
 
-def test_training_from_a_carried_state_on_a_cpu(monkeypatch):
+def test_training_from_a_carried_state_on_a_cpu(monkeypatch, generation):
     """Every parameter's gradient equals the reference backend's, and the slope of the loss itself."""
-    model, tokens = random_model(dtype=torch.float64), random_tokens(2, T)
+    model, tokens = random_model(dtype=torch.float64, generation=generation), random_tokens(2, T)
     first, second = tokens[:, : T // 2], tokens[:, T // 2 :]
     with torch.no_grad():
         state = model(first)[1]
@@ -124,6 +135,7 @@ def test_training_from_a_carried_state_on_a_cpu(monkeypatch):
     found = gradients(model, second, state)
     with monkeypatch.context() as patch:
         patch.setattr(rwkv4, "wkv4", functools.partial(wkv4, backend="reference"))
+        patch.setattr(rwkv7, "wkv7", functools.partial(wkv7, backend="reference"))
         for name, expected in gradients(model, second, state).items():
             assert_close_rel(found[name], expected, 1e-10, name)
     rng, h = torch.Generator().manual_seed(1), 1e-5
@@ -138,8 +150,8 @@ def test_training_from_a_carried_state_on_a_cpu(monkeypatch):
         assert_close_rel((found[name] * direction).sum(), slope, 1e-6, name)
 
 
-def test_undetached_state_gives_the_gradient_of_the_whole_text():
-    model, tokens = random_model(dtype=torch.float64), random_tokens(2, T)
+def test_undetached_state_gives_the_gradient_of_the_whole_text(generation):
+    model, tokens = random_model(dtype=torch.float64, generation=generation), random_tokens(2, T)
     half = T // 2
     parameters = list(model.parameters())
     whole = F.cross_entropy(model(tokens[:, :-1])[0][:, half:].flatten(0, 1), tokens[:, half + 1 :].flatten())

@@ -24,12 +24,12 @@ MODULES = sorted((ROOT / "rwkv_train").rglob("*.py"))
 LAYERS = [
     ["__init__", "files", "weightfile", "savepoint", "config", "wkv", "tokenizer", "state"],
     ["models"],
-    ["loss", "hf", "checkpoint"],
+    ["loss", "hf", "tuning", "checkpoint"],
     ["bptt", "optim", "data"],
     ["evaluate", "generate", "dialogue", "room", "runlog", "batches", "strategies", "feedback"],
     ["module"],
-    ["callbacks", "report"],
-    ["fit", "commands", "chat", "corrections", "cli"],
+    ["callbacks"],
+    ["fit", "commands", "report", "chat", "corrections", "cli"],
 ]
 HEAVY = {
     "lightning": {"module", "callbacks", "strategies", "fit"},

@@ -194,6 +194,7 @@ def test_a_report_needs_nothing_else_and_works_on_an_unfinished_run(finished, tm
 
 
 def test_wandb_offline_is_read_back_and_a_resumed_run_keeps_its_id(store, tmp_path, monkeypatch):
+    import wandb
     from wandb.proto import wandb_internal_pb2
 
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
@@ -201,8 +202,9 @@ def test_wandb_offline_is_read_back_and_a_resumed_run_keeps_its_id(store, tmp_pa
     assert fit(config) == 0
     shutil.rmtree(savepoint(tmp_path / "run", 4))
     assert fit(config, resume="newest") == 0
+    wandb.teardown()  # its own process writes the files
     ids, logged = set(), {}
-    for path in (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"):
+    for path in sorted((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")):
         for content in log_records(path.read_bytes()):
             record = wandb_internal_pb2.Record.FromString(content)
             if record.HasField("run"):

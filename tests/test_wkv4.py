@@ -303,7 +303,7 @@ def test_without_a_compiler(fresh, monkeypatch, capsys):
 def test_a_build_that_fails(fresh, monkeypatch, tmp_path, capsys):
     broken = tmp_path / "broken.cpp"
     broken.write_text("int f() { return undeclared_name; }\n")
-    monkeypatch.setattr(cpu, "SOURCE", broken)
+    monkeypatch.setattr(cpu, "SOURCES", (broken,))
     assert not cpu.available() and not cpu.available()
     building, failed = capsys.readouterr().err.splitlines()
     assert "building the CPU kernel" in building

@@ -17,6 +17,7 @@ from rwkv_train.bptt import chunked_loss
 from rwkv_train.feedback.curvature import Curvature
 from rwkv_train.feedback.texts import CHUNK, Batch, Row, Scope, batches, kept
 from rwkv_train.models.common import RWKV
+from rwkv_train.state import State
 
 RANK = 8  # of the factors of scope lora
 FOLLOWED = 128  # tokens of one step of /learn
@@ -155,7 +156,7 @@ def learn(
             for name, p in parameters.items():
                 p -= size * ways[name]
             if config.scope == "state":
-                twin.initial_wkv[:, :, 1].clamp_(min=0)  # a denominator
+                twin.repair_state(State(twin.initial_shift, twin.initial_wkv))
         tick(step + 1, loss.item())
     return _finished(twin, config.scope), step
 
@@ -164,12 +165,8 @@ def _trainable(model: RWKV, scope: Scope) -> tuple[RWKV, dict[str, nn.Parameter]
     """A twin of a model, and what of it is trained, by name."""
     names, own = localised_names(model), dict(model.named_parameters())
     if scope == "state":
-        # Exactly the empty state, but with an exponent that gradients come through.
-        empty = model.empty_state(1)
-        wkv = empty.wkv.clone()
-        wkv[:, :, 2] = wkv[:, :, 2].clamp(min=0)
-        own |= {"initial_shift": empty.shift, "initial_wkv": wkv}
         names = ["initial_shift", "initial_wkv"]
+        own = dict(zip(names, model.trainable_state(), strict=True)) | own
     elif scope == "full":
         names = list(own)
     twin = with_weights(model, {name: own[name].detach() for name in names})

@@ -188,14 +188,14 @@ def answer_loss(model: RWKV, row: Row) -> float:
 
 
 @torch.no_grad()
-def _entered(model: RWKV, packed: Packed, state: State, scope: Scope) -> Tensor | None:
-    """What the lower half of a model's blocks makes of texts [B,T,C]; None where it is trained."""
+def _entered(model: RWKV, packed: Packed, state: State, scope: Scope) -> tuple[Tensor, Tensor | None] | None:
+    """What the lower half of a model's blocks makes of texts, x [B,T,C] and carry; None where it is trained."""
     if scope in ("full", "state"):
         return None
-    x = model.emb(packed.tokens)
+    x, carry = model.enter(packed.tokens)
     for i, block in enumerate(model.blocks[: len(model.blocks) // 2]):
-        x, _, _ = block(x, state.shift[:, i], state.wkv[:, i], packed.reset)
-    return x
+        x, _, _, carry = block(x, state.shift[:, i], state.wkv[:, i], packed.reset, carry)
+    return x, carry
 
 
 def _share_lower(a: RWKV, b: RWKV) -> bool:
@@ -205,7 +205,7 @@ def _share_lower(a: RWKV, b: RWKV) -> bool:
 
 
 def _upper(
-    model: RWKV, packed: Packed, state: State, scope: Scope, entered: Tensor | None
+    model: RWKV, packed: Packed, state: State, scope: Scope, entered: tuple[Tensor, Tensor | None] | None
 ) -> tuple[RWKV, Tensor, State]:
     """(model, tokens, state) that give what these do, from the first trained matrix on.
 
@@ -215,26 +215,29 @@ def _upper(
         return model, packed.tokens, state
     first = len(model.blocks) // 2
     state = State(*(part[:, first:] for part in state))
-    begun = _Begun(model.blocks[first], entered, state, packed.reset)
-    upper = _with(model, emb=nn.Identity(), blocks=nn.ModuleList([begun, *model.blocks[first + 1 :]]))
+    begun = _Begun(model.blocks[first], *entered, state, packed.reset)
+    upper = _with(model, blocks=nn.ModuleList([begun, *model.blocks[first + 1 :]]))
+    upper.enter = lambda places: (places, None)
     return upper, torch.arange(packed.tokens.numel(), device=model.device).view_as(packed.tokens), state
 
 
 class _Begun(nn.Module):
     """A block of which only the channel mix's value matrix is left to do: at places [B,T] of known texts."""
 
-    def __init__(self, block: nn.Module, entered: Tensor, state: State, reset: Tensor):
+    def __init__(self, block: nn.Module, x: Tensor, carry: Tensor | None, state: State, reset: Tensor):
         super().__init__()
-        self.value, probe = block.ffn.value, _Probe(entered.shape[-1])
+        self.value, probe = block.ffn.value, _Probe(x.shape[-1])
         block = _with(block, ffn=_with(block.ffn, value=probe))
         with torch.enable_grad():
-            x, _, _ = block(entered, state.shift[:, 0], state.wkv[:, 0], reset)
+            x, _, _, carry = block(x, state.shift[:, 0], state.wkv[:, 0], reset, carry)
         # Whatever a generation does with the matrix's output, it is linear: the slope is all there is to know.
         (gate,) = torch.autograd.grad(x.sum(), probe.output)
         self.x, self.gate, self.hidden = (part.detach().flatten(0, 1) for part in (x, gate, probe.hidden))
+        self.carry = None if carry is None else carry.detach().flatten(0, 1)
 
-    def forward(self, places: Tensor, shift: Tensor, wkv: Tensor, reset: Tensor | None):
-        return self.x[places] + self.gate[places] * self.value(self.hidden[places]), shift, wkv
+    def forward(self, places: Tensor, shift: Tensor, wkv: Tensor, reset: Tensor | None, carry: None):
+        carry = None if self.carry is None else self.carry[places]
+        return self.x[places] + self.gate[places] * self.value(self.hidden[places]), shift, wkv, carry
 
 
 class _Probe(nn.Module):

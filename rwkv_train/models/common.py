@@ -1,7 +1,11 @@
-"""What every RWKV generation shares: token shift, initialisation helpers, the outer shape of a model."""
+"""What every RWKV generation shares: token shift, blocks, initialisation helpers, the outer shape of a model."""
+
+from collections.abc import Iterable
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from rwkv_train.state import State
@@ -33,22 +37,60 @@ class LayerNorm(nn.LayerNorm):
         )
 
 
-class RWKV(nn.Module):
-    """Embedding, a stack of blocks, head. Subclasses set `config`, `emb`, `blocks`, `ln_out`, `head`.
+class Block(nn.Module):
+    """x += Att(LN1 x); x += Ffn(LN2 x), with the embedding's norm in front of the first block.
 
-    A block is called as block(x [B,T,C], shift [B,2,C], wkv [B,...], reset) and returns the same three, advanced.
+    Called as block(x [B,T,C], shift [B,2,C], wkv [B,...], reset, carry); returns x, shift, wkv and carry, advanced.
+    carry is what a generation hands from block to block besides x, within one forward: RWKV-7 the first block's
+    values [B,T,C], RWKV-4 nothing (None).
     """
 
-    def __init__(self):
+    def __init__(self, n_embd: int, att: nn.Module, ffn: nn.Module, first: bool, dropout: float):
         super().__init__()
+        self.ln0 = LayerNorm(n_embd) if first else None
+        self.ln1 = LayerNorm(n_embd)
+        self.ln2 = LayerNorm(n_embd)
+        self.att = att
+        self.ffn = ffn
+        self.dropout = dropout
+
+    def forward(self, x: Tensor, shift: Tensor, wkv: Tensor, reset: Tensor | None, carry: Tensor | None):
+        if self.ln0 is not None:
+            x = self.ln0(x)
+        out, att_last, wkv, carry = self.att(self.ln1(x), shift[:, 0], wkv, reset, carry)
+        x = x + F.dropout(out, self.dropout, self.training)
+        out, ffn_last = self.ffn(self.ln2(x), shift[:, 1], reset)
+        x = x + F.dropout(out, self.dropout, self.training)
+        return x, torch.stack([att_last, ffn_last], 1), wkv, carry
+
+
+class RWKV(nn.Module):
+    """Embedding, a stack of blocks, head.
+
+    A generation is a subclass: its `name` and `adam_eps` (of its training recipe), its time mix and channel mix,
+    the shape of its state and its fresh weights.
+    """
+
+    name: str
+    adam_eps: float
+
+    def __init__(self, config, blocks: Iterable[tuple[nn.Module, nn.Module]]):
+        """config: sizes; blocks: the time mix and the channel mix of every layer."""
+        super().__init__()
+        self.config = config
+        self.emb = nn.Embedding(config.vocab_size, config.n_embd)
+        self.blocks = nn.ModuleList(
+            Block(config.n_embd, att, ffn, i == 0, config.dropout) for i, (att, ffn) in enumerate(blocks)
+        )
+        self.ln_out = LayerNorm(config.n_embd)
+        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.register_parameter("initial_shift", None)
         self.register_parameter("initial_wkv", None)
 
     def empty_state(self, batch: int) -> State:
         """The state before a document's first token, for `batch` lanes.
 
-        A model that begins elsewhere than at nothing has it as initial_shift [1,L,2,C] and initial_wkv [1,L,...];
-        a reset inside a text still goes back to nothing.
+        A model that begins elsewhere than at nothing has it as initial_shift [1,L,2,C] and initial_wkv [1,L,...].
         """
         if self.initial_wkv is None:
             return self.zero_state(batch)
@@ -56,7 +98,23 @@ class RWKV(nn.Module):
 
     def zero_state(self, batch: int) -> State:
         """The state that knows nothing, for `batch` lanes."""
+        c, like = self.config, {"dtype": self.state_dtype, "device": self.device}
+        return State(torch.zeros(batch, c.n_layer, 2, c.n_embd, **like), self.zero_wkv(batch, **like))
+
+    def zero_wkv(self, batch: int, **like) -> Tensor:
+        """The time mixes' part of it [B,L,...], with the dtype and device of `like`."""
         raise NotImplementedError
+
+    def trainable_state(self) -> State:
+        """`zero_state` of one lane in a form that gradients come through."""
+        return self.zero_state(1)
+
+    def repair_state(self, state: State) -> None:
+        """Put a state that a gradient step changed back into what a text could leave, in place."""
+
+    def enter(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What the first block gets: x [B,T,C] and carry."""
+        return self.emb(tokens), None
 
     def forward(self, tokens: Tensor, state: State | None = None, reset: Tensor | None = None) -> tuple[Tensor, State]:
         """Logits of the next token at every position.
@@ -79,16 +137,29 @@ class RWKV(nn.Module):
         state = self.empty_state(tokens.shape[0]) if state is None else state
         if state.shift.shape[0] != tokens.shape[0]:
             raise ValueError(f"state has {state.shift.shape[0]} lanes and tokens {tokens.shape[0]}; they must agree")
-        x = self.emb(tokens)
+        if reset is not None and self.initial_wkv is not None:
+            return self._hidden_from_initial(tokens, state, reset, recompute)
+        x, carry = self.enter(tokens)
         shifts, wkvs = [], []
         for block, shift, wkv in zip(self.blocks, state.shift.unbind(1), state.wkv.unbind(1), strict=True):
             if recompute and torch.is_grad_enabled():
-                x, shift, wkv = checkpoint(block, x, shift, wkv, reset, use_reentrant=False)
+                x, shift, wkv, carry = checkpoint(block, x, shift, wkv, reset, carry, use_reentrant=False)
             else:
-                x, shift, wkv = block(x, shift, wkv, reset)
+                x, shift, wkv, carry = block(x, shift, wkv, reset, carry)
             shifts.append(shift)
             wkvs.append(wkv)
         return self.ln_out(x), State(torch.stack(shifts, 1), torch.stack(wkvs, 1))
+
+    def _hidden_from_initial(self, tokens, state: State, reset: Tensor, recompute: bool) -> tuple[Tensor, State]:
+        """Blocks reset to nothing. Where documents begin otherwise, they are read from one beginning to the next."""
+        cuts, xs = sorted({0, *reset.any(0).nonzero().flatten().tolist()}), []
+        for start, end in pairwise([*cuts, tokens.shape[1]]):
+            begins, initial = reset[:, start], self.empty_state(len(tokens))
+            pairs = zip(initial, state, strict=True)
+            state = State(*(torch.where(begins.view(-1, *[1] * (s.ndim - 1)), i, s) for i, s in pairs))
+            x, state = self.hidden(tokens[:, start:end], state, None, recompute)
+            xs.append(x)
+        return torch.cat(xs, 1), state
 
     @property
     def dtype(self) -> torch.dtype:

@@ -5,9 +5,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from rwkv_train.models.common import RWKV, LayerNorm, orthogonal_, token_shift
+from rwkv_train.models.common import RWKV, orthogonal_, token_shift
 from rwkv_train.state import State
 from rwkv_train.wkv import wkv4
 
@@ -46,14 +45,14 @@ class TimeMix(nn.Module):
         self.receptance = nn.Linear(c.n_embd, c.n_att, bias=False)
         self.output = nn.Linear(c.n_att, c.n_embd, bias=False)
 
-    def forward(self, x: Tensor, last: Tensor, wkv: Tensor, reset: Tensor | None):
+    def forward(self, x: Tensor, last: Tensor, wkv: Tensor, reset: Tensor | None, carry: None):
         shifted, last = token_shift(x, last, reset)
         k = self.key(torch.lerp(shifted, x, self.time_mix_k.to(x.dtype)))
         v = self.value(torch.lerp(shifted, x, self.time_mix_v.to(x.dtype)))
         r = self.receptance(torch.lerp(shifted, x, self.time_mix_r.to(x.dtype)))
         w, u = -torch.exp(self.time_decay.to(wkv.dtype)), self.time_first.to(wkv.dtype)
         y, wkv = wkv4(w, u, k, v, wkv, reset)
-        return self.output(torch.sigmoid(r) * y), last, wkv
+        return self.output(torch.sigmoid(r) * y), last, wkv, carry
 
 
 class ChannelMix(nn.Module):
@@ -74,43 +73,28 @@ class ChannelMix(nn.Module):
         return torch.sigmoid(r) * self.value(torch.relu(k).square()), last
 
 
-class Block(nn.Module):
-    """x += Att(LN1 x); x += Ffn(LN2 x), with the embedding's norm in front of the first block."""
-
-    def __init__(self, c: RWKV4Config, first: bool):
-        super().__init__()
-        self.ln0 = LayerNorm(c.n_embd) if first else None
-        self.ln1 = LayerNorm(c.n_embd)
-        self.ln2 = LayerNorm(c.n_embd)
-        self.att = TimeMix(c)
-        self.ffn = ChannelMix(c)
-        self.dropout = c.dropout
-
-    def forward(self, x: Tensor, shift: Tensor, wkv: Tensor, reset: Tensor | None):
-        if self.ln0 is not None:
-            x = self.ln0(x)
-        out, att_last, wkv = self.att(self.ln1(x), shift[:, 0], wkv, reset)
-        x = x + F.dropout(out, self.dropout, self.training)
-        out, ffn_last = self.ffn(self.ln2(x), shift[:, 1], reset)
-        return x + F.dropout(out, self.dropout, self.training), torch.stack([att_last, ffn_last], 1), wkv
-
-
 class RWKV4(RWKV):
     """RWKV-4 language model; see `RWKV.forward` for the call."""
 
-    def __init__(self, config: RWKV4Config):
-        super().__init__()
-        self.config = config
-        self.emb = nn.Embedding(config.vocab_size, config.n_embd)
-        self.blocks = nn.ModuleList(Block(config, first=i == 0) for i in range(config.n_layer))
-        self.ln_out = LayerNorm(config.n_embd)
-        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+    name = "RWKV-4"
+    adam_eps = 1e-8
 
-    def zero_state(self, batch: int) -> State:
-        c, like = self.config, {"dtype": self.state_dtype, "device": self.device}
-        wkv = torch.zeros(batch, c.n_layer, 3, c.n_att, **like)
+    def __init__(self, config: RWKV4Config):
+        super().__init__(config, ((TimeMix(config), ChannelMix(config)) for _ in range(config.n_layer)))
+
+    def zero_wkv(self, batch: int, **like) -> Tensor:
+        wkv = torch.zeros(batch, self.config.n_layer, 3, self.config.n_att, **like)
         wkv[:, :, 2] = -1e38
-        return State(torch.zeros(batch, c.n_layer, 2, c.n_embd, **like), wkv)
+        return wkv
+
+    def trainable_state(self) -> State:
+        """Exactly the empty state: numerator and denominator are 0, whatever the exponent."""
+        shift, wkv = self.zero_state(1)
+        wkv[:, :, 2] = 0
+        return State(shift, wkv)
+
+    def repair_state(self, state: State) -> None:
+        state.wkv[:, :, 1].clamp_(min=0)  # a denominator
 
     @torch.no_grad()
     def init_weights(self) -> "RWKV4":

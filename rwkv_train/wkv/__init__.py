@@ -1,15 +1,18 @@
 """The recurrences of RWKV, one function each, with interchangeable backends.
 
-reference.py  the specification, plain torch        fallback.py  vectorised torch, any device
-cpu.py        the C++ kernel, built at first use    wkv4.h       formulas shared by C++ and CUDA
+wkv7.py       the operator of RWKV-7; that of RWKV-4 is here
+reference.py  the specification, plain torch         fallback.py, chunked7.py  vectorised torch, any device
+cpu.py        the C++ kernels, built at first use    wkv4.h, wkv7.h            formulas shared by C++ and CUDA
 """
 
 import torch
 from torch import Tensor
 
 from rwkv_train.wkv import cpu, fallback, reference
+from rwkv_train.wkv.arguments import cast, check
+from rwkv_train.wkv.wkv7 import wkv7
 
-__all__ = ["empty_state", "wkv4"]
+__all__ = ["empty_state", "wkv4", "wkv7"]
 
 
 def empty_state(batch: int, channels: int, *, dtype=torch.float32, device=None) -> Tensor:
@@ -58,12 +61,8 @@ def wkv4(
     """
     dtype = _check(w, u, k, v, state, reset)
     run = _pick(backend, k.device)
-    y, state = run(*(_cast(x, dtype) for x in (w, u, k, v, state)), reset)
-    return _cast(y, k.dtype), state
-
-
-def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x if x.dtype == dtype else x.to(dtype)  # a `to` with nothing to do still costs 2 us
+    y, state = run(*(cast(x, dtype) for x in (w, u, k, v, state)), reset)
+    return cast(y, k.dtype), state
 
 
 def _pick(backend: str, device: torch.device):
@@ -85,31 +84,15 @@ def _pick(backend: str, device: torch.device):
 
 
 def _check(w, u, k, v, state, reset) -> torch.dtype:
-    """Refuse wrong shapes, dtypes and devices by the argument's name; return the dtype to compute in."""
+    """Refuse what is no argument of wkv4; return the dtype to compute in."""
     if k.dim() != 3 or k.shape[1] < 1:
         raise ValueError(f"wkv4: k has shape {list(k.shape)}, expected [B, T, C] with T >= 1")
     B, T, C = k.shape
-    dtype = torch.float32
-    for name, x, axes, shape in (
-        ("w", w, "[C]", (C,)),
-        ("u", u, "[C]", (C,)),
-        ("k", k, "[B, T, C]", (B, T, C)),
-        ("v", v, "[B, T, C]", (B, T, C)),
-        ("state", state, "[B, 3, C]", (B, 3, C)),
-    ):
-        if x.shape != shape:
-            raise ValueError(f"wkv4: {name} has shape {list(x.shape)}, expected {axes} = {list(shape)}")
-        if not x.is_floating_point():
-            raise ValueError(f"wkv4: {name} is {x.dtype}, expected a floating dtype")
-        if x.device != k.device:
-            raise ValueError(f"wkv4: {name} is on {x.device}, expected {k.device}, where k is")
-        if x.dtype == torch.float64:
-            dtype = torch.float64
-    if reset is not None:
-        if reset.shape != (B, T):
-            raise ValueError(f"wkv4: reset has shape {list(reset.shape)}, expected [B, T] = {[B, T]}")
-        if reset.dtype != torch.bool:
-            raise ValueError(f"wkv4: reset is {reset.dtype}, expected torch.bool")
-        if reset.device != k.device:
-            raise ValueError(f"wkv4: reset is on {reset.device}, expected {k.device}, where k is")
-    return dtype
+    arguments = {
+        "w": (w, "[C]", (C,)),
+        "u": (u, "[C]", (C,)),
+        "k": (k, "[B, T, C]", (B, T, C)),
+        "v": (v, "[B, T, C]", (B, T, C)),
+        "state": (state, "[B, 3, C]", (B, 3, C)),
+    }
+    return check("wkv4", "k", arguments, reset)

@@ -1,4 +1,4 @@
-"""The C++ kernel: built with the system's compiler at first use, kept in the user's cache, called by ctypes.
+"""The C++ kernels: built with the system's compiler at first use, kept in the user's cache, called by ctypes.
 
 Nothing happens at import. `available` decides for backend "auto", and says why when the answer is no, once.
 """
@@ -17,8 +17,9 @@ import platformdirs
 import torch
 from torch.autograd.function import once_differentiable
 
-SOURCE = Path(__file__).with_name("wkv4_cpu.cpp")
-HEADER = Path(__file__).with_name("wkv4.h")
+FOLDER = Path(__file__).parent
+SOURCES = (FOLDER / "wkv4_cpu.cpp", FOLDER / "wkv7_cpu.cpp")
+HEADERS = (FOLDER / "jobs.h", FOLDER / "wkv4.h", FOLDER / "wkv7.h")
 COMPILERS = ("c++", "g++", "clang++")
 # No -ffast-math: it would reorder the operations that split an exponent into an integer and a small rest.
 FLAGS = (
@@ -45,9 +46,7 @@ class _Gradients(ctypes.Structure):
 
 def wkv4(w, u, k, v, state, reset=None):
     """WKV-4 by the C++ kernel; see `rwkv_train.wkv.wkv4`. CPU tensors, all float32 or all float64."""
-    library, why_not = load()
-    if library is None:
-        raise RuntimeError(f'wkv4: backend "cpu" is not available: {why_not}')
+    demand("wkv4")
     if torch.is_grad_enabled() and any(x.requires_grad for x in (w, u, k, v, state)):
         return _WKV4.apply(w, u, k, v, state, reset)
     y, state, _, _ = _forward(w, u, k, v, state, reset, save=False)
@@ -62,6 +61,13 @@ def available() -> bool:
     return library is not None
 
 
+def demand(operator: str) -> None:
+    """Raise RuntimeError, with the reason, where the kernels cannot be had."""
+    library, why_not = load()
+    if library is None:
+        raise RuntimeError(f'{operator}: backend "cpu" is not available: {why_not}')
+
+
 @functools.cache
 def load() -> tuple[ctypes.CDLL | None, str]:
     """The library, from the cache or built now; or None and one line: what is missing and what to do."""
@@ -73,7 +79,7 @@ def load() -> tuple[ctypes.CDLL | None, str]:
         )
     cache = Path(platformdirs.user_cache_dir("rwkv_train"))
     try:
-        stem = f"wkv4-{_key(compiler)}"
+        stem = f"wkv-{_key(compiler)}"
         return _find(cache, stem) or _build(compiler, cache, stem), ""
     except subprocess.CalledProcessError as error:
         lines = [line for line in error.stderr.splitlines() if "error" in line] or error.stderr.splitlines()
@@ -93,7 +99,7 @@ def _key(compiler: str) -> str:
     """Whatever the machine code depends on: sources, flags, compiler, and the CPU as the compiler sees it."""
     # The predefined macros name the compiler's version and, under -march=native, every extension of this CPU.
     macros = _run(compiler, *FLAGS, "-x", "c++", "-dM", "-E", os.devnull)
-    parts = [SOURCE.read_bytes(), HEADER.read_bytes(), " ".join(FLAGS).encode(), macros.encode()]
+    parts = [*(path.read_bytes() for path in SOURCES + HEADERS), " ".join(FLAGS).encode(), macros.encode()]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 
@@ -113,8 +119,8 @@ def _build(compiler: str, cache: Path, stem: str) -> ctypes.CDLL:
     print("rwkv_train: building the CPU kernel (once, a few seconds) ...", file=sys.stderr, flush=True)
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as folder:
-        built = Path(folder) / "wkv4.so"
-        _run(compiler, *FLAGS, "-o", str(built), str(SOURCE))
+        built = Path(folder) / "wkv.so"
+        _run(compiler, *FLAGS, "-o", str(built), *map(str, SOURCES))
         path = cache / f"{stem}-{_digest(built)}.so"
         os.replace(built, path)
     return _bind(path)
@@ -130,11 +136,12 @@ def _digest(path: Path) -> str:
 
 def _bind(path: Path) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
-    for dtype in ("f32", "f64"):
-        for name, second in (("forward", _Results), ("backward", _Gradients)):
-            function = getattr(library, f"wkv4_{name}_{dtype}")
-            function.argtypes = (ctypes.POINTER(_Inputs), ctypes.POINTER(second), ctypes.c_int)
-            function.restype = None
+    for operator in ("wkv4", "wkv7"):
+        for direction in ("forward", "backward"):
+            for dtype in ("f32", "f64"):
+                function = getattr(library, f"{operator}_{direction}_{dtype}")
+                function.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int)
+                function.restype = None
     return library
 
 
@@ -143,14 +150,19 @@ def _notice_once(text: str) -> None:
     print(f"rwkv_train: {text}", file=sys.stderr, flush=True)
 
 
-def _kernel(name: str, dtype: torch.dtype):
-    return getattr(load()[0], f"wkv4_{name}_{'f64' if dtype == torch.float64 else 'f32'}")
+def run(kernel: str, dtype: torch.dtype, inputs: ctypes.Structure, outputs: ctypes.Structure) -> None:
+    """Call "wkv4_forward" and the like on structures of addresses, with as many threads as torch uses."""
+    function = getattr(load()[0], f"{kernel}_{'f64' if dtype == torch.float64 else 'f32'}")
+    function(ctypes.byref(inputs), ctypes.byref(outputs), torch.get_num_threads())
+
+
+def address(x: torch.Tensor | None) -> int | None:
+    """Of a contiguous tensor, which the caller keeps alive."""
+    return None if x is None else x.data_ptr()
 
 
 def _inputs(w, u, k, v, state, reset) -> _Inputs:
-    """Addresses of contiguous tensors, which the caller keeps alive."""
-    pointers = [x.data_ptr() for x in (w, u, k, v, state)]
-    return _Inputs(*k.shape, *pointers, None if reset is None else reset.data_ptr())
+    return _Inputs(*k.shape, *map(address, (w, u, k, v, state, reset)))
 
 
 def _forward(w, u, k, v, state, reset, save: bool):
@@ -161,8 +173,7 @@ def _forward(w, u, k, v, state, reset, save: bool):
     lse = last = None
     if save:
         lse, last = torch.empty_like(k), k.new_empty(k.shape[0], k.shape[2], dtype=torch.int32)
-    results = _Results(*(None if x is None else x.data_ptr() for x in (y, out, lse, last)))
-    _kernel("forward", k.dtype)(_inputs(w, u, k, v, state, reset), results, torch.get_num_threads())
+    run("wkv4_forward", k.dtype, _inputs(w, u, k, v, state, reset), _Results(*map(address, (y, out, lse, last))))
     return y, out, lse, last
 
 
@@ -182,6 +193,6 @@ class _WKV4(torch.autograd.Function):
         gy, gstate = gy.contiguous(), gstate.contiguous()
         gw, gu = w.new_empty(2, k.shape[0], k.shape[2])
         gk, gv, initial = torch.empty_like(k), torch.empty_like(v), torch.empty_like(state)
-        gradients = _Gradients(*(x.data_ptr() for x in (y, lse, out, gy, gstate, last, gw, gu, gk, gv, initial)))
-        _kernel("backward", k.dtype)(_inputs(w, u, k, v, state, reset), gradients, torch.get_num_threads())
+        gradients = _Gradients(*map(address, (y, lse, out, gy, gstate, last, gw, gu, gk, gv, initial)))
+        run("wkv4_backward", k.dtype, _inputs(w, u, k, v, state, reset), gradients)
         return gw.sum(0), gu.sum(0), gk, gv, initial, None

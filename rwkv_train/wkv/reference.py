@@ -41,3 +41,16 @@ def wkv4(w, u, k, v, state, reset=None):
         ys.append(wkv4_out(u, kt, vt, a, b, e)[0])
         a, b, e = wkv4_step(w, kt, vt, a, b, e)
     return torch.stack(ys, 1), torch.stack((a, b, e), 1)
+
+
+def wkv7(r, w, k, v, a, b, state, reset=None):
+    """WKV-7, token by token; arguments and results as in `rwkv_train.wkv.wkv7`, all of one dtype."""
+    resets = reset.unbind(1) if reset is not None else [None] * r.shape[1]
+    decay, ys = torch.exp(w), []
+    for rt, dt, kt, vt, at, bt, begins in zip(*(x.unbind(1) for x in (r, decay, k, v, a, b)), resets, strict=True):
+        if begins is not None:
+            state = state.masked_fill(begins[:, None, None, None], 0)
+        removed = state @ at[..., None] * bt[..., None, :]  # outer products: [B,H,N,1] * [B,H,1,N]
+        state = state * dt[..., None, :] + removed + vt[..., None] * kt[..., None, :]
+        ys.append((state @ rt[..., None]).squeeze(-1))
+    return torch.stack(ys, 1), state

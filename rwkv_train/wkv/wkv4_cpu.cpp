@@ -3,14 +3,9 @@
 // A job is one lane and a block of neighbouring channels: it walks the tokens one by one, its state in arrays that stay
 // in the first-level cache, and the loop over channels is vectorised. A block's width is a run-time number on purpose:
 // with a constant one compilers unroll the loop before they get to vectorise it, several times slower.
-#include <atomic>
-#include <cstdint>
 #include <cstring>
-#include <system_error>
-#include <thread>
-#include <vector>
 
-#define WKV_FN static inline __attribute__((always_inline))
+#include "jobs.h"
 
 // The iterations of the next loop do not depend on each other. Not `omp simd`: GCC then keeps the small structs of the
 // loop's body in memory, and gives up on loops like ours.
@@ -92,6 +87,8 @@ template <class R> WKV_FN R wkv_log(R x) {
 }
 
 #include "wkv4.h"
+
+namespace {  // wkv7_cpu.cpp has other structures of these names
 
 // ---- walking the tokens
 
@@ -198,21 +195,10 @@ template <class Job> static void for_each_block(int64_t B, int64_t T, int64_t C,
     int64_t width = WIDEST;
     while (width > 64 && B * ((C + width - 1) / width) < 2 * threads) width /= 2;
     const int64_t blocks = (C + width - 1) / width, jobs = B * blocks;
-    std::atomic<int64_t> next(0);
-    auto work = [&] {
-        for (int64_t j; (j = next++) < jobs;) {
-            const int64_t c0 = j % blocks * width;
-            job(j / blocks, c0, int(C - c0 < width ? C - c0 : width));
-        }
-    };
-    std::vector<std::thread> others;
-    try {
-        for (int i = 1; i < threads && i < jobs; i++) others.emplace_back(work);
-    } catch (const std::system_error&) {
-        // no more threads to be had: those that run, and this one, do all the work
-    }
-    work();
-    for (auto& thread : others) thread.join();
+    share_out(jobs, threads, [=](int64_t j) {
+        const int64_t c0 = j % blocks * width;
+        job(j / blocks, c0, int(C - c0 < width ? C - c0 : width));
+    });
 }
 
 template <class R> static void run_forward(const Inputs<R>* in, const Results<R>* out, int threads) {
@@ -226,6 +212,8 @@ template <class R> static void run_backward(const Inputs<R>* in, const Gradients
     for_each_block(in->B, in->T, in->C, threads,
                    [=](int64_t lane, int64_t c0, int n) { backward(*in, *g, lane, c0, n); });
 }
+
+}  // namespace
 
 extern "C" {
 void wkv4_forward_f32(const Inputs<float>* in, const Results<float>* out, int threads) {

@@ -1,0 +1,172 @@
+"""RWKV-7. Parameter names and shapes are those of BlinkDL's `.pth` files, so they load without a renaming table.
+
+Source: Peng et al., "RWKV-7 'Goose' with Expressive Dynamic State Evolution" (arXiv:2503.14456).
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rwkv_train.models.common import RWKV, orthogonal_, token_shift
+from rwkv_train.wkv import wkv7
+
+FASTEST = math.exp(-0.5)  # of all log decays per token, the largest in size
+RANK_FACTORS = {"w": 2.5, "a": 2.5, "v": 1.7, "g": 5.0}  # ranks of fresh models are these times sqrt(n_embd)
+HEAD_NORM_EPS = 64e-5
+
+
+@dataclass(frozen=True)
+class RWKV7Config:
+    """Sizes of an RWKV-7; all of them can be read off a checkpoint's shapes.
+
+    n_ffn of 0 means 4 * n_embd. rank_w, rank_a, rank_v and rank_g are those of the low-rank maps behind decay,
+    in-context learning rate, value residual and gate; 0 means the recipe's. first_v: the first layer has the value
+    residual's weights too, as some files do. dropout applies to each block's two residual branches.
+    """
+
+    vocab_size: int
+    n_embd: int
+    n_layer: int
+    head_size: int = 64
+    n_ffn: int = 0
+    rank_w: int = 0
+    rank_a: int = 0
+    rank_v: int = 0
+    rank_g: int = 0
+    first_v: bool = False
+    dropout: float = 0.0
+
+    def __post_init__(self):
+        if self.n_embd % self.head_size:
+            raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of head_size ({self.head_size})")
+        object.__setattr__(self, "n_ffn", self.n_ffn or 4 * self.n_embd)
+        for letter, factor in RANK_FACTORS.items():
+            rank = max(32, 32 * round(factor * self.n_embd**0.5 / 32))
+            object.__setattr__(self, f"rank_{letter}", getattr(self, f"rank_{letter}") or rank)
+
+    @property
+    def n_head(self) -> int:
+        return self.n_embd // self.head_size
+
+
+class TimeMix(nn.Module):
+    """Attention's part: the state unlearns what it holds under a key, learns the new value, and is read by r.
+
+    The last argument and result is v_first, the first layer's values [B,T,C]: None goes in at the first layer.
+    """
+
+    def __init__(self, c: RWKV7Config, first: bool):
+        super().__init__()
+        self.n_head = c.n_head
+        vector = lambda: nn.Parameter(torch.empty(1, 1, c.n_embd))  # noqa: E731
+        for letter in "rwkvag":
+            setattr(self, f"x_{letter}", vector())
+        for letter, rank in (("w", c.rank_w), ("a", c.rank_a), ("v", c.rank_v), ("g", c.rank_g)):
+            weights = {f"{letter}1": torch.empty(c.n_embd, rank), f"{letter}2": torch.empty(rank, c.n_embd)}
+            if letter != "g":
+                weights[f"{letter}0"] = torch.empty(1, 1, c.n_embd)
+            if letter != "v" or not first:
+                for name, weight in weights.items():
+                    setattr(self, name, nn.Parameter(weight))
+            elif c.first_v:
+                for name, weight in weights.items():  # buffers: kept for other programs, of no effect
+                    self.register_buffer(name, weight)
+        self.first = first
+        self.k_k = vector()
+        self.k_a = vector()
+        self.r_k = nn.Parameter(torch.empty(c.n_head, c.head_size))
+        self.receptance = nn.Linear(c.n_embd, c.n_embd, bias=False)
+        self.key = nn.Linear(c.n_embd, c.n_embd, bias=False)
+        self.value = nn.Linear(c.n_embd, c.n_embd, bias=False)
+        self.output = nn.Linear(c.n_embd, c.n_embd, bias=False)
+        self.ln_x = nn.GroupNorm(c.n_head, c.n_embd, eps=HEAD_NORM_EPS)
+
+    def forward(self, x: Tensor, last: Tensor, wkv: Tensor, reset: Tensor | None, v_first: Tensor | None):
+        shifted, last = token_shift(x, last, reset)
+        xr, xw, xk, xv, xa, xg = (torch.lerp(x, shifted, getattr(self, f"x_{i}").to(x.dtype)) for i in "rwkvag")
+        r, k, v = self.receptance(xr), self.key(xk), self.value(xv)
+        w = -FASTEST * torch.sigmoid((self.w0 + torch.tanh(xw @ self.w1) @ self.w2).to(wkv.dtype))
+        a = torch.sigmoid(self.a0 + xa @ self.a1 @ self.a2)
+        g = torch.sigmoid(xg @ self.g1) @ self.g2
+        if self.first:
+            v_first = v
+        else:
+            v = v + (v_first - v) * torch.sigmoid(self.v0 + xv @ self.v1 @ self.v2)
+        heads = lambda t: t.unflatten(-1, (self.n_head, -1))  # noqa: E731
+        kk = F.normalize(heads((k * self.k_k).to(wkv.dtype)), dim=-1)
+        k = k * (1 + (a - 1) * self.k_a)
+        r, w, k, v, a = map(heads, (r, w, k, v, a))
+        y, wkv = wkv7(r, w, k, v, -kk, kk * a, wkv, reset)
+        y = F.layer_norm(y, y.shape[-1:], eps=HEAD_NORM_EPS).flatten(2)  # a group norm whose groups are the heads
+        y = torch.addcmul(self.ln_x.bias.to(y.dtype), y, self.ln_x.weight.to(y.dtype))
+        y = y + ((r * k * self.r_k).sum(-1, keepdim=True) * v).flatten(2)
+        return self.output(y * g), last, wkv, v_first
+
+
+class ChannelMix(nn.Module):
+    """The feed-forward part: out = Wv relu(k)^2."""
+
+    def __init__(self, c: RWKV7Config):
+        super().__init__()
+        self.x_k = nn.Parameter(torch.empty(1, 1, c.n_embd))
+        self.key = nn.Linear(c.n_embd, c.n_ffn, bias=False)
+        self.value = nn.Linear(c.n_ffn, c.n_embd, bias=False)
+
+    def forward(self, x: Tensor, last: Tensor, reset: Tensor | None):
+        shifted, last = token_shift(x, last, reset)
+        k = self.key(torch.lerp(x, shifted, self.x_k.to(x.dtype)))
+        return self.value(torch.relu(k).square()), last
+
+
+class RWKV7(RWKV):
+    """RWKV-7 language model; see `RWKV.forward` for the call."""
+
+    name = "RWKV-7"
+    adam_eps = 1e-18
+
+    def __init__(self, config: RWKV7Config):
+        super().__init__(config, ((TimeMix(config, i == 0), ChannelMix(config)) for i in range(config.n_layer)))
+
+    def zero_wkv(self, batch: int, **like) -> Tensor:
+        c = self.config
+        return torch.zeros(batch, c.n_layer, c.n_head, c.head_size, c.head_size, **like)
+
+    @torch.no_grad()
+    def init_weights(self) -> "RWKV7":
+        """Fresh weights for training from scratch (design note models.md, after RWKV-LM's v7 trainer)."""
+        c = self.config
+        self.emb.weight.uniform_(-1e-4, 1e-4)
+        orthogonal_(self.head.weight, 0.5)
+        n = torch.arange(c.n_embd)
+        line = n / max(c.n_embd - 1, 1)  # 0 at the first channel, 1 at the last
+        tilt = line - 0.5
+        middle = (c.head_size - 1) / 2
+        zigzag = (n % c.head_size - middle) / max(middle, 0.5)  # -1 at a head's first channel, 1 at its last
+        zigzag = zigzag * zigzag.abs()
+        for i, block in enumerate(self.blocks):
+            depth = i / (c.n_layer - 1) if c.n_layer > 1 else 0.0  # 0 at the first layer, 1 at the last
+            rest = 1 - i / c.n_layer  # 1 at the first layer, towards 0
+            att, ffn, channel = block.att, block.ffn, n / c.n_embd
+            for letter, power in {"r": 0.2, "w": 0.9, "k": 0.7, "v": 0.7, "a": 0.9, "g": 0.2}.items():
+                getattr(att, f"x_{letter}").copy_(1 - channel ** (power * rest))
+            ffn.x_k.copy_(1 - channel ** (rest**4))
+            att.w0.copy_(-6 + 6 * line ** (1 + depth**0.3) + 0.5 + 2.5 * zigzag)
+            att.a0.copy_(-0.19 + 0.3 * zigzag + 0.4 * tilt)
+            if i > 0:
+                att.v0.copy_(0.73 - 0.4 * tilt)
+            for letter in "wag" if i == 0 else "wavg":
+                getattr(att, f"{letter}1").zero_()
+                nn.init.orthogonal_(getattr(att, f"{letter}2"), gain=0.1)
+            att.k_k.copy_(0.71 - 0.1 * tilt)
+            att.k_a.fill_(1.02)
+            att.r_k.fill_(-0.04)
+            att.ln_x.weight.fill_(((1 + i) / c.n_layer) ** 0.7)
+            att.ln_x.bias.zero_()
+            att.output.weight.zero_()
+            ffn.value.weight.zero_()
+            for layer, gain in ((att.receptance, 1), (att.value, 1), (ffn.key, 1), (att.key, 0.1)):
+                nn.init.orthogonal_(layer.weight, gain=gain)
+        return self

@@ -1,0 +1,70 @@
+"""Training little of a model: low-rank factors beside its matrices, or the state in which documents begin.
+
+What such a training changes is an adapter: a few tensors that are kept in a file of their own, and put on the model
+they were trained on.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rwkv_train.models.common import RWKV
+
+STATE = ("initial_shift", "initial_wkv")
+
+
+class LowRank(nn.Linear):
+    """A linear layer with weight + up [out,r] down [r,in] in place of its weight; up begins at 0 (Hu et al. 2021)."""
+
+    def __init__(self, layer: nn.Linear, rank: int):
+        super().__init__(layer.in_features, layer.out_features, bias=False, device="meta")
+        self.weight = layer.weight
+        self.up = nn.Parameter(layer.weight.new_zeros(layer.out_features, rank))
+        self.down = nn.Parameter(torch.randn(rank, layer.in_features).to(layer.weight) / layer.in_features**0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + F.linear(F.linear(x, self.down), self.up)
+
+
+def tune(model: RWKV, what: str, rank: int) -> None:
+    """Make only a part of a model trainable. what: "lora", factors of all matrices in the blocks; "state"."""
+    model.requires_grad_(False)
+    if what == "state":
+        begin = model.trainable_state() if model.initial_wkv is None else model.empty_state(1)
+        for name, part in zip(STATE, begin, strict=True):
+            setattr(model, name, nn.Parameter(part.detach().clone()))
+        return
+    for block in model.blocks:
+        for mix in (block.att, block.ffn):
+            for name, layer in list(mix.named_children()):
+                if isinstance(layer, nn.Linear):
+                    setattr(mix, name, LowRank(layer, rank))
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a tensor of this name belongs to an adapter."""
+    return name in STATE or name.endswith((".up", ".down"))
+
+
+@torch.no_grad()
+def put_on(model: RWKV, adapter: dict[str, Tensor], source: Path) -> None:
+    """Add factors to a model's weights, and let it begin in an adapter's state. Raises ValueError for a misfit."""
+    weights = dict(model.named_parameters())
+    for name, like in zip(STATE, model.zero_state(1), strict=True):
+        if name in adapter:
+            _fit(source, name, adapter[name].shape == like.shape)
+            setattr(model, name, nn.Parameter(adapter[name].to(like)))
+    for layer in sorted({name.rpartition(".")[0] for name in adapter if name not in STATE}):
+        weight, up, down = weights.get(f"{layer}.weight"), adapter.get(f"{layer}.up"), adapter.get(f"{layer}.down")
+        _fit(source, layer, weight is not None and up is not None and down is not None)
+        sizes = [*up.shape, *down.shape]
+        _fit(source, layer, len(sizes) == 4 and sizes[1] == sizes[2] and weight.shape == (sizes[0], sizes[3]))
+        change = up.to(weight.device).double() @ down.to(weight.device).double()
+        weight.copy_((weight.double() + change).to(weight.dtype))
+
+
+def _fit(source: Path, name: str, fits: bool) -> None:
+    if not fits:
+        raise ValueError(f"{source}: {name} does not fit the model; put an adapter on the model it was trained on")
