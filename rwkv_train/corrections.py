@@ -90,11 +90,7 @@ class Teacher:
     def _read(self, chat: Chat, rest: str) -> Iterable[str]:
         if not rest:
             raise ValueError("write /learn FILE")
-        try:
-            text = Path(rest).expanduser().read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{rest} is not UTF-8 at byte {error.start}; save it as UTF-8 text") from None
-        return self._learn(Reading(text))
+        return self._learn(Reading(_text(rest)))
 
     def _learn(self, correction: Correction | Reading) -> Iterable[str]:
         number = self.learner.receive(correction)
@@ -188,30 +184,46 @@ def open_model(model: str | Path, tokenizer: str | None, template: str | None) -
 
 def feedback(config: FeedbackFileConfig) -> int:
     """Learn a file of corrections, one after another, and print what became of each."""
-    corrections = [_correction(config.file, n, line) for n, line in enumerate(lines_of(config.file), 1)]
+    corrections = {n: _correction(config.file, n, line) for n, line in lines_of(config.file)}
     model, form = open_model(config.model, config.tokenizer, config.template)
     folder = profile_folder(data_folder(config.folder), config.profile, config.model)
-    learner = Learner(model, form.tokenizer, folder, form.template)
-    outcomes = [learner.learn(c) for c in tqdm(corrections, desc="feedback", unit="correction", leave=False)]
+    with Learner(model, form.tokenizer, folder, form.template) as learner:
+        for n, correction in corrections.items():  # all of them, before any is learnt
+            try:
+                learner.check(correction)
+            except ValueError as error:
+                raise ValueError(f"{config.file}:{n}: {error}") from None
+        bar = tqdm(corrections.values(), desc="feedback", unit="correction", leave=False)
+        outcomes = [learner.learn(correction) for correction in bar]
     print(f"{'':>4}  {'loss':>15}  {'steps':>5}  {'s':>5}  {'drift':>7}  answer")
     for o in outcomes:
         losses = f"{o.loss_before:.3f} -> {o.loss_after:.3f}"
         mark = o.answer_after if o.accepted else f"not learnt: {o.why}"
         print(f"{o.id:>4}  {losses:>15}  {o.steps:>5}  {o.seconds:>5.1f}  {o.drift:>7.4f}  {mark}")
     learned = sum(o.accepted for o in outcomes)
-    print(f"\n{learned} of {len(outcomes)} learnt; kept in {learner.folder}")
-    learner.close()
+    print(f"\n{learned} of {len(outcomes)} learnt; kept in {folder}")
     return 0 if learned == len(outcomes) else 1
 
 
-def lines_of(path: str) -> list[str]:
-    """The lines of a file that are not empty."""
-    return [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+def text_of(path: str) -> str:
+    """A file's text; ValueError if it is not UTF-8."""
+    try:
+        return Path(path).expanduser().read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 at byte {error.start}; save it as UTF-8 text") from None
+
+
+def lines_of(path: str) -> list[tuple[int, str]]:
+    """The lines of a file that are not blank, by number."""
+    return [(number, line) for number, line in enumerate(text_of(path).splitlines(), 1) if line.strip()]
 
 
 def _correction(path: str, number: int, line: str) -> Correction:
     try:
         found = json.loads(line)
-        return Correction(found["question"], found["answer"])
+        question, answer = found["question"], found["answer"]
     except (ValueError, KeyError, TypeError):
-        raise ValueError(f'{path}:{number}: expected {{"question": ..., "answer": ...}}') from None
+        question = answer = None
+    if not (isinstance(question, str) and isinstance(answer, str)):
+        raise ValueError(f'{path}:{number}: expected {{"question": ..., "answer": ...}}, both of them text')
+    return Correction(question, answer)

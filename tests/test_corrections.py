@@ -2,7 +2,9 @@
 
 import io
 import json
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -101,9 +103,42 @@ def test_feedback_from_a_file(model, tmp_path, capsys):
     )
     code, out, _ = run("feedback", "--model", model, "--file=c.jsonl", "--folder=home", capsys=capsys)
     assert code == 0 and "2 of 2 learnt" in out and "cold" in out
-    (tmp_path / "c.jsonl").write_text('{"question": "sun?"}\n')
-    code, _, err = run("feedback", "--model", model, "--file=c.jsonl", "--folder=home", capsys=capsys)
-    assert code == 1 and "c.jsonl:1: expected" in err
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"question": "sun?"}', "c.jsonl:3: expected"),
+        (b'{"question": "sun?", "answer": 3}', "c.jsonl:3: expected"),
+        (b'{"question": "sun?", "answer": "\\ud800"}', "c.jsonl:3: the answer is not valid Unicode"),
+        (b'{"question": "sun?", "answer": " "}', "c.jsonl:3: the answer is empty"),
+        (b'{"question": "sun?", "answer": "%s"}' % (b"x" * 3000), "c.jsonl:3: the answer has 3,000 characters"),
+        (b'{"question": "sun?", "answer": "caf\xe9"}', "c.jsonl is not UTF-8 at byte 75"),
+    ],
+)
+def test_one_bad_line_of_a_file_is_told_before_any_is_learnt(model, tmp_path, capsys, line, message):
+    (tmp_path / "c.jsonl").write_bytes(b'{"question": "ice?", "answer": "cold"}\n\n' + line)
+    code, out, err = run("feedback", "--model", model, "--file=c.jsonl", "--folder=home", capsys=capsys)
+    assert code == 1 and message in err and err.count("\n") == 1 and not out
+    assert all(path.read_text().count("\n") == 1 for path in (tmp_path / "home").rglob("journal.jsonl"))  # the base
+
+
+def test_bytes_that_are_no_text_are_refused_in_a_chat(model, tmp_path):
+    """From a pipe, as a terminal would not let them through."""
+    program = Path(__file__).parent.parent / "train.py"
+    argv = [sys.executable, program, "chat", f"--model={model}", "--plain", "--tokens=4", "--folder=home"]
+    done = subprocess.run(argv, input=b"sun?\n/fix caf\xe9\n/history\n", capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    _, refused, history, _ = done.stdout.decode(errors="replace").rsplit("\n\n", 3)
+    assert "not valid Unicode" in refused and "nothing was learnt yet" in history
+
+
+def test_an_answer_of_which_nothing_is_trained_is_refused(model, tmp_path, capsys):
+    (tmp_path / "t.yaml").write_text("train_roles: [user]\n")
+    (tmp_path / "c.jsonl").write_text('{"question": "ice?", "answer": "cold"}\n')
+    argv = ["--file=c.jsonl", "--folder=home", "--template=t.yaml"]
+    code, _, err = run("feedback", "--model", model, *argv, capsys=capsys)
+    assert code == 1 and "c.jsonl:1: the answer has no tokens that can be trained" in err
 
 
 def test_bench_feedback_short(model, tmp_path, capsys, monkeypatch):

@@ -17,22 +17,19 @@ from hypothesis import strategies as st
 
 from rwkv_train.data.prepare import PrepareConfig, prepare
 from rwkv_train.feedback import Correction, FeedbackConfig, Learner, Reading
-from rwkv_train.feedback.curvature import Curvature
+from rwkv_train.feedback.curvature import DAMPING, Curvature
 from rwkv_train.feedback.decode import Form, decode, greedy
 from rwkv_train.feedback.guards import Guards
 from rwkv_train.feedback.journal import Journal
 from rwkv_train.feedback.steps import (
     Lesson,
-    Row,
-    answer_loss,
     between,
     changed,
-    divergence,
     learn,
     localised_names,
-    predictions,
     with_weights,
 )
+from rwkv_train.feedback.texts import Row, answer_loss, divergence, pack, predictions
 from rwkv_train.tokenizer import load_tokenizer
 
 BYTES = load_tokenizer("bytes")
@@ -242,6 +239,7 @@ def test_one_step_is_a_plain_gradient_step_on_the_whole_model(generation):
     model = random_model(n_embd=8, n_layer=4, vocab_size=257, dtype=torch.float64, generation=generation)
     model.requires_grad_(False)
     new = [Row([0, *BYTES.encode("a long way before: hot")], 3), Row([0, *BYTES.encode("sun? hot")], 3)]
+    new.append(Row([0, *BYTES.encode("other talk. sun? hot")], 3, context=16))
     replayed, kept = [Row([0, *BYTES.encode("ice? cold")], 4)], DIALOGUES[1]
     config = FeedbackConfig(steps=1, reach=9, pull=2.0, rate=0.1)
     before = with_weights(model, {"emb.weight": model.emb.weight * 1.1})
@@ -252,13 +250,13 @@ def test_one_step_is_a_plain_gradient_step_on_the_whole_model(generation):
     trained = {n: p.requires_grad_() for n, p in whole.named_parameters() if n in localised_names(model)}
 
     def nll(row):
-        cut = max(0, len(row.ids) - row.answer - config.reach)
+        cut = max(row.context, len(row.ids) - row.answer - config.reach)
         with torch.no_grad():
             state = whole.hidden(torch.tensor([row.ids[:cut]]))[1] if cut else None
         logits = whole(torch.tensor([row.ids[cut:-1]]), state)[0][0, -row.answer :]
         return torch.nn.functional.cross_entropy(logits, torch.tensor(row.ids[-row.answer :]), reduction="sum")
 
-    total = sum(map(nll, new)) / 6 + nll(replayed[0]) / 4
+    total = sum(map(nll, new)) / 9 + nll(replayed[0]) / 4
     parts = []
     for ids, other in ((kept, before), (kept[:-3], model)):
         p, q = (m(torch.tensor([ids]))[0][0].log_softmax(-1) for m in (other, whole))
@@ -268,6 +266,19 @@ def test_one_step_is_a_plain_gradient_step_on_the_whole_model(generation):
     size = config.rate * total / sum(g.square().sum() for g in gradients)
     for (name, p), g in zip(trained.items(), gradients, strict=True):
         torch.testing.assert_close(changed(after, model)[name], p.detach() - size.detach() * g, rtol=1e-6, atol=1e-9)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 9), st.booleans()), min_size=1, max_size=9))
+def test_packed_texts_do_not_know_of_each_other(drawn):
+    model = random_model(n_embd=8, vocab_size=257, dtype=torch.float64)
+    texts = [[0, *BYTES.encode("abcdefghi"[-length:])] for length, _ in drawn]
+    packed = pack(texts, [alone for _, alone in drawn], model.device)
+    together = packed.real(model(packed.tokens, None, packed.reset)[0])
+    alone = torch.cat([model(torch.tensor([text]))[0][0] for text in texts])
+    torch.testing.assert_close(together, alone, rtol=1e-9, atol=1e-9)
+    begun = [i for i, (_, first) in enumerate(drawn) if first]
+    assert set(begun) <= set(packed.firsts) and len(packed.firsts) == len(packed.tokens) <= len(texts)
 
 
 def test_curvature_is_the_fisher_information_of_each_side(generation):
@@ -288,7 +299,7 @@ def test_curvature_is_the_fisher_information_of_each_side(generation):
     gradient = torch.randn(48, 192, generator=torch.Generator().manual_seed(0))
     sides = []
     for factor in (outer / count, inner / count):
-        sides.append(torch.linalg.inv(factor + 0.1 * factor.trace() / len(factor) * torch.eye(len(factor))))
+        sides.append(torch.linalg.inv(factor + DAMPING * factor.trace() / len(factor) * torch.eye(len(factor))))
     assert_close_rel(curvature.flatten({name: gradient})[name], sides[0] @ gradient @ sides[1], 1e-3)
 
 
@@ -414,16 +425,45 @@ def test_guards_are_made_by_the_model_kept_in_a_file_and_know_their_neighbours(t
 def test_questions_are_crossed_with_those_of_the_pool():
     model = small_model()
     ours = guards(model)
-    ours.subject = lambda question: "sun"
-    made = ours.around(model, "why sun?", 2, 9)
+    ours.subjects = lambda question: ["sun"]
+    own, subject, made = ours.around(model, "why sun?", 2, 9)
+    assert subject == "sun" and own == greedy(model, FORM, [FORM.prompt("why sun?")])[0]
     assert [text for text, *_ in made] == ["why you?", "why a?", "hi sun", "sun?"]
     other = with_weights(model, {"head.weight": -model.head.weight})
     for (text, prompt, now, before), (_, _, changed_now, still) in zip(
-        made, ours.around(other, "why sun?", 2, 9), strict=True
+        made, ours.around(other, "why sun?", 2, 9).made, strict=True
     ):
         assert prompt == FORM.prompt(text) and now == before == still == greedy(model, FORM, [prompt])[0]
         assert changed_now == greedy(other, FORM, [prompt])[0] != still
-    assert ours.around(model, "why sun?", 0, 0) == []
+    assert ours.around(model, "why sun?", 0, 0).made == []
+
+
+def test_a_subject_is_what_the_answer_depends_on():
+    """Of the words tried, one whose place others can take without another answer is not it."""
+    model = small_model()
+    ours = guards(model)
+    ours.subjects = lambda question: ["why", "sun"]
+    replies = {"why sun?": "hot"} | {f"{word} sun?": "hot" for word in ("you", "a", "2")}
+
+    def answer(model, form, prompts):
+        asked = [form.shown(prompt).split("User: ")[1].split("\n")[0] for prompt in prompts]
+        return [form.answer(replies.get(question, "cold")) for question in asked]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rwkv_train.feedback.guards.greedy", answer)
+        around = ours.around(model, "why sun?", 3, 3)
+        assert around.subject == "sun" and around.own == FORM.answer("hot") and len(around.made) > 3
+        ours.subjects = lambda question: ["why"]
+        assert ours.around(model, "why sun?", 3, 3) == (FORM.answer("hot"), "", [])
+
+
+def test_talk_before_a_question_is_whole_dialogues():
+    model = small_model()
+    ours = guards(model)
+    talk = ours.talk(3)
+    assert talk[0] == 0 and 0 not in talk[1:] and talk == ours.talk(3)
+    said = BYTES.decode(talk[1:])
+    assert sorted(said.split("User: ")[1:]) == sorted(BYTES.decode(row[1:])[6:] for row in DIALOGUES)
 
 
 def test_the_subject_is_a_rare_word_that_could_not_be_foreseen():
@@ -432,7 +472,7 @@ def test_the_subject_is_a_rare_word_that_could_not_be_foreseen():
     rows = [FORM.prompt(question) for question in asked]
     ours = Guards(model, FORM, rows, [], Curvature.measure(model, localised_names(model), rows))
     ours.base = with_weights(model, {"head.weight": torch.zeros_like(model.head.weight)})  # foresees nothing
-    assert ours.subject("my xyz?") in "xyz" and ours.subject("my ice?") in "ice"
+    assert ours.subjects("my xyz?")[0] in "xyz" and ours.subjects("my ice?")[0] in "ice"
 
 
 def test_drift_counts_every_token_once():
@@ -465,4 +505,4 @@ def test_a_model_that_knows_no_dialogues_is_guarded_by_what_it_writes():
     ours, again = (Guards.of_model(model, FORM, localised_names(model), count=5) for _ in range(2))
     assert len(ours.rows) == 5 and ours.rows == again.rows
     assert all(row[0] == 0 and BYTES.decode(row[1:]).startswith("User:") for row in ours.rows)
-    assert again.asked == ours.asked == [] == ours.around(model, "sun?", 3, 3)
+    assert again.asked == ours.asked == [] == ours.around(model, "sun?", 3, 3).made

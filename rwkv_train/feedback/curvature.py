@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rwkv_train.models.common import RWKV
 
-DAMPING = 0.1  # of the mean eigenvalue: trust in a curvature that was measured on little text
+DAMPING = 0.03  # of the mean eigenvalue: trust in a curvature that was measured on little text
 LANES = 32  # rows measured at once
 
 

@@ -10,6 +10,8 @@ from rwkv_train.models.common import RWKV
 from rwkv_train.state import State
 from rwkv_train.tokenizer import Tokenizer
 
+DECODED = 48  # most tokens of a reply, unless told otherwise
+
 
 @dataclass(frozen=True)
 class Form:
@@ -55,7 +57,7 @@ class Form:
 
 
 def greedy(
-    model: RWKV, form: Form, prompts: list[list[int]], state: State | None = None, most: int = 48
+    model: RWKV, form: Form, prompts: list[list[int]], state: State | None = None, most: int = DECODED
 ) -> list[list[int]]:
     """Ids of the greedy reply to each prompt with its end; None for a state is the beginning of a document."""
     return decode(model, form.tokenizer, prompts, form.end(), state, most)
@@ -68,7 +70,7 @@ def decode(
     prompts: list[list[int]],
     end: str,
     state: State | None = None,
-    most: int = 48,
+    most: int = DECODED,
     rng: torch.Generator | None = None,
 ) -> list[list[int]]:
     """What a model writes after each prompt, through the text `end`, before the document's end, at most `most` tokens.

@@ -7,25 +7,43 @@ corrected one are other wordings of it; all the others are neighbours.
 """
 
 import json
+import re
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from rwkv_train.feedback.curvature import Curvature
 from rwkv_train.feedback.decode import Form, decode, greedy
-from rwkv_train.feedback.steps import predictions
+from rwkv_train.feedback.texts import predictions
 from rwkv_train.files import replace_file
 from rwkv_train.models.common import RWKV
 from rwkv_train.weightfile import read_weights, write_safetensors
 
 LONGEST = 32  # tokens of a sampled question, and of a sampled answer
+LATER = 4  # of so many dialogues one goes on,
+TURNS = 3  # for so many turns in all
 FORESEEN = 1.0  # nats of surprise below which a word goes on with what the one before began
 RARE = 0.6  # of the rarity of a subject's first word: what may go on with it
+CANDIDATES = 3  # words that are tried as the subject of a question
+ALIKE = 0.25  # of the others put in its place that may be answered as it is
 TOGETHER = 32  # questions whose subjects are found at once
+TALK = 128  # tokens of dialogues before a question
 WATCHED = 32  # rows on which drift is measured
+
+
+class Around(NamedTuple):
+    """Questions made up around one: (text, prompt, greedy reply of the model, of the base).
+
+    own: the model's reply to the one itself. subject: what that is about, "" if that cannot be told.
+    """
+
+    own: list[int]
+    subject: str
+    made: list[tuple[str, list[int], list[int], list[int]]]
 
 
 class Guards:
@@ -42,6 +60,7 @@ class Guards:
             raise ValueError("there is no guard text; give some text that the model should go on knowing")
         self.base, self.form, self.rows, self.asked, self.curvature = base, form, rows, asked, curvature
         self._rarity = _rarity(rows, base.config.vocab_size)
+        self._said: Tensor | None = None
 
     @classmethod
     def of_model(cls, base: RWKV, form: Form, names: list[str], count: int = 512) -> "Guards":
@@ -50,22 +69,27 @@ class Guards:
         A model that does not end its questions is guarded by what it writes instead.
         """
         rng = torch.Generator().manual_seed(0)
-        rows, questions = [], []
-        begun = [[form.tokenizer.eod, *form.opening()]] * count
-        for ids in decode(base, form.tokenizer, begun, form.end("user"), most=LONGEST, rng=rng):
-            text = form.shown(ids, "user") if form.end("user") in form.tokenizer.decode(ids) else ""
+        rows, questions, dialogues = [], [], []
+        for row in _spoken(base, form, "user", [[form.tokenizer.eod]] * count, rng):
+            text = form.shown(row[1 + len(form.opening()) :], "user") if _ended(form, "user", row) else ""
             if text:
                 questions.append(text)
             else:
-                rows.append([form.tokenizer.eod, *form.opening(), *ids])
-        prompts = [form.prompt(text) for text in questions]
-        replies = decode(base, form.tokenizer, prompts, form.end(), most=LONGEST, rng=rng) if prompts else []
-        rows += [p + r for p, r in zip(prompts, replies, strict=True)]
-        guards = cls(base, form, rows, [], Curvature.measure(base, names, rows))
+                rows.append(row)
+        if questions:
+            replies = decode(base, form.tokenizer, list(map(form.prompt, questions)), form.end(), most=LONGEST, rng=rng)
+            dialogues = [form.prompt(text) + reply for text, reply in zip(questions, replies, strict=True)]
+        rows += dialogues
+        # Only for the curvature: what the model says late in a dialogue has to stay as well.
+        longer = [row for row in dialogues[::LATER] if _ended(form, "assistant", row)]
+        for role in ["user", "assistant"] * (TURNS - 1) if longer else []:
+            longer = [row for row in _spoken(base, form, role, longer, rng) if _ended(form, role, row)] or longer
+        guards = cls(base, form, rows, [], Curvature.measure(base, names, rows + longer))
         questions = list(dict.fromkeys(questions))
         for i in range(0, len(questions), TOGETHER):
             some = questions[i : i + TOGETHER]
-            guards.asked += zip(some, guards._subjects(some), strict=True)
+            found = guards._subjects(some)
+            guards.asked += [(text, words[0]) for text, words in zip(some, found, strict=True) if words]
         return guards
 
     def save(self, path: Path) -> None:
@@ -95,51 +119,88 @@ class Guards:
         drawn = torch.randperm(len(others), generator=rng)[: most - len(nearest)].tolist()
         return [self.rows[i] for i in nearest + [others[j] for j in drawn]]
 
-    def watched(self) -> list[list[int]]:
-        return self.rows[:: max(1, len(self.rows) // WATCHED)][:WATCHED]
+    def talk(self, seed: int) -> list[int]:
+        """A document of dialogues that are drawn by seed, at least TALK tokens if there are enough."""
+        ids = [self.form.tokenizer.eod]
+        for i in torch.randperm(len(self.rows), generator=torch.Generator().manual_seed(seed)).tolist():
+            if len(ids) >= TALK:
+                break
+            if _ended(self.form, "assistant", self.rows[i]):
+                ids += self.rows[i][1:]
+        return ids
 
-    def around(
-        self, model: RWKV, question: str, subjects: int, forms: int
-    ) -> list[tuple[str, list[int], list[int], list[int]]]:
-        """Questions made up around one, none twice: (text, prompt, greedy reply of a model, of the base).
+    def said(self, model: RWKV) -> Tensor:
+        """Log probabilities [N,V] by which drift is measured: after each token of some of the rows."""
+        if model is self.base and self._said is not None:
+            return self._said
+        said = predictions(model, self.rows[:: max(1, len(self.rows) // WATCHED)][:WATCHED])
+        if model is self.base:
+            self._said = said
+        return said
+
+    def around(self, model: RWKV, question: str, subjects: int, forms: int) -> Around:
+        """Questions made up around one, and what the model answers to all of them.
 
         They are crossings with the nearest questions of the pool: this one asked of up to `subjects` others, and up to
-        `forms` others asked of its subject, those before these.
+        `forms` others asked of its subject, those before these. What it is about is what the answer depends on: of its
+        rare words, the one that others in its place change most answers.
         """
-        ours = self.subject(question)
+        asked, tried = self.form.prompt(question), []
+        for ours in self.subjects(question):
+            elsewhere, otherwise = self._crossed(question, ours, subjects, forms)
+            texts = [text for text in dict.fromkeys(elsewhere + otherwise) if text != question]
+            prompts = [self.form.prompt(text) for text in texts]
+            own, *now = greedy(model, self.form, [asked, *prompts])
+            alike = [reply == own for text, reply in zip(texts, now, strict=True) if text in elsewhere]
+            tried.append((sum(alike) / max(1, len(alike)), ours, texts, prompts, now))
+            if tried[-1][0] < ALIKE:
+                break
+        alike, ours, texts, prompts, now = min(tried, key=lambda t: t[0], default=(1.0, "", [], [], []))
+        if alike > 0.5:
+            return Around(greedy(model, self.form, [asked])[0], "", [])
+        before = now if model is self.base or not prompts else greedy(self.base, self.form, prompts)
+        return Around(own, ours, list(zip(texts, prompts, now, before, strict=True)))
+
+    def _crossed(self, question: str, ours: str, subjects: int, forms: int) -> tuple[list[str], list[str]]:
+        """(a question asked of others, others asked of its subject), the nearest first."""
         places = _nearest(self.form.begun(question), [self.form.begun(text) for text, _ in self.asked])
         # A piece of a character is no subject.
         pairs = [(asked, theirs) for asked, theirs in (self.asked[i] for i in places) if theirs and theirs in asked]
-        if not ours or ours not in question:
-            return []
         elsewhere = dict.fromkeys(question.replace(ours, theirs) for _, theirs in pairs)
         otherwise = dict.fromkeys(asked.replace(theirs, ours) for asked, theirs in pairs)
-        made = [*islice(elsewhere, subjects), *islice(otherwise, forms)]
-        made = [text for text in dict.fromkeys(made) if text != question]
-        prompts = [self.form.prompt(text) for text in made]
-        if not prompts:
-            return []
-        replies = greedy(self.base, self.form, prompts)
-        now = replies if model is self.base else greedy(model, self.form, prompts)
-        return list(zip(made, prompts, now, replies, strict=True))
+        return list(islice(elsewhere, subjects)), list(islice(otherwise, forms))
 
-    def subject(self, question: str) -> str:
-        """What a question is about: its rarest word that the base model could not foresee, and how that goes on."""
-        return self._subjects([question])[0]
+    def subjects(self, question: str) -> list[str]:
+        """What a question may be about: rare words that the base model could not foresee, and how they go on."""
+        return [word for word in self._subjects([question])[0] if word in question]
 
-    def _subjects(self, questions: list[str]) -> list[str]:
+    def _subjects(self, questions: list[str]) -> list[list[str]]:
+        """The rarest first, up to CANDIDATES for each question."""
         opening, begun = [self.form.tokenizer.eod, *self.form.opening()], [self.form.begun(q) for q in questions]
         said = predictions(self.base, [[*opening, *ids[:-1]] for ids in begun])
         subjects = []
         for ids, here in zip(begun, said.split([len(opening) + len(ids) - 1 for ids in begun]), strict=True):
             surprise = -here[len(opening) - 1 :][range(len(ids)), ids].cpu()
             rarity = self._rarity[ids]
-            begin = int(torch.minimum(surprise, rarity).argmax())
-            end = begin + 1
-            while end < len(ids) and surprise[end] < FORESEEN and rarity[end] > RARE * rarity[begin]:
-                end += 1
-            subjects.append(self.form.tokenizer.decode(ids[begin:end]).strip())
+            found = []
+            for begin in torch.minimum(surprise, rarity).argsort(descending=True, stable=True)[:CANDIDATES].tolist():
+                end = begin + 1
+                while end < len(ids) and surprise[end] < FORESEEN and rarity[end] > RARE * rarity[begin]:
+                    end += 1
+                found.append(re.sub(r"^\W+|\W+$", "", self.form.tokenizer.decode(ids[begin:end])))
+            subjects.append([word for word in found if word])
         return subjects
+
+
+def _spoken(base: RWKV, form: Form, role: str, rows: list[list[int]], rng: torch.Generator) -> list[list[int]]:
+    """Dialogues with one more sampled message of a role."""
+    begun = [row + form.opening(role) for row in rows]
+    said = decode(base, form.tokenizer, begun, form.end(role), most=LONGEST, rng=rng)
+    return [row + ids for row, ids in zip(begun, said, strict=True)]
+
+
+def _ended(form: Form, role: str, row: list[int]) -> bool:
+    return form.tokenizer.decode(row[-8:]).endswith(form.end(role))
 
 
 def _rarity(rows: list[list[int]], vocab_size: int) -> Tensor:

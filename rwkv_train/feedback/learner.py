@@ -14,31 +14,28 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from rwkv_train.data.templates import Template
-from rwkv_train.feedback.decode import Form, greedy
+from rwkv_train.feedback.decode import DECODED, Form, greedy
 from rwkv_train.feedback.guards import Guards
 from rwkv_train.feedback.journal import Journal
 from rwkv_train.feedback.steps import (
     Diverged,
     FeedbackConfig,
     Lesson,
-    Row,
-    answer_loss,
     between,
     changed,
-    divergence,
     follow,
     learn,
     localised_names,
-    predictions,
     with_weights,
 )
+from rwkv_train.feedback.texts import Row, answer_loss, divergence
 from rwkv_train.files import replace_file
 from rwkv_train.models.common import RWKV
 from rwkv_train.tokenizer import Tokenizer
 from rwkv_train.weightfile import read_weights, write_safetensors
 
 LONGEST = {"question": 2000, "answer": 2000, "text": 1_000_000}  # characters
-FORMS = 12  # in which questions about a correction's subject are made up
+FORMS = 20  # in which questions about a correction's subject are made up
 MOST = 200  # tokens of a reply that is decoded to see what was learnt
 SNAPSHOTS = 8  # newest weights kept as files; older ones are replayed from the journal
 SHARES = (1.0, 0.75, 0.5)  # of a change, tried in turn when the whole of it moves everything else too far
@@ -174,15 +171,19 @@ class Learner:
         received(number)
         return self.commit(number, tick)
 
+    def check(self, correction: Correction | Reading) -> None:
+        """Raises ValueError for one that cannot be learnt."""
+        if isinstance(correction, Reading):
+            self._document(correction)
+        else:
+            self._row(correction)
+
     def receive(self, correction: Correction | Reading) -> int:
         """Record a correction with the settings of now, at once and from any thread; returns its number.
 
         Raises ValueError, before anything is recorded, for one that cannot be learnt.
         """
-        if isinstance(correction, Reading):
-            self._document(correction)
-        else:
-            self._row(correction)
+        self.check(correction)
         return self.journal.append("received", **asdict(correction), config=asdict(self.config))["id"]
 
     def commit(self, number: int, tick: Tick = lambda step, loss: None) -> Outcome:
@@ -304,19 +305,23 @@ class Learner:
         correction = _correction(record)
         row = self._row(correction)
         new, wordings = [row], []
-        asked, answer = row.ids[: -row.answer], row.ids[-row.answer :]
+        answer = row.ids[-row.answer :]
         if correction.context:
             ids = [form.tokenizer.eod, *correction.context, *form.turn(correction.question), *answer]
-            new.append(Row(ids, row.answer, row.bad))
+            new.append(Row(ids, row.answer, 1 + len(correction.context), row.bad))
+        for number in range(config.strangers):
+            talk = self.guards.talk(config.strangers * record["id"] + number)
+            new.append(Row([*talk, *form.turn(correction.question), *answer], row.answer, len(talk), row.bad))
         with half_the_threads():
-            old = greedy(self.model, form, [asked], most=MOST)[0]
-            made_up = self.guards.around(self.model, correction.question, config.neighbours, FORMS)
-        subject = self.guards.subject(correction.question)
+            around = self.guards.around(self.model, correction.question, config.neighbours, FORMS)
+            old = around.own
+            if len(old) == DECODED:
+                old = greedy(self.model, form, [row.ids[: -row.answer]], most=MOST)[0]
         taught = [self._row(_correction(r)) for r in valid.values() if r["answer"] is not None]
         taught = {tuple(r.ids[-r.answer :]) for r in taught}
         kept, same = [], []
-        for question, prompt, reply, before in made_up:
-            if reply == old and subject in question:
+        for question, prompt, reply, before in around.made:
+            if reply == old and around.subject in question:
                 same.append((question, prompt))
             elif reply == before or tuple(reply) not in taught:  # where it differs from the base's, that was not meant
                 kept.append((prompt + before, self.base))
@@ -360,7 +365,7 @@ class Learner:
         """How far a model is from the current one on guard text, in nats a token."""
         models = (self.model, after)
         known = {id(model): said for model, said in self._said}
-        self._said = [(m, known[id(m)] if id(m) in known else predictions(m, self.guards.watched())) for m in models]
+        self._said = [(m, known[id(m)] if id(m) in known else self.guards.said(m)) for m in models]
         return float(divergence(*(said for _, said in self._said)))
 
     def _wanted(self, record: dict, answer: str) -> bool:
@@ -377,7 +382,7 @@ class Learner:
         for name, given in (("question", correction.question), ("answer", text)):
             _check(name, given)
         answer = self.form.answer(text)
-        return Row([*self.form.prompt(correction.question), *answer], len(answer), bad)
+        return Row([*self.form.prompt(correction.question), *answer], len(answer), bad=bad)
 
     def _document(self, reading: Reading) -> list[int]:
         _check("text", reading.text)

@@ -3,31 +3,23 @@
 Recipe: plain gradient steps (Adam's per-weight scaling turns a tiny gradient into movement everywhere) whose length
 follows from the loss (Polyak's rule), in directions that move everything else least (curvature.py), on the new answer,
 other wordings of its question and a replay of earlier answers, with a pull of guard rows to what the model said before.
-Blocks below the first trained one see the same text at every step: what they make of it is computed once.
 """
 
 import copy
-import math
 from dataclasses import dataclass, field, fields
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from rwkv_train.bptt import chunked_loss
-from rwkv_train.feedback.curvature import Curvature, pad
-from rwkv_train.generate import prefill
-from rwkv_train.loss import IGNORE
+from rwkv_train.feedback.curvature import Curvature
+from rwkv_train.feedback.texts import CHUNK, Batch, Row, Scope, batches, kept
 from rwkv_train.models.common import RWKV
-from rwkv_train.state import State
 
-CHUNK = 512  # tokens of a correction whose activations are in memory at once
 RANK = 8  # of the factors of scope lora
 FOLLOWED = 128  # tokens of one step of /learn
-REACH = 64
-
-Scope = Literal["localised", "lora", "full", "state"]
 
 
 @dataclass
@@ -43,6 +35,7 @@ class FeedbackConfig:
         loss: mean loss of the answer, in nats a token, below which it counts as learnt
         extra: steps taken after it is learnt
         wordings: other wordings of the question that are taught along, as far as the model knows some
+        strangers: times that the question is also taught after dialogues that have nothing to do with it
         replay: earlier corrections trained along
         neighbours: other subjects of which the question is asked to keep the answers, and as many other questions
             about its subject
@@ -60,12 +53,13 @@ class FeedbackConfig:
     loss: float = 0.05
     extra: int = 1
     wordings: int = 6
+    strangers: int = 2
     replay: int = 16
     neighbours: int = 8
     guards: int = 12
     pull: float = 3.0
     budget: float = 0.05
-    reach: int = REACH
+    reach: int = 64
     learn_rate: float = 1e-2
     learn_decay: float = 1e-3
 
@@ -77,18 +71,6 @@ class FeedbackConfig:
                     raise ValueError(f"scope must be one of {', '.join(get_args(Scope))}, found {value!r}")
             elif not value >= 0:
                 raise ValueError(f"{f.name} must not be negative, found {value}")
-
-
-@dataclass(frozen=True)
-class Row:
-    """A correction as tokens: a document that begins with the context, of which the last `answer` ids are trained.
-
-    bad: the answer is to be avoided.
-    """
-
-    ids: list[int]
-    answer: int
-    bad: bool = False
 
 
 @dataclass(frozen=True)
@@ -147,9 +129,10 @@ def learn(
     curvature: of the localised matrices. tick(step, loss) is called after every step. Raises Diverged.
     """
     twin, parameters = _trainable(model, config.scope)
-    new = _batches(twin, lesson.new, config.scope, config.reach)
-    replayed = _batches(twin, lesson.replayed, config.scope, config.reach)
-    kept = _kept(twin, lesson.kept, config.scope) if lesson.kept and config.pull else None
+    new = batches(twin, lesson.new, config.scope, config.reach)
+    replayed = batches(twin, lesson.replayed, config.scope, config.reach)
+    others = kept(twin, model, lesson.kept, config.scope) if config.pull else []
+    places = sum(len(other.before) for other in others)
     left = None  # steps still to take once learnt
     for step in range(config.steps + 1):
         loss = _mean(new)
@@ -158,8 +141,9 @@ def learn(
         left = None if not learnt else config.extra if left is None else left - 1
         if left == 0 or step == config.steps:
             break
-        if kept:
-            total = total + config.pull * kept.divergence()
+        moved = [other.divergence() for other in others if step or not other.same]
+        if moved:
+            total = total + config.pull * torch.stack(moved).sum() / places
         gradients = dict(zip(parameters, torch.autograd.grad(total, list(parameters.values())), strict=True))
         flat = curvature is not None and config.scope == "localised"
         ways = curvature.flatten(gradients) if flat else gradients
@@ -215,126 +199,8 @@ class _LowRank(nn.Module):
         return weight + self.up @ self.down
 
 
-@dataclass(frozen=True)
-class _Batch:
-    """Rows as some model reads them: the whole one, or its upper blocks alone. state None: an empty one."""
-
-    model: RWKV
-    tokens: Tensor
-    targets: Tensor
-    state: State | None
-    bad: bool
-
-    def loss(self) -> Tensor:
-        """Mean loss in nats a token; of an answer to be avoided, minus the log probability of any other."""
-        total, count, _ = chunked_loss(self.model, self.tokens, self.targets, self.state, None, CHUNK)
-        return -torch.log(-torch.expm1(-total - 1e-4)) if self.bad else total / count
-
-    @torch.no_grad()
-    def right(self) -> bool:
-        """Whether greedy decoding would write every answer, or not write the one to be avoided."""
-        trained = self.targets != IGNORE
-        best = self.model.head(self.model.hidden(self.tokens, self.state)[0][trained]).argmax(-1)
-        return bool((best == self.targets[trained]).all()) != self.bad
-
-
-def _batches(model: RWKV, rows: list[Row], scope: Scope, reach: int) -> list[_Batch]:
-    """All answers that are to be learnt together, each that is to be avoided on its own."""
-    good, bad = [r for r in rows if not r.bad], [r for r in rows if r.bad]
-    return [_batch(model, group, scope, reach) for group in ([good] if good else []) + [[r] for r in bad]]
-
-
-def _batch(model: RWKV, rows: list[Row], scope: Scope, reach: float) -> _Batch:
-    """What is the same at every step is done here: text beyond the gradients' reach, and blocks below the trained."""
-    reach = math.inf if scope == "state" else reach
-    cuts = [max(0, len(row.ids) - row.answer - reach) for row in rows]
-    state = None
-    if any(cuts):
-        begun = [_read(model, row.ids[:cut]) for row, cut in zip(rows, cuts, strict=True)]
-        state = State(*(torch.cat(parts) for parts in zip(*begun, strict=True)))
-    ids = [row.ids[cut:] for row, cut in zip(rows, cuts, strict=True)]
-    tokens = pad([i[:-1] for i in ids])[0].to(model.device)
-    answers = [[IGNORE] * (len(i) - 1 - row.answer) + i[-row.answer :] for i, row in zip(ids, rows, strict=True)]
-    targets = pad(answers, IGNORE)[0].to(model.device)
-    upper, tokens, state = _upper(model, tokens, state, scope)
-    return _Batch(upper, tokens, targets, state, rows[0].bad)
-
-
-def _mean(batches: list[_Batch]) -> Tensor:
-    return torch.stack([len(b.tokens) * b.loss() for b in batches]).sum() / sum(len(b.tokens) for b in batches)
-
-
-@torch.no_grad()
-def _read(model: RWKV, ids: list[int]) -> State:
-    return prefill(model, ids)[1] if ids else model.empty_state(1)
-
-
-def _upper(model: RWKV, tokens: Tensor, state: State | None, scope: Scope) -> tuple[RWKV, Tensor, State | None]:
-    """(model, tokens, state) that give what these do, without the blocks below the first trained one.
-
-    The tokens that remain are places in what those blocks made of the text.
-    """
-    if scope in ("full", "state"):
-        return model, tokens, state
-    state = model.empty_state(len(tokens)) if state is None else state
-    first = len(model.blocks) // 2
-    with torch.no_grad():
-        x, carry = model.enter(tokens)
-        for i, block in enumerate(model.blocks[:first]):
-            x, _, _, carry = block(x, state.shift[:, i], state.wkv[:, i], None, carry)
-    entered = [None if part is None else part.flatten(0, 1) for part in (x, carry)]
-    upper = copy.copy(model)
-    upper._modules = dict(model._modules)
-    upper.enter = lambda places: [None if part is None else part[places] for part in entered]
-    upper.blocks = model.blocks[first:]
-    places = torch.arange(tokens.numel(), device=tokens.device).view_as(tokens)
-    return upper, places, State(*(part[:, first:] for part in state))
-
-
-@dataclass(frozen=True)
-class _Kept:
-    """Rows whose predictions are kept: what each was [N,V], at the N places that hold tokens."""
-
-    model: RWKV
-    tokens: Tensor
-    state: State | None
-    real: Tensor
-    before: Tensor
-
-    def divergence(self) -> Tensor:
-        return divergence(self.before, _predicted(self.model, self.tokens, self.real, self.state))
-
-
-def _kept(model: RWKV, rows: list[tuple[list[int], RWKV]], scope: Scope) -> _Kept:
-    tokens, real = (t.to(model.device) for t in pad([ids for ids, _ in rows]))
-    before = torch.empty(int(real.sum()), model.config.vocab_size, device=model.device)
-    for other in {id(m): m for _, m in rows}.values():
-        mine = torch.tensor([m is other for _, m in rows], device=model.device)
-        with torch.no_grad():
-            before[mine[:, None].expand_as(real)[real]] = _predicted(other, tokens[mine], real[mine])
-    upper, tokens, state = _upper(model, tokens, None, scope)
-    return _Kept(upper, tokens, state, real, before)
-
-
-@torch.no_grad()
-def predictions(model: RWKV, rows: list[list[int]]) -> Tensor:
-    """Log probabilities [N,V] after each of the N tokens of some documents."""
-    return _predicted(model, *(t.to(model.device) for t in pad(rows)))
-
-
-def _predicted(model: RWKV, tokens: Tensor, real: Tensor, state: State | None = None) -> Tensor:
-    return model.head(model.hidden(tokens, state)[0][real]).float().log_softmax(-1)
-
-
-def divergence(before: Tensor, now: Tensor) -> Tensor:
-    """Mean KL(before || now) of log probabilities [N,V], in nats a token."""
-    return (before.exp() * (before - now)).sum(-1).mean()
-
-
-@torch.no_grad()
-def answer_loss(model: RWKV, row: Row) -> float:
-    """A row's loss as it is trained, in nats a token."""
-    return float(_batch(model, [row], "full", REACH).loss())
+def _mean(some: list[Batch]) -> Tensor:
+    return torch.stack([b.rows * b.loss() for b in some]).sum() / sum(b.rows for b in some)
 
 
 def follow(
