@@ -90,7 +90,7 @@ class Teacher:
     def _read(self, chat: Chat, rest: str) -> Iterable[str]:
         if not rest:
             raise ValueError("write /learn FILE")
-        return self._learn(Reading(_text(rest)))
+        return self._learn(Reading(text_of(rest)))
 
     def _learn(self, correction: Correction | Reading) -> Iterable[str]:
         number = self.learner.receive(correction)

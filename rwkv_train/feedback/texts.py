@@ -79,7 +79,7 @@ class Batch:
     tokens: Tensor
     targets: Tensor
     reset: Tensor
-    state: State
+    state: State | None
     rows: int
     bad: bool
 
@@ -114,6 +114,8 @@ def batch(model: RWKV, rows: list[Row], scope: Scope, reach: int) -> Batch:
     targets = torch.full_like(packed.tokens, IGNORE)
     targets.view(-1)[packed.places] = torch.tensor([target for row in wanted for target in row], device=model.device)
     upper, tokens, state = _upper(model, packed, state, scope, _entered(model, packed, state, scope))
+    if scope == "state":
+        state = None  # the one in which the model begins, anew at every step
     return Batch(upper, tokens, targets, packed.reset, state, len(rows), rows[0].bad)
 
 
