@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from rwkv_train.config import FitConfig
 
 PROCESS = {"cpu": 0.425e9, "cuda": 0.5e9}  # Python with torch and Lightning, measured; CUDA's context, assumed
-OVERHEAD = {"cpu": {"fp32": 1.2, "bf16": 1.6}, "cuda": {"fp32": 1.5, "bf16": 1.5}}  # a step over its matrix products
-SLICE = 1 << 23  # logits held at once, as in loss.py
+OVERHEAD = {"cpu": {"fp32": 1.15, "bf16": 1.4}, "cuda": {"fp32": 1.5, "bf16": 1.5}}  # a step over its matrix products
+SLICE = 1 << 25  # logits held at once, as in loss.py
 BUCKET = 200_000_000  # gradients that DeepSpeed sends together, by Lightning's setting
 LIVE = 1_000_000_000  # parameters that ZeRO-3 keeps gathered at most
 
@@ -110,14 +110,16 @@ class Step:
     def block_saved(self) -> float:
         """What autograd keeps of a block.
 
-        r: the block's input and middle, two layer norms, two token shifts: 6 nC. m: five mixed inputs, sigmoid(r) and
-        value of the channel mix: 7 nC; sigmoid(r) and its product with y: 2 nA; relu and its square: 2 nF.
+        r: the block's input and middle and two layer norms: 4 nC, in torch also two token shifts. m: five mixed inputs,
+        r and value of the channel mix: 7 nC; r and its product with y: 2 nA; k and relu(k)^2: 2 nF (in torch sigmoid(r)
+        and relu(k) instead of r and k).
         float32: k, v, y and the log denominators of the operator: 4 nA, and y again in m if that is another.
         Dropout: 2 nC masks, of m bytes, on a GPU of 1. CUDA's autocast squares in float32: 4 nF more.
         Under autocast also each matrix in bfloat16.
         """
         s, n = self.sizes, self.n
-        kept = self.r * 6 * n * s.n_embd + self.m * n * (7 * s.n_embd + 2 * s.n_att + 2 * s.n_ffn)
+        kept = self.r * (4 if self.kernel else 6) * n * s.n_embd
+        kept += self.m * n * (7 * s.n_embd + 2 * s.n_att + 2 * s.n_ffn)
         kept += 16 * n * s.n_att + (self.m * n * s.n_att if self.m != 4 else 0)
         kept += 2 * n * s.n_embd * (self.m if self.device == "cpu" else 1) * (self.config.model.dropout > 0)
         kept += 4 * n * s.n_ffn if self.autocast and self.device == "cuda" else 0
@@ -130,25 +132,25 @@ class Step:
         """Of one chunk, at the end of its forward and in the backward of its last block.
 
         r nC of the embedding, and what the blocks keep. With recompute their inputs, L r nC, and in the backward one
-        block. The sweep's autocast caches casts to the forward's end: the head's, and with recompute all blocks'.
+        block. The sweep's autocast caches casts to the forward's end: with recompute all blocks'.
         """
         x, count = self.r * self.n * self.sizes.n_embd, self.sizes.n_layer
-        cached = 2 * self.sizes.table if self.autocast and self.sweep else 0
         if self.config.train.recompute:
-            return count * (x + self.casts() * self.sweep) + cached, count * x + self.block_saved()
-        whole = x + count * self.block_saved()
-        return whole + cached, whole
+            return count * (x + self.casts() * self.sweep), count * x + self.block_saved()
+        return (x + count * self.block_saved(),) * 2
 
     def workspace(self) -> float:
         """What the backward of the last block needs besides, at the fuller of two moments.
 
-        In its channel mix: three gradients of nF, m each, and r nC. In its time mix, when what the channel mix kept is
-        gone: gradients of k, v and y, 3 nA float32; where the operator runs in torch about 6 nA more.
+        In its channel mix r nC and, where the kernels run, mnF, for one of two gradients takes the place of relu(k)^2;
+        in torch three. In its time mix, when what the channel mix kept is gone: 2 nA float32, for one of the gradients
+        of k, v and y takes the place of the gate's; in torch about 6 nA more.
         """
         s, n = self.sizes, self.n
         x = self.r * n * s.n_embd
-        gone = 4 * x + self.m * n * (2 * s.n_ffn + 4 * s.n_embd)
-        return x + max(3 * self.m * n * s.n_ffn, (3 if self.kernel else 9) * 4 * n * s.n_att - gone)
+        gone = (2 if self.kernel else 4) * x + self.m * n * (2 * s.n_ffn + 4 * s.n_embd)
+        wide, long = (1, 2) if self.kernel else (3, 8)
+        return x + max(wide * self.m * n * s.n_ffn, long * 4 * n * s.n_att - gone)
 
     def states(self) -> float:
         """L (2C + 3A) float32 a lane: H states at chunk boundaries and five at work. Besides H states of the random
@@ -158,19 +160,23 @@ class Step:
         return self.lanes * (data.horizon + 5) * state + data.horizon * (5056 + 25 * self.n)
 
     def logits(self) -> float:
-        """The head's loss: the gradient of its weight, 4VC, and the fuller of two moments, for slices of E logits.
+        """The head's loss, at the fullest of three moments; a slice has E logits, in m, a share of dW is mVC.
 
-        Softmax: logits, 4E, as much inside logsumexp or a copy in m, and the slice before if there is one.
-        Products: probabilities, in m too where autocast copies them, and one slice's share of the gradient or the
-        weight in m, mVC. Besides 3 r nC: the last block's output, its norm, and the gradient of that.
+        Cross entropy: the kernel puts the gradient in the place of the logits, and one slice before is still there;
+        torch needs 4E besides, without autocast, otherwise 8E. Products: logits, shares of dW; several shares are
+        summed in float32. With both of these, under autocast, W in bfloat16. Backward: dW, and once more scaled.
+        Besides 4 r nC: the last block's output, its norm, and the gradient of that, twice.
         """
-        s, m = self.sizes, self.m
-        rows = min(self.n, max(1, SLICE // s.vocab_size))
-        e = rows * s.vocab_size
-        p = 2 if m == 2 and self.zero else 4  # bytes of a probability
-        softmax = 8 * e + (p * e if self.n > rows else 0)
-        products = (p + (m if self.autocast else 0)) * e + m * s.table
-        return 4 * s.table + max(softmax, products) + 3 * self.r * self.n * s.n_embd
+        s, m, rows = self.sizes, self.m, max(1, SLICE // self.sizes.vocab_size)
+        e, share, slices = min(self.n, rows) * s.vocab_size, m * s.table, -(-self.n // rows)
+        inside = m * min(self.n, 2 * rows) * s.vocab_size if self.kernel else (8 if m == 4 else 10) * e
+        before = (slices > 1) * share + (slices > 2) * 4 * s.table
+        if slices == 1:
+            sums = share + (4 * s.table if self.autocast else 0)
+        else:
+            sums = 4 * s.table + share * (1 if m == 4 and slices == 2 else 2)
+        forward = max(inside + before, m * e + sums) + (2 * s.table if self.autocast else 0)
+        return max(forward, 2 * self.w * s.table) + 4 * self.r * self.n * s.n_embd
 
     def heap(self, temporary: float) -> float:
         """What the C library's heap wastes on a CPU: measured on Linux, not derived.
