@@ -229,7 +229,7 @@ def _sizes(model: ModelConfig, vocab_size: int | None) -> Sizes:
         if not hasattr(c, "n_att"):
             raise ValueError(f"{model.init} is an RWKV-7, for which there is no plan yet; plan an RWKV-4 of its sizes")
         return Sizes(c.n_layer, c.n_embd, c.n_att, c.n_ffn, c.vocab_size)
-    if model.architecture != "rwkv4":
+    if model.architecture not in (None, "rwkv4"):
         raise ValueError("model.architecture: there is no plan for RWKV-7 yet; plan an RWKV-4 of its sizes")
     vocab_size = model.vocab_size or vocab_size
     if vocab_size is None:
