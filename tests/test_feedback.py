@@ -34,7 +34,7 @@ from rwkv_train.tokenizer import load_tokenizer
 
 BYTES = load_tokenizer("bytes")
 FORM = Form(BYTES)
-CONFIG = FeedbackConfig(rate=0.5, steps=100, loss=0.1, pull=0.01, budget=1e9, neighbours=2, guards=2)
+CONFIG = FeedbackConfig(scope="localised", rate=0.5, steps=100, loss=0.1, pull=0.01, budget=1e9, neighbours=2, guards=2)
 QUICK = [Correction("sun?", "hot"), Correction("ice?", "cold"), Correction("sea?", "wet")]
 ASKED = [("hi you", "hello"), ("a?", "b"), ("2?", "4")]
 SUBJECTS = [("hi you", "you"), ("a?", "a"), ("2?", "2")]
@@ -241,7 +241,7 @@ def test_one_step_is_a_plain_gradient_step_on_the_whole_model(generation):
     new = [Row([0, *BYTES.encode("a long way before: hot")], 3), Row([0, *BYTES.encode("sun? hot")], 3)]
     new.append(Row([0, *BYTES.encode("other talk. sun? hot")], 3, context=16))
     replayed, kept = [Row([0, *BYTES.encode("ice? cold")], 4)], DIALOGUES[1]
-    config = FeedbackConfig(steps=1, reach=9, pull=2.0, rate=0.1)
+    config = FeedbackConfig(scope="localised", steps=1, reach=9, pull=2.0, rate=0.1)
     before = with_weights(model, {"emb.weight": model.emb.weight * 1.1})
     after, steps = learn(model, Lesson(new, replayed, [(kept, before), (kept[:-3], model)]), None, config)
     assert steps == 1 and sorted(changed(after, model)) == localised_names(model)

@@ -27,9 +27,9 @@ class FeedbackConfig:
     """How a correction is learnt.
 
     Args:
-        scope: what is trained: localised, the channel mix's value matrices of the upper half of the layers, along the
-            model's curvature; lora, low-rank changes of the same; full, all weights; state, only the state in which
-            a dialogue begins
+        scope: what is trained: full, all weights; localised, the channel mix's value matrices of the upper half of
+            the layers, along the model's curvature, which needs less memory; lora, low-rank changes of the same;
+            state, only the state in which a dialogue begins
         rate: share of the loss that one step should take away, going by its gradient
         steps: most gradient steps of one correction
         loss: mean loss of the answer, in nats a token, below which it counts as learnt
@@ -47,16 +47,16 @@ class FeedbackConfig:
         learn_decay: of /learn: share of the way back to the weights before it that every step goes
     """
 
-    scope: Scope = "localised"
+    scope: Scope = "full"
     rate: float = 0.9
     steps: int = 25
     loss: float = 0.05
     extra: int = 1
     wordings: int = 6
-    strangers: int = 2
+    strangers: int = 3
     replay: int = 16
-    neighbours: int = 8
-    guards: int = 12
+    neighbours: int = 4
+    guards: int = 4
     pull: float = 3.0
     budget: float = 0.05
     reach: int = 64
