@@ -42,8 +42,8 @@ DIALOGUES = [[0, *BYTES.encode(f"User: {q}\n\nAssistant: {a}\n\n")] for q, a in 
 
 
 def small_model(seed=0, generation="rwkv4"):
-    seed += generation == "rwkv7"  # not every random model can be taught by so few weights
-    model = random_model(n_embd=48, vocab_size=257, seed=seed, generation=generation, head_size=16)
+    width = {"rwkv4": 48, "rwkv7": 96}[generation]  # not every random model can be taught by so few weights
+    model = random_model(n_embd=width, vocab_size=257, seed=seed, generation=generation, head_size=16)
     return model.requires_grad_(False)
 
 
@@ -285,7 +285,8 @@ def test_curvature_is_the_fisher_information_of_each_side(generation):
     model = small_model(generation=generation)
     (name,) = localised_names(model)
     curvature = Curvature.measure(model, [name], DIALOGUES)
-    outer, inner, count = torch.zeros(48, 48), torch.zeros(192, 192), 0
+    c = model.config
+    outer, inner, count = torch.zeros(c.n_embd, c.n_embd), torch.zeros(c.n_ffn, c.n_ffn), 0
     layer, seen = model.blocks[1].ffn.value, {}
     layer.weight.requires_grad_()
     hook = layer.register_forward_hook(lambda module, inputs, output: seen.update(x=inputs[0], y=output))
@@ -296,7 +297,7 @@ def test_curvature_is_the_fisher_information_of_each_side(generation):
         x, slope = seen["x"][0].detach(), slope[0]
         outer, inner, count = outer + slope.t() @ slope, inner + x.t() @ x, count + len(x)
     hook.remove()
-    gradient = torch.randn(48, 192, generator=torch.Generator().manual_seed(0))
+    gradient = torch.randn(c.n_embd, c.n_ffn, generator=torch.Generator().manual_seed(0))
     sides = []
     for factor in (outer / count, inner / count):
         sides.append(torch.linalg.inv(factor + DAMPING * factor.trace() / len(factor) * torch.eye(len(factor))))
