@@ -145,9 +145,10 @@ def _closing(trainer: L.Trainer) -> Iterator[None]:
     try:
         yield
     finally:
-        for logger in trainer.loggers:
-            if isinstance(logger, L.pytorch.loggers.WandbLogger) and trainer.is_global_zero:
-                logger.experiment.finish()
+        if any(isinstance(logger, L.pytorch.loggers.WandbLogger) for logger in trainer.loggers):
+            import wandb
+
+            wandb.finish()  # not the logger's experiment: asking for that begins one where the run failed before
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 

@@ -2,11 +2,13 @@
 
 import functools
 
+import host_gpu
 import pytest
 from helpers import GENERATIONS
 from runs import config_of, store_in
 
 from rwkv_train.fit import fit
+from rwkv_train.wkv import cuda
 
 
 @pytest.fixture(params=GENERATIONS)
@@ -37,3 +39,16 @@ def finished_of(store, tmp_path_factory):
 def finished(finished_of):
     """An uninterrupted run."""
     return finished_of("rwkv4")
+
+
+@pytest.fixture(scope="session")
+def kernels_folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("kernels")
+
+
+@pytest.fixture
+def on_cpu(kernels_folder, monkeypatch):
+    """CUDA kernels are run on the CPU; how: see `host_gpu.launcher`."""
+    how = {"descending": False, "launched": []}
+    monkeypatch.setattr(cuda, "_launch", host_gpu.launcher(kernels_folder, how))
+    return how

@@ -270,7 +270,7 @@ def test_any_size_any_reset_any_split(data):
             r"reset has shape \[2, 4\], expected \[B, T\] = \[2, 5\]",
         ),
         ({"reset": torch.zeros(2, 5)}, r"reset is torch.float32, expected torch.bool"),
-        ({"backend": "cdua"}, r"unknown backend 'cdua', expected \"auto\", \"reference\""),
+        ({"backend": "cdua"}, r"unknown backend 'cdua', expected one of \"auto\", \"reference\""),
         ({"backend": "cuda"}, r"backend \"cuda\" needs tensors on a CUDA device, found cpu; use \"auto\""),
     ],
 )

@@ -1,42 +1,30 @@
 """The CUDA kernels: without a GPU they are compiled for three architectures, and run on the CPU against the reference.
 
-tests/wkv4_host.h runs the kernels' own source thread by thread; cuda.py drives it as it drives a GPU.
+wkv_host.h runs the kernels' own source thread by thread; cuda.py drives it as it drives a GPU.
 """
 
-import ctypes
 import functools
-import io
-import re
-import shutil
-import subprocess
 import sys
-from importlib.util import find_spec
-from pathlib import Path
 
 import platformdirs
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from host_gpu import check_compiles, needs_compiler, needs_cuda_core
 from test_wkv4 import assert_close, cotangents, draw, resets_at, run
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import rwkv_train.wkv
-from rwkv_train.wkv import _pick, cache, cuda, fallback, reference, wkv4
+from rwkv_train.wkv import WAYS, cache, cuda, fallback, reference, wkv4
+from rwkv_train.wkv.backends import pick
 
-FORWARD, BACKWARD = ("scan", "summarise", "forward"), ("scan", "summarise_adjoints", "backward")
-HOST = Path(__file__).with_name("wkv4_host.h")
 VARIANTS = [
     cuda.Variant(backward, dtype, vector)
     for backward in (False, True)
     for dtype in cuda.TYPES
     for vector in ({1, cuda.VECTOR[backward]} if dtype.itemsize == 2 else {1})
 ]
-has_cuda_core = find_spec("cuda") is not None and find_spec("cuda.core") is not None
-needs_cuda_core = pytest.mark.skipif(not has_cuda_core, reason="cuda-core is for Linux and Windows")
-needs_compiler = pytest.mark.skipif(
-    sys.platform != "linux" or shutil.which("g++") is None, reason="kernels run on the CPU by g++ and ucontext"
-)
 
 
 # ---- compiled for GPUs that are not here
@@ -46,53 +34,10 @@ needs_compiler = pytest.mark.skipif(
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_120"])
 def test_kernels_compile_and_stay_in_registers(arch):
     for variant in VARIANTS:
-        logs = io.StringIO()
-        assert cuda.build(variant, arch, logs)[:4] == b"\x7fELF"
-        names = re.findall(r"Compiling entry function '(\w+)'", logs.getvalue())
-        spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores", logs.getvalue())
-        assert sorted(names) == sorted(BACKWARD if variant.backward else FORWARD) and len(spills) == len(names)
-        assert set(spills) == {("0", "0")}, f"{variant}: {logs.getvalue()}"
+        check_compiles(variant, arch)
 
 
 # ---- run on the CPU
-
-_cpu = torch.library.Library("rwkv_train", "IMPL")
-_cpu.impl("wkv4", cuda._forward, "CPU")
-_cpu.impl("wkv4_backward", cuda._backward, "CPU")
-
-
-@functools.cache
-def host_library(folder: Path, dtype: torch.dtype, vector: int) -> ctypes.CDLL:
-    source, library = (folder / f"{cuda.TYPES[dtype]}{vector}{suffix}" for suffix in (".cpp", ".so"))
-    kernels = sorted({*FORWARD, *BACKWARD})
-    source.write_text(
-        f"#define WKV_X {cuda.TYPES[dtype]}\n#define WKV_V {vector}\n#define WKV_FORWARD\n#define WKV_BACKWARD\n"
-        f'#include "{HOST}"\n#include "{cuda.SOURCE}"\n' + "".join(f"HOST_KERNEL({name})\n" for name in kernels)
-    )
-    flags = ("-O1", "-std=c++17", "-shared", "-fPIC", "-Wall", "-Wno-unknown-pragmas", "-Werror")
-    done = subprocess.run(["g++", *flags, "-o", library, source], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return ctypes.CDLL(str(library))
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("host")
-
-
-@pytest.fixture
-def on_cpu(folder, monkeypatch):
-    """The kernels are run on the CPU; a dict whose "descending" turns the order of the threads round."""
-    how = {"descending": False, "launched": []}
-
-    def launch(name, variant, device, blocks, rows, arguments):
-        kernel = getattr(host_library(folder, variant.dtype, variant.vector), f"host_{name}")
-        numbers = (ctypes.c_int64 * len(arguments))(*arguments)
-        kernel(ctypes.c_int(blocks), cuda.WIDTH, ctypes.c_int(rows), ctypes.c_bool(how["descending"]), numbers)
-        how["launched"].append(name)
-
-    monkeypatch.setattr(cuda, "_launch", launch)
-    return how
 
 
 def cut(monkeypatch, stretched: bool):
@@ -248,7 +193,7 @@ def test_operators_keep_what_torch_expects_of_them(on_cpu, with_reset):
 
 @needs_compiler
 def test_torch_compile_takes_it_whole(on_cpu, monkeypatch):
-    monkeypatch.setattr(rwkv_train.wkv, "_pick", lambda backend, device: cuda.wkv4)
+    monkeypatch.setattr(rwkv_train.wkv, "pick", lambda *asked: cuda.wkv4)
     B, T, C = 2, 40, 5
     args, (gy, gstate), reset = draw(B, T, C), cotangents(B, T, C), resets_at(B, T, 9)
     want = run(reference.wkv4, args, reset, gy, gstate)
@@ -297,11 +242,11 @@ def hopper(monkeypatch, tmp_path):
 
 def test_without_cuda_core_auto_is_torch_and_says_why_once(hopper, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "cuda.core", None)
-    assert [_pick("auto", torch.device("cuda", 0)) for _ in range(2)] == [fallback.wkv4] * 2
+    assert [pick("wkv4", WAYS, "auto", torch.device("cuda", 0)) for _ in range(2)] == [fallback.wkv4] * 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "cuda.core" in line and "pip install 'rwkv_train[cuda]'" in line
     with pytest.raises(RuntimeError, match=r'backend "cuda" is not available: the CUDA kernels need cuda.core'):
-        _pick("cuda", torch.device("cuda", 0))
+        pick("wkv4", WAYS, "cuda", torch.device("cuda", 0))
 
 
 @needs_cuda_core
@@ -321,7 +266,7 @@ def test_builds_once_and_rebuilds_what_is_broken(hopper, capsys):
             path.write_bytes(path.read_bytes()[:1000])
         for cached in (cuda._why_not, cuda._program):
             cached.cache_clear()
-        assert _pick("auto", torch.device("cuda", 0)) is cuda.wkv4
+        assert pick("wkv4", WAYS, "auto", torch.device("cuda", 0)) is cuda.wkv4
         assert capsys.readouterr().err.count("building CUDA kernels") == builds
 
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from test_wkv4 import assert_close, cotangents, draw, resets_at, run
 
-from rwkv_train.wkv import _pick, cuda, wkv4
+from rwkv_train.wkv import WAYS, cuda, wkv4
+from rwkv_train.wkv.backends import pick
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -44,7 +45,7 @@ def test_equals_reference(path, dtype, shape):
 
 def test_auto_is_the_kernels():
     device = torch.device("cuda", torch.cuda.current_device())
-    assert _pick("auto", device) is cuda.wkv4
+    assert pick("wkv4", WAYS, "auto", device) is cuda.wkv4
     args = on(device, [x.float() for x in draw(1, 40, 6)])
     with pytest.raises(ValueError, match='backend "cpu" needs tensors on the CPU'):
         wkv4(*args, backend="cpu")

@@ -219,8 +219,8 @@ def test_any_size_any_reset_any_split(data):
         ({"v": torch.zeros(2, 5, 1, 3, dtype=torch.long)}, r"v is torch.int64, expected a floating dtype"),
         ({"w": torch.zeros(2, 5, 1, 3, device="meta")}, r"w is on meta, expected cpu, where r is"),
         ({"reset": torch.zeros(2, 4, dtype=torch.bool)}, r"reset has shape \[2, 4\], expected \[B, T\] = \[2, 5\]"),
-        ({"backend": "cdua"}, r"unknown backend 'cdua', expected \"auto\", \"reference\""),
-        ({"backend": "cuda"}, r"the CUDA kernel is not part of this version yet; use backend \"auto\""),
+        ({"backend": "cdua"}, r"unknown backend 'cdua', expected one of \"auto\", \"reference\""),
+        ({"backend": "cuda"}, r"wkv7: backend \"cuda\" needs tensors on a CUDA device, found cpu; use \"auto\""),
     ],
 )
 def test_errors_name_the_argument(change, message):

@@ -1,8 +1,8 @@
 """The recurrences of RWKV, one function each, with interchangeable backends.
 
-wkv7.py       the operator of RWKV-7; that of RWKV-4 is here
+wkv7.py       the operator of RWKV-7; that of RWKV-4 is here, and backends.py picks what runs
 reference.py  the specification, plain torch         fallback.py, chunked7.py  vectorised torch, any device
-cpu.py        the C++ kernels, built at first use    cuda.py                   the CUDA kernels, likewise
+cpu.py        the C++ kernels, built at first use    cuda.py, cuda7.py         the CUDA kernels, likewise
 cache.py      where the built kernels lie            wkv4.h, wkv7.h            formulas shared by C++ and CUDA
 """
 
@@ -11,10 +11,14 @@ from torch import Tensor
 
 from rwkv_train.wkv import cpu, cuda, fallback, reference
 from rwkv_train.wkv.arguments import cast, check
+from rwkv_train.wkv.backends import pick
 from rwkv_train.wkv.elementwise import cross_entropy_, gate, shift_mix, squared_relu
 from rwkv_train.wkv.wkv7 import wkv7
 
 __all__ = ["cross_entropy_", "empty_state", "gate", "shift_mix", "squared_relu", "wkv4", "wkv7"]
+
+
+WAYS = {"reference": reference.wkv4, "cpu": cpu.wkv4, "torch": fallback.wkv4, "cuda": cuda.wkv4}
 
 
 def empty_state(batch: int, channels: int, *, dtype=torch.float32, device=None) -> Tensor:
@@ -62,35 +66,13 @@ def wkv4(
     appendix D (the shifted exponent).
     """
     dtype = _check(w, u, k, v, state, reset)
-    run = _pick(backend, k.device)
+    run = pick("wkv4", WAYS, backend, k.device)
     # The CUDA kernels read and write 16 bits themselves: no copies
     halves = run is cuda.wkv4 and k.dtype == v.dtype and k.dtype in cuda.TYPES and dtype == torch.float32
     stored = k.dtype if halves else dtype
     w, u, state = (cast(x, dtype) for x in (w, u, state))
     y, state = run(w, u, cast(k, stored), cast(v, stored), state, reset)
     return cast(y, k.dtype), state
-
-
-def _pick(backend: str, device: torch.device):
-    """The implementation of wkv4 behind a backend's name."""
-    if backend == "auto":
-        kernels = {"cpu": cpu.available, "cuda": lambda: cuda.available(device)}.get(device.type)
-        backend = device.type if kernels and kernels() else "torch"
-    if backend == "cpu":
-        if device.type != "cpu":
-            raise ValueError(f'wkv4: backend "cpu" needs tensors on the CPU, found {device}; use "auto"')
-        return cpu.wkv4
-    if backend == "torch":
-        return fallback.wkv4
-    if backend == "reference":
-        return reference.wkv4
-    if backend == "cuda":
-        if device.type != "cuda":
-            raise ValueError(f'wkv4: backend "cuda" needs tensors on a CUDA device, found {device}; use "auto"')
-        if not cuda.available(device):
-            raise RuntimeError(f'wkv4: backend "cuda" is not available: {cuda.why_not(device)}')
-        return cuda.wkv4
-    raise ValueError(f'wkv4: unknown backend {backend!r}, expected "auto", "reference", "cpu", "torch" or "cuda"')
 
 
 def _check(w, u, k, v, state, reset) -> torch.dtype:

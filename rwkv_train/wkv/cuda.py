@@ -1,4 +1,4 @@
-"""The CUDA kernels of wkv4.cu: built by NVRTC at first use, kept in the user's cache, launched through cuda.core.
+"""The CUDA kernels: built by NVRTC at first use, kept in the user's cache, launched through cuda.core; and WKV-4's.
 
 Nobody needs a CUDA toolkit: NVRTC comes with torch's CUDA wheels, cuda.core is a package (`rwkv_train[cuda]`), and
 the source includes none of CUDA's headers. Importing this only declares the operators; `available` decides for
@@ -17,7 +17,7 @@ from torch import Tensor
 from rwkv_train.wkv import cache
 
 SOURCE = Path(__file__).with_name("wkv4.cu")
-HEADERS = tuple(Path(__file__).with_name(name) for name in ("wkv4.h", "wkv4_gpu.h"))
+HEADERS = tuple(Path(__file__).with_name(name) for name in ("gpu.h", "wkv4.h", "wkv4_gpu.h", "wkv7.h"))
 # Fast: exponentials and divisions of about 2 ulp, numbers below 1e-38 are 0. None of it touches double precision.
 OPTIONS = {"std": "c++17", "use_fast_math": True, "restrict": True, "diag_suppress": 177}
 TYPES = {torch.bfloat16: "Bf16", torch.float16: "Half", torch.float32: "float", torch.float64: "double"}
@@ -37,6 +37,19 @@ class Variant(NamedTuple):
     backward: bool
     dtype: torch.dtype
     vector: int
+
+    @property
+    def source(self) -> Path:
+        return SOURCE
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        return ("scan", "summarise_adjoints", "backward") if self.backward else ("scan", "summarise", "forward")
+
+    @property
+    def macros(self) -> list:
+        which = "WKV_BACKWARD" if self.backward else "WKV_FORWARD"
+        return [("WKV_X", TYPES[self.dtype]), ("WKV_V", str(self.vector)), which]
 
 
 def wkv4(w, u, k, v, state, reset=None, path="auto"):
@@ -91,27 +104,26 @@ def _arch(capability: tuple[int, int]) -> str:
     return "sm_{}{}".format(*capability)
 
 
-def build(variant: Variant, arch: str, logs=None) -> bytes:
+def build(variant, arch: str, logs=None) -> bytes:
     """The cubin for an architecture like "sm_90"; no GPU is needed. `logs.write` receives what the compiler says."""
     from cuda.core import Program, ProgramOptions
 
-    which = "WKV_BACKWARD" if variant.backward else "WKV_FORWARD"
-    macros = [("WKV_X", TYPES[variant.dtype]), ("WKV_V", str(variant.vector)), which]
-    options = {**OPTIONS, "include_path": str(HEADERS[0].parent), "define_macro": macros}
+    source, options = variant.source, {**OPTIONS, "define_macro": variant.macros}
+    options["include_path"] = str(HEADERS[0].parent)
     if logs is not None:
         options["ptxas_options"] = "-v"
-    program = Program(SOURCE.read_text(encoding="utf-8"), "c++", ProgramOptions(name=SOURCE.name, arch=arch, **options))
+    program = Program(source.read_text(encoding="utf-8"), "c++", ProgramOptions(name=source.name, arch=arch, **options))
     return bytes(program.compile("cubin", logs=logs).code)
 
 
 @functools.cache
-def _program(variant: Variant, arch: str):
+def _program(variant, arch: str):
     """The kernels as a cuda.core ObjectCode, from the cache or built now."""
     from cuda.bindings import nvrtc
     from cuda.core import ObjectCode
 
-    parts = [path.read_bytes() for path in (SOURCE, *HEADERS)] + [repr((OPTIONS, nvrtc.nvrtcVersion())).encode()]
-    stem = f"wkv4-{arch}-{'-'.join(map(str, variant))}-{cache.key(*parts)}"
+    parts = [path.read_bytes() for path in (variant.source, *HEADERS)] + [repr((OPTIONS, nvrtc.nvrtcVersion())).encode()]
+    stem = f"{variant.source.stem}-{arch}-{'-'.join(map(str, variant))}-{cache.key(*parts)}"
     path = next(cache.find(stem, ".cubin"), None)
     if path is None:
         print("rwkv_train: building CUDA kernels (once, a few seconds) ...", file=sys.stderr, flush=True)
@@ -120,18 +132,25 @@ def _program(variant: Variant, arch: str):
 
 
 @functools.cache
-def _kernel(name: str, variant: Variant, index: int):
+def _kernel(name: str, variant, index: int):
     return _program(variant, _arch(torch.cuda.get_device_capability(index))).get_kernel(name)
 
 
-def _launch(name: str, variant: Variant, device: torch.device, blocks: int, rows: int, arguments: list[int]) -> None:
+def _launch(name, variant, device: torch.device, blocks: int, block: tuple[int, int], arguments: list[int]) -> None:
     """Queue a kernel; its arguments are addresses and sizes, all of 64 bits."""
     from cuda.core import Device, LaunchConfig, launch
 
     with torch.cuda.device(device):
         Device(device.index).set_current()  # torch's context; a new thread may not have it yet
-        config = LaunchConfig(grid=blocks, block=(WIDTH, rows))
+        config = LaunchConfig(grid=blocks, block=block)
         launch(torch.cuda.current_stream(), config, _kernel(name, variant, device.index), *arguments)
+
+
+def call(name: str, variant, blocks: int, block: tuple[int, int], sizes, tensors) -> None:
+    """Queue a kernel of a variant on contiguous tensors, or None for those that are not there; nothing for no blocks."""
+    pointers = (0 if x is None else x.data_ptr() for x in tensors)
+    if blocks:
+        _launch(name, variant, tensors[0].device, blocks, block, [*sizes, *pointers])
 
 
 # ---- the operators
@@ -171,20 +190,15 @@ class _Work(NamedTuple):
     def run(self, name: str, variant: Variant, rows: int, *arguments: Tensor | None) -> None:
         """One of the kernels that have a block for each stretch and 32 threads' channels."""
         blocks = self.B * self.stretches * -(-self.C // (WIDTH * variant.vector))
-        _call(name, variant, blocks, rows, (self.T, self.C, self.L), arguments)
+        call(name, variant, blocks, (WIDTH, rows), (self.T, self.C, self.L), arguments)
 
     def hand_on(self, variant: Variant, state: Tensor, gstate: Tensor | None, crossings: Tensor) -> Tensor:
         """What the scan hands to each stretch, [B, stretches, 4, C]."""
         handed = state.new_empty(self.B, self.stretches, 4, self.C)
         sizes = (self.B, self.C, self.stretches)
-        _call("scan", variant, -(-self.B * self.C // WIDTH), 1, sizes, (state, gstate, crossings, handed))
+        blocks = -(-self.B * self.C // WIDTH)
+        call("scan", variant, blocks, (WIDTH, 1), sizes, (state, gstate, crossings, handed))
         return handed
-
-
-def _call(name, variant, blocks, rows, sizes, tensors):
-    pointers = (0 if x is None else x.data_ptr() for x in tensors)
-    if blocks:
-        _launch(name, variant, tensors[0].device, blocks, rows, [*sizes, *pointers])
 
 
 def _variant(backward: bool, *streams: Tensor) -> Variant:
@@ -196,16 +210,16 @@ def _variant(backward: bool, *streams: Tensor) -> Variant:
     return Variant(backward, streams[0].dtype, vector)
 
 
-def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if x is None else x.contiguous() for x in tensors]
 
 
-_library = torch.library.Library("rwkv_train", "DEF")
-_library.define(
+library = torch.library.Library("rwkv_train", "DEF")
+library.define(
     "wkv4(Tensor w, Tensor u, Tensor k, Tensor v, Tensor state, Tensor? reset, str path, bool save)"
     " -> (Tensor y, Tensor end, Tensor states)"
 )
-_library.define(
+library.define(
     "wkv4_backward(Tensor w, Tensor u, Tensor k, Tensor v, Tensor? reset, Tensor states, Tensor end, Tensor gy,"
     " Tensor gstate, str path) -> (Tensor gwu, Tensor gk, Tensor gv, Tensor gstate)"
 )
@@ -218,9 +232,9 @@ def _results(w, u, k, v, state, reset, path, save):
     return k.new_empty(B, T, C), state.new_empty(B, 3, C), state.new_empty((B, rows, 3, C) if save else 0)
 
 
-@torch.library.impl(_library, "wkv4", "CUDA")
+@torch.library.impl(library, "wkv4", "CUDA")
 def _forward(w, u, k, v, state, reset, path, save):
-    w, u, k, v, state, reset = _contiguous(w, u, k, v, state, reset)
+    w, u, k, v, state, reset = contiguous(w, u, k, v, state, reset)
     work, variant, handed = _Work.plan(k, path), _variant(False, k, v), None
     y, end, states = _results(w, u, k, v, state, reset, path, save)
     if work.stretches > 1:
@@ -231,9 +245,9 @@ def _forward(w, u, k, v, state, reset, path, save):
     return y, end, states
 
 
-@torch.library.impl(_library, "wkv4_backward", "CUDA")
+@torch.library.impl(library, "wkv4_backward", "CUDA")
 def _backward(w, u, k, v, reset, states, end, gy, gstate, path):
-    w, u, k, v, reset, gy, gstate = _contiguous(w, u, k, v, reset, gy, gstate)
+    w, u, k, v, reset, gy, gstate = contiguous(w, u, k, v, reset, gy, gstate)
     work, variant, handed = _Work.plan(k, path), _variant(True, k, v, gy), None
     gk, gv, initial = torch.empty_like(k), torch.empty_like(v), torch.empty_like(end)
     sums = w.new_empty(work.B * work.stretches, 2, work.C)
@@ -246,10 +260,10 @@ def _backward(w, u, k, v, reset, states, end, gy, gstate, path):
     return sums.sum(0), gk, gv, initial
 
 
-torch.library.register_fake("rwkv_train::wkv4", _results, lib=_library)
+torch.library.register_fake("rwkv_train::wkv4", _results, lib=library)
 
 
-@torch.library.register_fake("rwkv_train::wkv4_backward", lib=_library)
+@torch.library.register_fake("rwkv_train::wkv4_backward", lib=library)
 def _gradients(w, u, k, v, reset, states, end, gy, gstate, path):
     return w.new_empty(2, *w.shape), k.new_empty(k.shape), v.new_empty(v.shape), end.new_empty(end.shape)
 
@@ -265,11 +279,16 @@ def _differentiate(ctx, gy, gstate, _):
     return *gwu, gk, gv, initial, None, None, None
 
 
-torch.library.register_autograd("rwkv_train::wkv4", _differentiate, setup_context=_save, lib=_library)
+torch.library.register_autograd("rwkv_train::wkv4", _differentiate, setup_context=_save, lib=library)
 
 
-def _refuse(ctx, *gradients):
-    raise RuntimeError("wkv4: the CUDA kernels can be differentiated once, not twice")
+def refuse(operator: str):
+    """The gradient of a gradient."""
+
+    def backward(ctx, *gradients):
+        raise RuntimeError(f"{operator}: the CUDA kernels can be differentiated once, not twice")
+
+    return backward
 
 
-torch.library.register_autograd("rwkv_train::wkv4_backward", _refuse, lib=_library)
+torch.library.register_autograd("rwkv_train::wkv4_backward", refuse("wkv4"), lib=library)

@@ -1,67 +1,11 @@
-// What the kernels of wkv4.cu are made of: numbers, values in memory, and where a thread works.
+// What the kernels of wkv4.cu are made of: values in memory, and where a thread works.
 //
-// Macros of the build: WKV_X, how k, v and y are stored (Bf16, Half, float, double); WKV_V, channels of a thread;
-// WKV_FORWARD or WKV_BACKWARD, or both.
+// Macros of the build, besides those of gpu.h: WKV_V, channels of a thread; WKV_FORWARD or WKV_BACKWARD, or both.
 #pragma once
 
-#ifndef WKV_HOST  // tests/wkv4_host.h runs these kernels on a CPU and brings its own
-#define WKV_FN static __device__ __forceinline__
-WKV_FN float wkv_exp(float x) { return exp2f(x); }  // to base 2, see LOG2E
-WKV_FN double wkv_exp(double x) { return exp2(x); }
-WKV_FN float wkv_log(float x) { return __log2f(x); }
-WKV_FN double wkv_log(double x) { return log2(x); }
-WKV_FN float wkv_below(float x) { return fminf(x, -x); }  // one instruction, -fabsf(x) is two
-WKV_FN double wkv_below(double x) { return fmin(x, -x); }
-WKV_FN float wkv_max(float x, float y) { return fmaxf(x, y); }
-WKV_FN double wkv_max(double x, double y) { return fmax(x, y); }
-WKV_FN unsigned bits_of(float x) { return __float_as_uint(x); }
-WKV_FN float from_bits(unsigned x) { return __uint_as_float(x); }
-WKV_FN float half_to_float(unsigned short x) {
-    float y;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));
-    return y;
-}
-WKV_FN unsigned short float_to_half(float x) {
-    unsigned short y;
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x));
-    return y;
-}
-// Moves a pointer on, in one register: unseen, the compiler would keep the addresses of a whole row in registers.
-template <class P> WKV_FN void advance(P*& p, long long by) {
-    p += by;
-    asm volatile("" : "+l"(p));
-    __builtin_assume(__isGlobal(p));
-}
-WKV_FN void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
-#endif
-
+#include "gpu.h"
 #include "wkv4.h"
 
-using Size = long long;
-struct Bf16 { unsigned short bits; };
-struct Half { unsigned short bits; };
-
-WKV_FN float real(Bf16 x) { return from_bits(unsigned(x.bits) << 16); }
-WKV_FN float real(Half x) { return half_to_float(x.bits); }
-WKV_FN float real(float x) { return x; }
-WKV_FN double real(double x) { return x; }
-
-WKV_FN void store(float x, Bf16& to) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-    unsigned pair;  // of x and 0: the lower half of a register is stored as it is
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(0.0f), "f"(x));
-    to.bits = pair;
-#else
-    const unsigned bits = bits_of(x), half = 0x7fff + (bits >> 16 & 1);  // to nearest, ties to even
-    to.bits = x == x ? (bits + half) >> 16 : 0x7fff;
-#endif
-}
-WKV_FN void store(float x, Half& to) { to.bits = float_to_half(x); }
-WKV_FN void store(float x, float& to) { to = x; }
-WKV_FN void store(double x, double& to) { to = x; }
-
-using X = WKV_X;
-using R = decltype(real(X()));
 using State = Wkv4State<R>;
 using Adjoint = Wkv4Adjoint<R>;
 
@@ -70,7 +14,6 @@ constexpr int S = sizeof(R) == 4 ? 16 : 4;  // tokens of a row, _row in cuda.py
 constexpr int WIDTH = 32;                   // threads abreast in a block
 constexpr int ROWS = 8;                     // of a block of the chunked kernels, in cuda.py too
 
-#define UNROLL _Pragma("unroll")
 // `blocks`: how many the registers should suffice for on a multiprocessor; in double, one at least.
 #define KERNEL(rows, blocks) extern "C" __global__ void __launch_bounds__(WIDTH * rows, sizeof(R) == 4 ? blocks : 1)
 

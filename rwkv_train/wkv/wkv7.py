@@ -3,8 +3,11 @@
 import torch
 from torch import Tensor
 
-from rwkv_train.wkv import chunked7, cpu, cpu7, reference
+from rwkv_train.wkv import chunked7, cpu7, cuda, cuda7, reference
 from rwkv_train.wkv.arguments import cast, check
+from rwkv_train.wkv.backends import pick
+
+WAYS = {"reference": reference.wkv7, "cpu": cpu7.wkv7, "torch": chunked7.wkv7, "cuda": cuda7.wkv7}
 
 
 def wkv7(
@@ -27,18 +30,18 @@ def wkv7(
                                         vector of length 1 and b its negative times rates in [0, 1].
         state  [B, H, N, N]             S before the first token, indexed [value, key]; zeros when there is no past
         reset  [B, T]                   bool or None; True empties the state before that token, which opens a document
-        backend                         "auto": the C++ kernel on a CPU if it can be built, otherwise "torch"
-                                        "reference": the plain loop; "cpu": the C++ kernel; "torch": chunks of matrix
-                                        products, any device, w no lower than -5; "cuda": not part of this version
+        backend                         "auto": the kernel for the device if it can be built, otherwise "torch"
+                                        "reference": the plain loop; "cpu": the C++ kernel; "cuda": the CUDA kernels;
+                                        "torch": chunks of matrix products, any device, w no lower than -5
 
     Returns:
         y      [B, T, H, N]  in the dtype of r
         state  [B, H, N, N]  after the last token, in the dtype of the arithmetic: float64 if any argument is
                              float64, otherwise float32, whatever autocast says
 
-    Gradients flow to all of them but reset, from both results; with backend "cpu" once, not twice.
+    Gradients flow to all of them but reset, from both results; with the kernels once, not twice.
 
-    Raises ValueError for a wrong argument, RuntimeError when backend="cpu" and the kernel cannot be built.
+    Raises ValueError for a wrong argument, RuntimeError when backend="cpu" or "cuda" cannot be built.
 
     Source: Peng et al., "RWKV-7 'Goose' with Expressive Dynamic State Evolution" (arXiv:2503.14456), equation 16.
     """
@@ -47,24 +50,11 @@ def wkv7(
     (B, _, H, N), sequences = r.shape, {"r": r, "w": w, "k": k, "v": v, "a": a, "b": b}
     arguments = {name: (x, "[B, T, H, N]", tuple(r.shape)) for name, x in sequences.items()}
     dtype = check("wkv7", "r", arguments | {"state": (state, "[B, H, N, N]", (B, H, N, N))}, reset)
-    run = _pick(backend, r.device)
+    run = pick("wkv7", WAYS, backend, r.device)
+    # The CUDA kernels read and write 16 bits themselves: no copies
+    halves = run is cuda7.wkv7 and r.dtype == k.dtype == v.dtype and r.dtype in cuda.TYPES and dtype == torch.float32
+    stored = r.dtype if halves else dtype
     with torch.autocast(r.device.type, enabled=False):
-        y, state = run(*(cast(x, dtype) for x in (r, w, k, v, a, b, state)), reset)
+        r_, k, v = (cast(x, stored) for x in (r, k, v))
+        y, state = run(r_, cast(w, dtype), k, v, *(cast(x, dtype) for x in (a, b, state)), reset)
     return cast(y, r.dtype), state
-
-
-def _pick(backend: str, device: torch.device):
-    """The implementation of wkv7 behind a backend's name."""
-    if backend == "auto":
-        backend = "cpu" if device.type == "cpu" and cpu.available() else "torch"
-    if backend == "cpu":
-        if device.type != "cpu":
-            raise ValueError(f'wkv7: backend "cpu" needs tensors on the CPU, found {device}; use "auto"')
-        return cpu7.wkv7
-    if backend == "torch":
-        return chunked7.wkv7
-    if backend == "reference":
-        return reference.wkv7
-    if backend == "cuda":
-        raise ValueError('wkv7: the CUDA kernel is not part of this version yet; use backend "auto"')
-    raise ValueError(f'wkv7: unknown backend {backend!r}, expected "auto", "reference", "cpu", "torch" or "cuda"')

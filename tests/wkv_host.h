@@ -1,4 +1,4 @@
-// Runs the kernels of wkv4.cu on a CPU, block by block: what a test needs who has no GPU. Included before wkv4.cu.
+// Runs the CUDA kernels on a CPU, block by block: what a test needs who has no GPU. Included before wkv4.cu or wkv7.cu.
 //
 // The threads of a block take turns, each up to the next __syncthreads(), in ascending order or in descending: a
 // kernel that lacks a barrier reads what has not been written yet in one of the two.
@@ -12,10 +12,11 @@
 #include <ucontext.h>
 
 #define WKV_HOST
+#define MEMBER inline
 #define WKV_FN static inline
 #define __global__
 #define __shared__ static
-#define __launch_bounds__(threads, blocks)
+#define __launch_bounds__(...)
 
 template <class R> WKV_FN R wkv_exp(R x) { return std::exp2(x); }
 template <class R> WKV_FN R wkv_log(R x) { return std::log2(x); }
@@ -57,11 +58,22 @@ struct Thread {
     ucontext_t context;
     std::unique_ptr<char[]> stack{new char[STACK]};
     bool done;
+    double handed[2];  // by turns, so that nobody writes what a slower thread has yet to read
+    int turn;
 };
+static std::vector<Thread> threads(1024);
 static ucontext_t scheduler;
 static Thread* current;
 
 static void __syncthreads() { swapcontext(&current->context, &scheduler); }
+
+// All threads of a block come here equally often, as they must on a GPU.
+template <class R> static R exchange(R x, int bit) {
+    const int turn = current->turn ^= 1;
+    current->handed[turn] = x;
+    __syncthreads();
+    return R(threads[(current - threads.data()) ^ bit].handed[turn]);
+}
 
 static const int64_t* arguments;
 static void (*body)();
@@ -80,7 +92,6 @@ template <class... A, size_t... I> void call(void (*kernel)(A...), std::index_se
 template <class... A> void call(void (*kernel)(A...)) { call(kernel, std::index_sequence_for<A...>()); }
 
 static void run_grid(void (*kernel)(), int blocks, int width, int rows, bool descending, const int64_t* args) {
-    static std::vector<Thread> threads(256);
     body = kernel, arguments = args;
     blockDim = {unsigned(width), unsigned(rows)};
     const int n = width * rows;
@@ -89,7 +100,7 @@ static void run_grid(void (*kernel)(), int blocks, int width, int rows, bool des
             Thread& thread = threads[i];
             getcontext(&thread.context);
             thread.context.uc_stack.ss_sp = thread.stack.get(), thread.context.uc_stack.ss_size = Thread::STACK;
-            thread.context.uc_link = &scheduler, thread.done = false;
+            thread.context.uc_link = &scheduler, thread.done = false, thread.turn = 0;
             makecontext(&thread.context, run_thread, 0);
         }
         for (bool more = true; more;) {

@@ -1,0 +1,30 @@
+"""Which implementation of an operator runs."""
+
+from collections.abc import Callable, Mapping
+
+import torch
+
+from rwkv_train.wkv import cpu, cuda
+
+PLACES = {"cpu": "the CPU", "cuda": "a CUDA device"}
+
+
+def pick(operator: str, ways: Mapping[str, Callable], backend: str, device: torch.device) -> Callable:
+    """The implementation behind a backend's name.
+
+    ways: one for each of "reference", "cpu", "torch" and "cuda". "auto" is the kernel for the device if it can be
+    built, otherwise "torch". ValueError for an unknown name or the wrong device, RuntimeError for a CUDA kernel that
+    cannot be built; that of the CPU sees to it itself.
+    """
+    if backend == "auto":
+        kernels = {"cpu": cpu.available, "cuda": lambda: cuda.available(device)}.get(device.type)
+        backend = device.type if kernels and kernels() else "torch"
+    if backend not in ways:
+        names = ", ".join(f'"{name}"' for name in ("auto", *ways))
+        raise ValueError(f"{operator}: unknown backend {backend!r}, expected one of {names}")
+    if backend in PLACES and device.type != backend:
+        place = PLACES[backend]
+        raise ValueError(f'{operator}: backend "{backend}" needs tensors on {place}, found {device}; use "auto"')
+    if backend == "cuda" and not cuda.available(device):
+        raise RuntimeError(f'{operator}: backend "cuda" is not available: {cuda.why_not(device)}')
+    return ways[backend]
