@@ -15,7 +15,7 @@ from rwkv_train.bench import gpu, measure, memory, models
 from rwkv_train.bench.apart import Apart, apart, peak_mb
 from rwkv_train.bench.limits import matrices_of, matrix_products
 from rwkv_train.bench.settings import GpuBench
-from rwkv_train.wkv import fallback
+from rwkv_train.wkv import WAYS
 
 TOY_GPU = {
     "shapes": ["2x24x16"],
@@ -37,7 +37,7 @@ TOY = {
     "bench feedback": ["--seeds=1"],
 }
 COLUMNS = {
-    "bench wkv": ["cpu", "torch", "reference", "transformers", "1x33x8", "bf16", "share of a copy"],
+    "bench wkv": ["wkv4", "wkv7", "cpu", "torch", "reference", "transformers", "1x33x8", "bf16", "share of a copy"],
     "bench train": ["ours fp32", "ours bf16", "transformers fp32", "products bf16", "WKV's share", "over truncated"],
     "bench memory": ["ours, exact", "ours, truncated", "transformers RWKV-4", "transformers GPT-NeoX", "exact over"],
     "bench generate": ["ours", "package rwkv", "transformers", "with sampling", "matrix-vector", "over the package"],
@@ -75,15 +75,17 @@ def without_the_states_gradient(w, u, k, v, state, reset=None):
     return fallback_wkv4(w, u, k, v, state.detach() + 0 * state, reset)
 
 
-fallback_wkv4 = fallback.wkv4
+fallback_wkv4 = WAYS["torch"]
 
 
 @pytest.mark.parametrize(
     ("wrong", "told"), [(off_by_a_tenth, "is off by 1.0e-01"), (without_the_states_gradient, "gradient of state")]
 )
 def test_a_wrong_backend_gets_no_speed(wrong, told, here, monkeypatch, capsys):
-    monkeypatch.setattr(fallback, "wkv4", wrong)
-    code, out, _ = run("bench", "wkv", *TOY["bench wkv"], "--dtypes=[fp32]", "--json=f.json", capsys=capsys)
+    monkeypatch.setitem(WAYS, "torch", wrong)
+    code, out, _ = run(
+        "bench", "wkv", *TOY["bench wkv"], "--operators=[wkv4]", "--dtypes=[fp32]", "--json=f.json", capsys=capsys
+    )
     assert code == 1 and told in out
     rows = json.loads((here / "f.json").read_text())["results"]["rows"]
     assert {row["backend"]: "forward" in row for row in rows}["torch"] is False
@@ -94,7 +96,7 @@ def test_a_wrong_backend_gets_no_speed(wrong, told, here, monkeypatch, capsys):
 
 def test_a_wrong_step_and_wrong_logits_get_no_speed(here, monkeypatch, capsys):
     monkeypatch.setattr("rwkv_train.wkv.cpu.available", lambda: False)
-    monkeypatch.setattr(fallback, "wkv4", off_by_a_tenth)
+    monkeypatch.setitem(WAYS, "torch", off_by_a_tenth)
     for name in ("bench train", "bench generate"):
         code, out, _ = run(*name.split(), *TOY[name], "--peers=false", capsys=capsys)
         ours = [line for line in out.splitlines() if "| ours" in line and "sampling" not in line]

@@ -1,13 +1,16 @@
 """WKV-7: every backend against the plain recurrence, results and all gradients."""
 
 import functools
+import itertools
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rwkv_train.wkv import cpu, wkv7
+from rwkv_train.wkv import cpu, fla7, wkv7
 
 NAMES = ("y", "S", "gr", "gw", "gk", "gv", "ga", "gb", "gS")
 needs_compiler = pytest.mark.skipif(not cpu.available(), reason="no C++ compiler")
@@ -207,6 +210,36 @@ def test_any_size_any_reset_any_split(data):
     want = run("reference", args, reset, gy, gstate)
     for backend in ("cpu", "torch") if cpu.available() else ("torch",):
         assert_close(run(backend, args, reset, gy, gstate, splits), want, 1e-10, floor=1e-3)
+
+
+@pytest.mark.parametrize("positions", [None, (0,), (7, 8, 15), (-1,)])
+def test_fla_is_given_documents_as_sequences(monkeypatch, positions):
+    """fla-core needs a GPU: what its documentation says is here the plain recurrence, one sequence after the other."""
+
+    def chunk_rwkv7(*sequences, initial_state, cu_seqlens=None, scale, output_final_state, safe_gate, **more):
+        assert scale == 1 and output_final_state and safe_gate and len({x.dtype for x in sequences}) == 1
+        if cu_seqlens is None:
+            y, state = wkv7(*sequences, initial_state.mT, backend="reference")
+            return y, state.mT
+        parts = [
+            wkv7(*(x[:, begin:end] for x in sequences), initial_state[i : i + 1].mT, backend="reference")
+            for i, (begin, end) in enumerate(itertools.pairwise(cu_seqlens.tolist()))
+        ]
+        ys, states = zip(*parts, strict=True)
+        return torch.cat(ys, 1), torch.cat(states).mT
+
+    monkeypatch.setitem(sys.modules, "fla.ops.rwkv7", SimpleNamespace(chunk_rwkv7=chunk_rwkv7))
+    monkeypatch.setattr(fla7, "available", lambda: True)
+    shape = 3, 20, 2, 4
+    args, given = draw(*shape), tuple(cotangents(*shape))
+    reset = None if positions is None else resets_at(3, 20, *positions)
+    assert_close(run("fla", args, reset, *given), run("reference", args, reset, *given), 1e-11)
+
+
+def test_fla_says_what_is_missing(monkeypatch):
+    monkeypatch.setattr(fla7, "available", lambda: False)
+    with pytest.raises(RuntimeError, match="needs fla-core: pip install 'rwkv_train"):
+        wkv7(*draw(1, 2, 1, 4), backend="fla")
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """`bench gpu`: everything that a GPU is asked for, checked and timed in one go, on a machine with torch alone."""
 
 import gc
+import itertools
 import sys
 import tempfile
 import time
@@ -29,7 +30,7 @@ from rwkv_train.bench.models import random_model, random_text, size_of, training
 from rwkv_train.bench.settings import GpuBench, TrainBench
 from rwkv_train.bench.train import check as check_step
 from rwkv_train.bench.train import times as step_times
-from rwkv_train.bench.wkv import backends, check, dtypes_of, measured, peers, shown
+from rwkv_train.bench.wkv import OPERATORS, backends, check, dtypes_of, measured, peers, shown
 from rwkv_train.generate import prefill
 from rwkv_train.models.rwkv4 import RWKV4
 from rwkv_train.state import State
@@ -95,33 +96,34 @@ def limits(config: GpuBench, device: str, results: Mapping) -> tuple[Rows, Rows,
 def correctness(config: GpuBench, device: str, results: Mapping) -> tuple[Rows, Rows, bool]:
     """Every backend against the specification in float64: odd sizes, resets, carried state, all gradients."""
     rows, wrong, good = [], [], True
-    for name, backend in (backends(device) | peers(device)).items():
-        for dtype in dtypes_of(backend):
-            found = check(backend, dtype, device)
-            good &= found.good or not backend.ours
-            wrong += [] if found.good else [f"{name} {dtype}"]
-            rows.append({"backend": name, "dtype": dtype, "error": found, "allowed": found.allowed})
+    for operator in OPERATORS:
+        for name, backend in (backends(operator, device) | peers(operator, device)).items():
+            for dtype in dtypes_of(backend):
+                found = check(operator, backend, dtype, device)
+                good &= found.good or not backend.ours
+                wrong += [] if found.good else [f"{operator} {name} {dtype}"]
+                row = {"operator": operator, "backend": name, "dtype": dtype}
+                rows.append(row | {"error": found, "allowed": found.allowed})
     short = [{"what": "WKV against float64", "found": f"wrong: {', '.join(wrong)}" if wrong else "all agree"}]
     return rows, short, good
 
 
 def kernels(config: GpuBench, device: str, results: Mapping) -> tuple[Rows, Rows, bool]:
-    """Forward and backward of the operator, as a share of the time to copy the bytes that have to be moved."""
-    bandwidth = results["limits"][0]["found"]
-    ours, theirs = backends(device), peers(device)
-    rows, short, found, told = [], [], ours | theirs, {next(iter(ours)), *theirs}
-    for size in config.shapes:
-        B, T, C = map(int, size.split("x"))
-        for dtype in config.dtypes:
-            checked = {r["backend"]: r["error"] for r in results["correctness"] if r["dtype"] == dtype}
-            for row in measured(found, checked, (B, T, C), dtype, device, config.repeats, 5.0, bandwidth):
-                rows.append(shown(row, "us") | {"started as": str(row.get("started as", "-"))})
-                if "forward" in row and row["backend"] in told:
-                    us = " / ".join(f"{row[kind].median * 1e6:.0f}" for kind in ("forward", "backward"))
-                    share = " / ".join(f"{s:.0%}" for s in row["copy share"])
-                    what = f"WKV {size} {dtype}, {row['backend']}: forward / backward"
-                    short.append({"what": what, "found": f"{us} us, {share} of a copy"})
-            free(device)
+    """Forward and backward of the operators, as a share of the time to copy the bytes that have to be moved."""
+    bandwidth, rows, short = results["limits"][0]["found"], [], []
+    for operator, size, dtype in itertools.product(OPERATORS, config.shapes, config.dtypes):
+        ours, theirs = backends(operator, device), peers(operator, device)
+        of = [r for r in results["correctness"] if r["operator"] == operator and r["dtype"] == dtype]
+        checked = {r["backend"]: r["error"] for r in of}
+        shape, limits = tuple(map(int, size.split("x"))), (device, config.repeats, 5.0, bandwidth)
+        for row in measured(operator, ours | theirs, checked, shape, dtype, *limits):
+            rows.append(shown(row, "us") | {"started as": str(row.get("started as", "-"))})
+            if "forward" in row and row["backend"] in {next(iter(ours)), *theirs}:
+                us = " / ".join(f"{row[kind].median * 1e6:.0f}" for kind in ("forward", "backward"))
+                share = " / ".join(f"{s:.0%}" for s in row["copy share"])
+                what = f"{operator} {size} {dtype}, {row['backend']}: forward / backward"
+                short.append({"what": what, "found": f"{us} us, {share} of a copy"})
+        free(device)
     return rows, short, True
 
 

@@ -3,16 +3,18 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+Operator = Literal["wkv4", "wkv7"]
 Device = Literal["cpu", "cuda"]
 Precision = Literal["fp32", "bf16"]
 
 
 @dataclass
 class WkvBench:
-    """Time the WKV operator's backends, forward and backward, beside peers' and a copy (1 min on 2 cores).
+    """Time the WKV operators' backends, forward and backward, beside peers' and a copy (2 min on 2 cores).
 
     Args:
-        channels: C, the operator's width
+        operators: wkv4 of RWKV-4, wkv7 of RWKV-7
+        channels: C, the operator's width, in heads of 64 for wkv7
         lanes: B, texts side by side
         tokens: T, one row of the table for each
         dtypes: number formats of k and v; the arithmetic is float32 in all of them
@@ -22,6 +24,7 @@ class WkvBench:
         json: also write the figures to this file
     """
 
+    operators: list[Operator] = field(default_factory=lambda: ["wkv4", "wkv7"])
     channels: int = 768
     lanes: int = 1
     tokens: list[int] = field(default_factory=lambda: [1024, 4096])

@@ -97,7 +97,7 @@ def times(
             calls[f"ours {precision}"] = training_step(model, text, precision, chunk_len)
         calls[f"products {precision}"] = matrix_products(model, tokens * config.lanes, precision)
         shape = (config.lanes, tokens, model.config.n_att)
-        case = [Case.draw(shape, DTYPES[precision], config.device, resets=False)]
+        case = [Case.draw("wkv4", shape, DTYPES[precision], config.device, resets=False)]
         calls[f"WKV forward {precision}"] = forwards_of(wkv4, case)
         calls[f"WKV backward {precision}"] = backwards_of(wkv4, case)
     if peer is not None and checked[PEER].good:

@@ -1,4 +1,4 @@
-"""`bench wkv`: the operator's backends, forward and backward, against the specification, peers and a copy."""
+"""`bench wkv`: the operators' backends, forward and backward, against the specification, peers and a copy."""
 
 import importlib
 import math
@@ -25,31 +25,74 @@ from rwkv_train.bench.measure import (
     write_json,
 )
 from rwkv_train.bench.settings import WkvBench
-from rwkv_train.wkv import cpu, wkv4
+from rwkv_train.wkv import cpu, cuda, wkv4, wkv7
 
-Operator = Callable[..., tuple[Tensor, Tensor]]  # (w, u, k, v, state, reset) -> (y, state), as rwkv_train.wkv.wkv4
+Run = Callable[..., tuple[Tensor, Tensor]]  # (*inputs, reset) -> (y, state), as wkv4 and wkv7 of rwkv_train.wkv
 ALLOWED = {"fp64": 1e-9, "fp32": 1e-4, "bf16": 1e-2, "fp16": 2e-3}  # relative error of each result and gradient
-CHECKS = [(3, 37, 29), (2, 301, 67)]  # B, T, C: odd, and more than one chunk of any kernel
-# Fewest bytes a token and channel: forward reads k, v and writes y; backward reads k, v, gy and writes gk, gv.
-BYTES = {"fp32": (12, 20), "bf16": (6, 10)}
 LOOPS, LONGEST = {"reference", "transformers"}, 2048  # a loop over the tokens in Python is tried up to so many
+HEAD = 64  # RWKV-7's head size, where it divides the channels
+
+
+def _draw4(shape, dtype, normal, share) -> tuple[Tensor, ...]:
+    """Decays, bonuses and keys of a trained model's size, a state that has seen text."""
+    B, _, C = shape
+    w, u = -torch.exp(normal(C) * 2 - 2), normal(C)
+    state = torch.stack([normal(B, C), share(B, C) + 0.5, normal(B, C)], 1)
+    return w, u, normal(*shape).to(dtype), normal(*shape).to(dtype), state
+
+
+def _draw7(shape, dtype, normal, share) -> tuple[Tensor, ...]:
+    """As a model makes them, see `rwkv_train.wkv.wkv7`."""
+    B, T, C = shape
+    N = C if C % HEAD else HEAD
+    heads = B, T, C // N, N
+    kk = torch.nn.functional.normalize(normal(*heads), dim=-1)
+    r, k, v = (normal(*heads).to(dtype) for _ in range(3))
+    return r, -0.6065 * share(*heads), k, v, -kk, kk * share(*heads), normal(B, C // N, N, N)
+
+
+@dataclass(frozen=True)
+class Operator:
+    """What is measured. checks: B, T, C, odd, and more than one chunk of any kernel; streams: bytes that a token and
+    channel moves at the least, forward and backward."""
+
+    run: Run
+    inputs: str  # their names
+    draw: Callable[..., tuple[Tensor, ...]]
+    checks: list[tuple[int, int, int]]
+    streams: Mapping[str, tuple[int, int]]
+
+    def backend(self, name: str) -> Run:
+        return partial(self.run, backend=name)
+
+
+OPERATORS = {
+    # forward reads k, v and writes y; backward reads k, v, gy and writes gk, gv
+    "wkv4": Operator(wkv4, "w u k v state", _draw4, [(3, 37, 29), (2, 301, 67)], {"fp32": (12, 20), "bf16": (6, 10)}),
+    # r, w, k, v, a, b and y; these and their gradients; w, a and b are float32
+    "wkv7": Operator(
+        wkv7, "r w k v a b state", _draw7, [(2, 37, 21), (2, 131, 128)], {"fp32": (28, 52), "bf16": (20, 38)}
+    ),
+}
 
 
 @dataclass(frozen=True)
 class Backend:
     """An implementation to measure. ours: a disagreement is our mistake; resets: it knows them."""
 
-    run: Operator
+    run: Run
     ours: bool = True
     resets: bool = True
 
 
-def backends(device: str) -> dict[str, Backend]:
-    """Ours on a device."""
+def backends(operator: str, device: str) -> dict[str, Backend]:
+    """Ours on a device, the one that "auto" takes first."""
+    of = OPERATORS[operator].backend
     if device == "cuda":
-        return {name: Backend(run) for name, run in cuda_paths().items()} | {"torch": Backend(_by("torch"))}
+        ways = {f"cuda, {p}": partial(cuda.wkv4, path=p) for p in ("serial", "chunked")} if operator == "wkv4" else {}
+        return {name: Backend(run) for name, run in ({"cuda": of("cuda")} | ways | {"torch": of("torch")}).items()}
     names = ["cpu"] * cpu.available() + ["torch", "reference"]
-    return {name: Backend(_by(name)) for name in names}
+    return {name: Backend(of(name)) for name in names}
 
 
 def dtypes_of(backend: Backend) -> list[str]:
@@ -57,24 +100,14 @@ def dtypes_of(backend: Backend) -> list[str]:
     return [dtype for dtype in DTYPES if backend.ours or dtype != "fp64"]
 
 
-def cuda_paths() -> dict[str, Operator]:
-    """The CUDA kernels as they choose for themselves, and each of their two ways by force."""
-    from rwkv_train.wkv import cuda
-
-    return {"cuda": _by("cuda")} | {f"cuda, {p}": partial(cuda.wkv4, path=p) for p in ("serial", "chunked")}
-
-
-def _by(name: str) -> Operator:
-    return partial(wkv4, backend=name)
-
-
-def peers(device: str) -> dict[str, Backend]:
+def peers(operator: str, device: str) -> dict[str, Backend]:
     """Other programs' operators, behind our signature, if they are installed."""
     found = {}
-    if device == "cpu" and installed("transformers"):
+    if operator == "wkv4" and device == "cpu" and installed("transformers"):
         found["transformers"] = Backend(_transformers, ours=False, resets=False)
     if device == "cuda" and installed("fla-core"):
-        found["fla"] = Backend(_fla, ours=False, resets=False)
+        run = _fla if operator == "wkv4" else OPERATORS[operator].backend("fla")
+        found["fla"] = Backend(run, ours=False, resets=operator == "wkv7")
     return found
 
 
@@ -92,31 +125,38 @@ def _fla(w, u, k, v, state, reset=None):
 
 @dataclass(frozen=True)
 class Case:
-    """Inputs of the operator and gradients that arrive on its results."""
+    """Inputs of an operator and gradients that arrive on its results."""
 
-    inputs: tuple[Tensor, ...]  # w, u, k, v, state
+    operator: str
+    inputs: tuple[Tensor, ...]
     reset: Tensor | None
     arriving: tuple[Tensor, Tensor]
 
     @classmethod
-    def draw(cls, shape: tuple[int, int, int], dtype: torch.dtype, device: str, resets: bool, seed: int = 0) -> "Case":
-        """Decays, bonuses and keys of a trained model's size, a state that has seen text; shape is B, T, C."""
-        B, T, C = shape
+    def draw(
+        cls,
+        operator: str,
+        shape: tuple[int, int, int],
+        dtype: torch.dtype,
+        device: str,
+        resets: bool,
+        seed: int = 0,
+    ) -> "Case":
+        """shape: B, T, C."""
         rng = torch.Generator().manual_seed(seed)
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        normal = partial(torch.randn, generator=rng, dtype=wide)
-        w, u = -torch.exp(normal(C) * 2 - 2), normal(C)
-        k, v, gy = (normal(B, T, C).to(dtype) for _ in range(3))
-        state = torch.stack([normal(B, C), torch.rand(B, C, generator=rng, dtype=wide) + 0.5, normal(B, C)], 1)
-        reset = (torch.rand(B, T, generator=rng) < 0.05).to(device) if resets else None
-        inputs = tuple(x.to(device).requires_grad_() for x in (w, u, k, v, state))
-        return cls(inputs, reset, (gy.to(device), normal(B, 3, C).to(device)))
+        normal, share = (partial(draw, generator=rng, dtype=wide) for draw in (torch.randn, torch.rand))
+        inputs = OPERATORS[operator].draw(shape, dtype, normal, share)
+        reset = (torch.rand(shape[:2], generator=rng) < 0.05).to(device) if resets else None
+        y, state = inputs[2], inputs[-1]  # of their shapes
+        arriving = normal(*y.shape).to(dtype).to(device), normal(*state.shape).to(device)
+        return cls(operator, tuple(x.to(device).requires_grad_() for x in inputs), reset, arriving)
 
-    def results(self, run: Operator) -> dict[str, Tensor]:
+    def results(self, run: Run) -> dict[str, Tensor]:
         """Both results, and the gradients of all inputs."""
         out = run(*self.inputs, self.reset)
         slopes = torch.autograd.grad(out, self.inputs, self.arriving_as(out))
-        names = ("y", "state", *(f"gradient of {name}" for name in ("w", "u", "k", "v", "state")))
+        names = ("y", "state", *(f"gradient of {name}" for name in OPERATORS[self.operator].inputs.split()))
         return dict(zip(names, (*out, *slopes), strict=True))
 
     def arriving_as(self, out: tuple[Tensor, Tensor]) -> list[Tensor]:
@@ -126,27 +166,33 @@ class Case:
         """The same numbers in float64, on the CPU."""
         inputs = tuple(x.detach().double().cpu().requires_grad_() for x in self.inputs)
         reset = None if self.reset is None else self.reset.cpu()
-        return Case(inputs, reset, tuple(g.double().cpu() for g in self.arriving))
+        return Case(self.operator, inputs, reset, tuple(g.double().cpu() for g in self.arriving))
 
 
-def check(backend: Backend, dtype: str, device: str) -> Agreement:
+def check(operator: str, backend: Backend, dtype: str, device: str) -> Agreement:
     """The worst disagreement with the specification in float64: odd sizes, carried state, all gradients, resets."""
     found = []
-    for shape in CHECKS:
+    for shape in OPERATORS[operator].checks:
         for resets in {False, backend.resets}:
-            case = Case.draw(shape, DTYPES[dtype], device, resets)
-            expected = case.double().results(_by("reference"))
+            case = Case.draw(operator, shape, DTYPES[dtype], device, resets)
+            expected = case.double().results(OPERATORS[operator].backend("reference"))
             found.append(agreement(lambda case=case: case.results(backend.run), expected, ALLOWED[dtype]))
     return max(found, key=lambda a: a.error)
 
 
 def times(
-    runs: Mapping[str, Operator], shape: tuple[int, int, int], dtype: str, device: str, repeats: int, budget: float
+    operator: str,
+    runs: Mapping[str, Run],
+    shape: tuple[int, int, int],
+    dtype: str,
+    device: str,
+    repeats: int,
+    budget: float,
 ) -> tuple[dict[str, tuple[Times, Times]], str]:
     """Seconds of each operator's forward, as in training, and backward; and how a GPU's kernels were started."""
-    each = 3 * math.prod(shape) * DTYPES[dtype].itemsize
+    each = OPERATORS[operator].streams[dtype][0] * math.prod(shape)
     several = range(min(64, math.ceil(3 * _cache(device) / each)))
-    cases = [Case.draw(shape, DTYPES[dtype], device, False, seed) for seed in several]
+    cases = [Case.draw(operator, shape, DTYPES[dtype], device, False, seed) for seed in several]
     calls, how = {}, set()
     for name, run in runs.items():
         for kind, call in (("forward", forwards_of(run, cases)), ("backward", backwards_of(run, cases))):
@@ -162,7 +208,7 @@ def _cache(device: str) -> int:
     return getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 1 << 26) if device == "cuda" else 1
 
 
-def forwards_of(run: Operator, cases: list[Case]) -> Callable[[], None]:
+def forwards_of(run: Run, cases: list[Case]) -> Callable[[], None]:
     def forwards() -> None:
         for case in cases:
             run(*case.inputs, None)
@@ -170,7 +216,7 @@ def forwards_of(run: Operator, cases: list[Case]) -> Callable[[], None]:
     return forwards
 
 
-def backwards_of(run: Operator, cases: list[Case]) -> Callable[[], None]:
+def backwards_of(run: Run, cases: list[Case]) -> Callable[[], None]:
     kept: list[tuple[Tensor, Tensor]] = []
 
     def backwards() -> None:
@@ -183,6 +229,7 @@ def backwards_of(run: Operator, cases: list[Case]) -> Callable[[], None]:
 
 
 def measured(
+    operator: str,
     found: Mapping[str, Backend],
     checked: Mapping[str, Agreement],
     shape: tuple[int, int, int],
@@ -194,15 +241,16 @@ def measured(
 ) -> list[dict[str, object]]:
     """One row for each backend: its error, and its times if it agrees with the specification."""
     tried = {n: b.run for n, b in found.items() if checked[n].good and (n not in LOOPS or shape[1] <= LONGEST)}
-    timed, how = times(tried, shape, dtype, device, repeats, budget)
+    timed, how = times(operator, tried, shape, dtype, device, repeats, budget)
     rows = []
     for name, backend in found.items():
-        row = {"B x T x C": "x".join(map(str, shape)), "dtype": dtype, "backend": name, "error": checked[name]}
-        row["ours"] = backend.ours
+        row = {"operator": operator, "B x T x C": "x".join(map(str, shape)), "dtype": dtype, "backend": name}
+        row |= {"error": checked[name], "ours": backend.ours}
         if name in timed:
             row |= {"forward": timed[name][0], "backward": timed[name][1], "started as": how}
             row["copy share"] = [
-                b * math.prod(shape) / bandwidth / t.median for b, t in zip(BYTES[dtype], timed[name], strict=True)
+                b * math.prod(shape) / bandwidth / t.median
+                for b, t in zip(OPERATORS[operator].streams[dtype], timed[name], strict=True)
             ]
         rows.append(row)
     return rows
@@ -210,7 +258,7 @@ def measured(
 
 def shown(row: Mapping, unit: str = "ms") -> dict[str, str]:
     """A row as people read it."""
-    cells = {name: str(row[name]) for name in ("B x T x C", "dtype", "backend", "error")}
+    cells = {name: str(row[name]) for name in ("operator", "B x T x C", "dtype", "backend", "error")}
     if "forward" not in row:
         return cells | {"forward": f"not run: over {LONGEST:,} tokens" if row["error"].good else "refused"}
     both = row["forward"].median + row["backward"].median
@@ -226,13 +274,15 @@ def wkv(config: WkvBench) -> int:
     print(about(machine(config.device)))
     bandwidth = copy_bandwidth(config.device)
     print(f"copy: {bandwidth / 1e9:.1f} GB/s\n")
-    found = backends(config.device) | peers(config.device)
     rows = []
-    for dtype in config.dtypes:
-        checked = {name: check(backend, dtype, config.device) for name, backend in found.items()}
-        for tokens in config.tokens:
-            shape = (config.lanes, tokens, config.channels)
-            rows += measured(found, checked, shape, dtype, config.device, config.repeats, config.budget, bandwidth)
+    for operator in config.operators:
+        found = backends(operator, config.device) | peers(operator, config.device)
+        for dtype in config.dtypes:
+            checked = {name: check(operator, backend, dtype, config.device) for name, backend in found.items()}
+            for tokens in config.tokens:
+                shape = (config.lanes, tokens, config.channels)
+                limits = (config.device, config.repeats, config.budget, bandwidth)
+                rows += measured(operator, found, checked, shape, dtype, *limits)
     print(table([shown(row) for row in rows]))
     write_json(config.json, "wkv", config, {"copy bytes/s": bandwidth, "rows": rows}, config.device)
     return int(any(row["ours"] and not row["error"].good for row in rows))

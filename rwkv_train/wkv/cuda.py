@@ -122,7 +122,9 @@ def _program(variant, arch: str):
     from cuda.bindings import nvrtc
     from cuda.core import ObjectCode
 
-    parts = [path.read_bytes() for path in (variant.source, *HEADERS)] + [repr((OPTIONS, nvrtc.nvrtcVersion())).encode()]
+    parts = [path.read_bytes() for path in (variant.source, *HEADERS)] + [
+        repr((OPTIONS, nvrtc.nvrtcVersion())).encode()
+    ]
     stem = f"{variant.source.stem}-{arch}-{'-'.join(map(str, variant))}-{cache.key(*parts)}"
     path = next(cache.find(stem, ".cubin"), None)
     if path is None:

@@ -54,7 +54,9 @@ def wkv7(r, w, k, v, a, b, state, reset=None):
     """
     N = r.shape[-1]
     if N > LARGEST:
-        raise ValueError(f'wkv7: heads of {N} are too large for the CUDA kernels (at most {LARGEST}); use backend "torch"')
+        raise ValueError(
+            f'wkv7: heads of {N} are too large for the CUDA kernels (at most {LARGEST}); use backend "torch"'
+        )
     if missing := -N % (16 if N <= 64 else 64):  # channels of zeros, which read and change nothing
         r, w, k, v, a, b = (F.pad(x, (0, missing)) for x in (r, w, k, v, a, b))
         state = F.pad(state, (0, missing, 0, missing))

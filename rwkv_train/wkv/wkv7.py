@@ -3,11 +3,15 @@
 import torch
 from torch import Tensor
 
-from rwkv_train.wkv import chunked7, cpu7, cuda, cuda7, reference
+from rwkv_train.wkv import chunked7, cpu7, cuda, cuda7, fla7, reference
 from rwkv_train.wkv.arguments import cast, check
 from rwkv_train.wkv.backends import pick
 
-WAYS = {"reference": reference.wkv7, "cpu": cpu7.wkv7, "torch": chunked7.wkv7, "cuda": cuda7.wkv7}
+WAYS = {
+    **{"reference": reference.wkv7, "cpu": cpu7.wkv7, "torch": chunked7.wkv7, "cuda": cuda7.wkv7},
+    "fla": fla7.wkv7,
+}
+HALVES = (cuda7.wkv7, fla7.wkv7)  # read and write 16 bits themselves: no copies
 
 
 def wkv7(
@@ -33,6 +37,7 @@ def wkv7(
         backend                         "auto": the kernel for the device if it can be built, otherwise "torch"
                                         "reference": the plain loop; "cpu": the C++ kernel; "cuda": the CUDA kernels;
                                         "torch": chunks of matrix products, any device, w no lower than -5
+                                        "fla": fla-core's, on a GPU, w no lower than -0.6065; never chosen by "auto"
 
     Returns:
         y      [B, T, H, N]  in the dtype of r
@@ -51,8 +56,7 @@ def wkv7(
     arguments = {name: (x, "[B, T, H, N]", tuple(r.shape)) for name, x in sequences.items()}
     dtype = check("wkv7", "r", arguments | {"state": (state, "[B, H, N, N]", (B, H, N, N))}, reset)
     run = pick("wkv7", WAYS, backend, r.device)
-    # The CUDA kernels read and write 16 bits themselves: no copies
-    halves = run is cuda7.wkv7 and r.dtype == k.dtype == v.dtype and r.dtype in cuda.TYPES and dtype == torch.float32
+    halves = run in HALVES and r.dtype == k.dtype == v.dtype and r.dtype in cuda.TYPES and dtype == torch.float32
     stored = r.dtype if halves else dtype
     with torch.autocast(r.device.type, enabled=False):
         r_, k, v = (cast(x, stored) for x in (r, k, v))
