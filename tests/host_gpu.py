@@ -40,7 +40,10 @@ def library(folder: Path, variant) -> ctypes.CDLL:
 
 
 def launcher(folder: Path, how: dict):
-    """What takes the place of `cuda._launch`. how: "descending" turns the order of the threads round, "launched" lists."""
+    """What takes the place of `cuda._launch`.
+
+    how: "descending" turns the order of the threads round; "launched" lists the kernels.
+    """
 
     def launch(name, variant, device, blocks, block, arguments):
         kernel = getattr(library(folder, variant), f"host_{name}")

@@ -9,9 +9,9 @@ import sys
 import platformdirs
 import pytest
 import torch
+from host_gpu import check_compiles, needs_compiler, needs_cuda_core
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from host_gpu import check_compiles, needs_compiler, needs_cuda_core
 from test_wkv4 import assert_close, cotangents, draw, resets_at, run
 from torch._subclasses.fake_tensor import FakeTensorMode
 

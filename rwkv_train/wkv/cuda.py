@@ -149,7 +149,7 @@ def _launch(name, variant, device: torch.device, blocks: int, block: tuple[int, 
 
 
 def call(name: str, variant, blocks: int, block: tuple[int, int], sizes, tensors) -> None:
-    """Queue a kernel of a variant on contiguous tensors, or None for those that are not there; nothing for no blocks."""
+    """Queue a kernel of a variant on contiguous tensors, None for what is not there; nothing for no blocks."""
     pointers = (0 if x is None else x.data_ptr() for x in tensors)
     if blocks:
         _launch(name, variant, tensors[0].device, blocks, block, [*sizes, *pointers])
