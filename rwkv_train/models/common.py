@@ -9,12 +9,23 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from rwkv_train.state import State
+from rwkv_train.wkv import linear
 
 
 def orthogonal_(weight: Tensor, scale: float = 1.0) -> None:
     """Orthogonal rows or columns times scale, with gain sqrt(out/in) where a matrix [out,in] widens."""
     rows, columns = weight.shape
     nn.init.orthogonal_(weight, gain=scale * max(1.0, (rows / columns) ** 0.5))
+
+
+class Linear(nn.Linear):
+    """A matrix, without a bias, that is also fast for a token at a time; see `rwkv_train.wkv.linear`."""
+
+    def __init__(self, n_in: int, n_out: int):
+        super().__init__(n_in, n_out, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -72,7 +83,7 @@ class RWKV(nn.Module):
             Block(config.n_embd, att, ffn, i == 0, config.dropout) for i, (att, ffn) in enumerate(blocks)
         )
         self.ln_out = LayerNorm(config.n_embd)
-        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.head = Linear(config.n_embd, config.vocab_size)
         self.register_parameter("initial_shift", None)
         self.register_parameter("initial_wkv", None)
 

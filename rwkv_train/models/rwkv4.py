@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from rwkv_train.models.common import RWKV, orthogonal_
+from rwkv_train.models.common import RWKV, Linear, orthogonal_
 from rwkv_train.state import State
 from rwkv_train.wkv import gate, shift_mix, squared_relu, wkv4
 
@@ -40,10 +40,10 @@ class TimeMix(nn.Module):
         self.time_mix_k = nn.Parameter(torch.empty(1, 1, c.n_embd))
         self.time_mix_v = nn.Parameter(torch.empty(1, 1, c.n_embd))
         self.time_mix_r = nn.Parameter(torch.empty(1, 1, c.n_embd))
-        self.key = nn.Linear(c.n_embd, c.n_att, bias=False)
-        self.value = nn.Linear(c.n_embd, c.n_att, bias=False)
-        self.receptance = nn.Linear(c.n_embd, c.n_att, bias=False)
-        self.output = nn.Linear(c.n_att, c.n_embd, bias=False)
+        self.key = Linear(c.n_embd, c.n_att)
+        self.value = Linear(c.n_embd, c.n_att)
+        self.receptance = Linear(c.n_embd, c.n_att)
+        self.output = Linear(c.n_att, c.n_embd)
 
     def forward(self, x: Tensor, last: Tensor, wkv: Tensor, reset: Tensor | None, carry: None):
         xk, xv, xr, last = shift_mix(x, last, reset, self.time_mix_k, self.time_mix_v, self.time_mix_r)
@@ -60,9 +60,9 @@ class ChannelMix(nn.Module):
         super().__init__()
         self.time_mix_k = nn.Parameter(torch.empty(1, 1, c.n_embd))
         self.time_mix_r = nn.Parameter(torch.empty(1, 1, c.n_embd))
-        self.key = nn.Linear(c.n_embd, c.n_ffn, bias=False)
-        self.receptance = nn.Linear(c.n_embd, c.n_embd, bias=False)
-        self.value = nn.Linear(c.n_ffn, c.n_embd, bias=False)
+        self.key = Linear(c.n_embd, c.n_ffn)
+        self.receptance = Linear(c.n_embd, c.n_embd)
+        self.value = Linear(c.n_ffn, c.n_embd)
 
     def forward(self, x: Tensor, last: Tensor, reset: Tensor | None):
         xk, xr, last = shift_mix(x, last, reset, self.time_mix_k, self.time_mix_r)

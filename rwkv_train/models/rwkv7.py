@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rwkv_train.models.common import RWKV, orthogonal_
+from rwkv_train.models.common import RWKV, Linear, orthogonal_
 from rwkv_train.wkv import shift_mix, squared_relu, wkv7
 
 FASTEST = math.exp(-0.5)  # of all log decays per token, the largest in size
@@ -78,10 +78,10 @@ class TimeMix(nn.Module):
         self.k_k = vector()
         self.k_a = vector()
         self.r_k = nn.Parameter(torch.empty(c.n_head, c.head_size))
-        self.receptance = nn.Linear(c.n_embd, c.n_embd, bias=False)
-        self.key = nn.Linear(c.n_embd, c.n_embd, bias=False)
-        self.value = nn.Linear(c.n_embd, c.n_embd, bias=False)
-        self.output = nn.Linear(c.n_embd, c.n_embd, bias=False)
+        self.receptance = Linear(c.n_embd, c.n_embd)
+        self.key = Linear(c.n_embd, c.n_embd)
+        self.value = Linear(c.n_embd, c.n_embd)
+        self.output = Linear(c.n_embd, c.n_embd)
         self.ln_x = nn.GroupNorm(c.n_head, c.n_embd, eps=HEAD_NORM_EPS)
 
     def forward(self, x: Tensor, last: Tensor, wkv: Tensor, reset: Tensor | None, v_first: Tensor | None):
@@ -112,8 +112,8 @@ class ChannelMix(nn.Module):
     def __init__(self, c: RWKV7Config):
         super().__init__()
         self.x_k = nn.Parameter(torch.empty(1, 1, c.n_embd))
-        self.key = nn.Linear(c.n_embd, c.n_ffn, bias=False)
-        self.value = nn.Linear(c.n_ffn, c.n_embd, bias=False)
+        self.key = Linear(c.n_embd, c.n_ffn)
+        self.value = Linear(c.n_ffn, c.n_embd)
 
     def forward(self, x: Tensor, last: Tensor, reset: Tensor | None):
         xk, last = shift_mix(x, last, reset, 1 - self.x_k)

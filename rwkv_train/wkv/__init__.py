@@ -13,9 +13,10 @@ from rwkv_train.wkv import cpu, cuda, fallback, reference
 from rwkv_train.wkv.arguments import cast, check
 from rwkv_train.wkv.backends import pick
 from rwkv_train.wkv.elementwise import cross_entropy_, gate, shift_mix, squared_relu
+from rwkv_train.wkv.linear import linear
 from rwkv_train.wkv.wkv7 import wkv7
 
-__all__ = ["cross_entropy_", "empty_state", "gate", "shift_mix", "squared_relu", "wkv4", "wkv7"]
+__all__ = ["cross_entropy_", "empty_state", "gate", "linear", "shift_mix", "squared_relu", "wkv4", "wkv7"]
 
 
 WAYS = {"reference": reference.wkv4, "cpu": cpu.wkv4, "torch": fallback.wkv4, "cuda": cuda.wkv4}

@@ -6,6 +6,7 @@ Nothing happens at import. `available` decides for backend "auto", and says why 
 import ctypes
 import functools
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from rwkv_train.wkv import cache
 
 FOLDER = Path(__file__).parent
-SOURCES = tuple(FOLDER / name for name in ("wkv4_cpu.cpp", "wkv7_cpu.cpp", "elementwise_cpu.cpp"))
+SOURCES = tuple(FOLDER / name for name in ("wkv4_cpu.cpp", "wkv7_cpu.cpp", "elementwise_cpu.cpp", "linear_cpu.cpp"))
 HEADERS = tuple(FOLDER / name for name in ("jobs.h", "exp_log.h", "wkv4.h", "wkv7.h"))
 COMPILERS = ("c++", "g++", "clang++")
 # No -ffast-math: it would reorder the operations that split an exponent into an integer and a small rest.
@@ -127,7 +128,22 @@ def _bind(path: Path) -> ctypes.CDLL:
                 function = getattr(library, f"{operator}_{direction}_{dtype}")
                 function.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int)
                 function.restype = None
+    library.wkv_use_team.argtypes = (ctypes.c_void_p,)
+    library.wkv_use_team(_team())
     return library
+
+
+def _team() -> int | None:
+    """The address of GOMP_parallel in the OpenMP library that torch has loaded, see jobs.h; None if there is none."""
+    maps = Path("/proc/self/maps")
+    lines = maps.read_text(errors="replace").splitlines() if maps.exists() else []
+    libraries = {line.split()[-1] for line in lines if re.search(r"/lib(g|i)?omp[^/]*\.so[^/]*$", line)}
+    for path in sorted(libraries, key=lambda path: f"{os.sep}torch" not in path):
+        try:
+            return ctypes.cast(ctypes.CDLL(path).GOMP_parallel, ctypes.c_void_p).value
+        except (OSError, AttributeError):
+            continue
+    return None
 
 
 def run(kernel: str, dtype: torch.dtype, inputs: ctypes.Structure, outputs: ctypes.Structure) -> None:

@@ -112,12 +112,12 @@ template <class R> static void backward(const Inputs<R>& in, const Gradients<R>&
 
 // Calls job(lane, first channel, channels) for every lane and block, on up to `threads` threads.
 template <class Job> static void for_each_block(int64_t B, int64_t T, int64_t C, int threads, Job job) {
-    const int64_t worth_a_thread = 1 << 16;  // token-channels, 100 us of work or more; starting a thread costs 25 us
-    if (threads > B * T * C / worth_a_thread) threads = int(B * T * C / worth_a_thread);
+    const int64_t worth_a_thread = 1 << 16;  // token-channels, 100 us of work or more
+    const int64_t worth = B * T * C / worth_a_thread;
     int64_t width = WIDEST;
-    while (width > 64 && B * ((C + width - 1) / width) < 2 * threads) width /= 2;
+    while (width > 64 && B * ((C + width - 1) / width) < 2 * (worth < threads ? worth : threads)) width /= 2;
     const int64_t blocks = (C + width - 1) / width, jobs = B * blocks;
-    share_out(jobs, threads, [=](int64_t j) {
+    share_out(jobs, threads, worth, [=](int64_t j) {
         const int64_t c0 = j % blocks * width;
         job(j / blocks, c0, int(C - c0 < width ? C - c0 : width));
     });
@@ -138,6 +138,7 @@ template <class R> static void run_backward(const Inputs<R>* in, const Gradients
 }  // namespace
 
 extern "C" {
+void wkv_use_team(void* parallel) { team = reinterpret_cast<decltype(team)>(parallel); }
 void wkv4_forward_f32(const Inputs<float>* in, const Results<float>* out, int threads) {
     run_forward(in, out, threads);
 }

@@ -234,9 +234,9 @@ template <class R, int P> struct Backward {
 
 // Calls job(head, first value, P) for all blocks of all heads, those of one head in order.
 template <class R, class Job> static void for_each_head(const Inputs<R>& in, int threads, Job job) {
-    const int64_t worth_a_thread = 1 << 20;  // entries of states, 100 us of work or more; starting a thread costs 25 us
+    const int64_t worth_a_thread = 1 << 20;  // entries of states, 100 us of work or more
     const int64_t work = in.B * in.T * in.H * in.N * in.N / worth_a_thread;
-    share_out(in.B * in.H, threads > work ? int(work) : threads, [=](int64_t head) {
+    share_out(in.B * in.H, threads, work, [=](int64_t head) {
         if (in.N % (4 * LANES<R>) == 0)
             for (int64_t i0 = 0; i0 < in.N; i0 += 4 * LANES<R>) job(head, i0, std::integral_constant<int, 4>());
         else
