@@ -33,6 +33,7 @@ class ModelConfig:
         tune: what of init is trained: all of it; lora, low-rank factors beside the blocks' matrices; state, only the
             state in which documents begin
         rank: of the factors of tune lora; 16 if not given
+        base: how the matrices beside the factors of tune lora are kept: float, or int8, a byte a number
     """
 
     init: str | None = None
@@ -46,12 +47,15 @@ class ModelConfig:
     dropout: float = 0.0
     tune: Literal["all", "lora", "state"] = "all"
     rank: int | None = None
+    base: Literal["float", "int8"] = "float"
 
     def __post_init__(self):
         if self.tune != "all" and not self.init:
             raise ValueError(f"model.tune: {self.tune} needs model.init: a fresh model has to be trained as a whole")
         if self.rank is not None and self.tune != "lora":
             raise ValueError("model.rank is that of model.tune: lora; drop it")
+        if self.base != "float" and self.tune != "lora":
+            raise ValueError(f"model.base: {self.base} is for model.tune: lora; what is trained has to be float")
         sizes = ("n_layer", "n_embd", "n_att", "head_size", "n_ffn", "vocab_size")
         given = [name for name in ("architecture", *sizes) if getattr(self, name) is not None]
         if self.init and given:
@@ -268,6 +272,8 @@ class FitConfig:
             raise ValueError("give data.path: a token store (make one with `python train.py prepare`)")
         if self.model.tune == "state" and self.train.strategy.startswith(("fsdp", "deepspeed_stage_3")):
             raise ValueError("model.tune: state and train.strategy contradict each other; use ddp, a state is small")
+        if self.model.base != "float" and (self.train.strategy != "auto" or self.train.devices * self.train.nodes > 1):
+            raise ValueError(f"model.base: {self.model.base} works on one device; use train.strategy: auto, devices: 1")
         self._check_lanes()
         if not self.name or "/" in self.name:
             raise ValueError(f"name must be the name of a folder below {self.runs}/, found {self.name!r}")

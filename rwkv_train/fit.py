@@ -90,7 +90,7 @@ def make_model(config: ModelConfig, tokenizer: Tokenizer | None) -> RWKV:
     for block in model.blocks:
         block.dropout = config.dropout
     if config.tune != "all":
-        tune(model, config.tune, config.rank or 16)
+        tune(model, config.tune, config.rank or 16, config.base)
     return model.train()
 
 

@@ -4,6 +4,7 @@ What such a training changes is an adapter: a few tensors that are kept in a fil
 they were trained on.
 """
 
+import logging
 from pathlib import Path
 
 import torch
@@ -25,11 +26,45 @@ class LowRank(nn.Linear):
         self.down = nn.Parameter(torch.randn(rank, layer.in_features).to(layer.weight) / layer.in_features**0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) + F.linear(F.linear(x, self.down), self.up)
+        return F.linear(x, self.weight) + F.linear(F.linear(x, self.down), self.up)
 
 
-def tune(model: RWKV, what: str, rank: int) -> None:
-    """Make only a part of a model trainable. what: "lora", factors of all matrices in the blocks; "state"."""
+class Quantised(LowRank):
+    """A layer whose weight is kept in 8 bits a number, each row with its scale. In a state dict it is as it computes."""
+
+    def __init__(self, layer: LowRank):
+        super().__init__(layer, len(layer.down))
+        self.up, self.down = layer.up, layer.down
+        quantize_, config = _torchao()
+        quantize_(self, config)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}weight"] = self.weight.dequantize()
+
+    def _load_from_state_dict(self, state_dict, prefix, *more):
+        kept, loaded = self.weight, state_dict[f"{prefix}weight"]
+        if not torch.equal(kept.dequantize(), loaded):
+            raise ValueError(f"{prefix}weight is not that of model.init in 8 bits; resume with the settings of before")
+        state_dict[f"{prefix}weight"] = kept  # it never changes
+        super()._load_from_state_dict(state_dict, prefix, *more)
+
+
+def _torchao():
+    """Its function, and the settings of 8 bits with a scale for each row."""
+    logging.getLogger("torchao").setLevel(logging.ERROR)  # it misses its GPU libraries aloud
+    try:
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+    except ImportError:
+        raise ValueError("model.base: int8 needs torchao: pip install 'rwkv_train[quantise]'") from None
+    return quantize_, Int8WeightOnlyConfig()
+
+
+def tune(model: RWKV, what: str, rank: int, base: str = "float") -> None:
+    """Make only a part of a model trainable. what: "lora", factors of all matrices in the blocks; "state".
+
+    base: how those matrices are kept, "float" or "int8". ValueError where torchao is not installed.
+    """
     model.requires_grad_(False)
     if what == "state":
         begin = model.trainable_state() if model.initial_wkv is None else model.empty_state(1)
@@ -40,7 +75,8 @@ def tune(model: RWKV, what: str, rank: int) -> None:
         for mix in (block.att, block.ffn):
             for name, layer in list(mix.named_children()):
                 if isinstance(layer, nn.Linear):
-                    setattr(mix, name, LowRank(layer, rank))
+                    layer = LowRank(layer, rank)
+                    setattr(mix, name, Quantised(layer) if base == "int8" else layer)
 
 
 def is_adapter(name: str) -> bool:

@@ -55,7 +55,11 @@ def test_torch_does_the_rest(monkeypatch):
     linear(x[:1], weight).sum().backward()
     assert weight.grad is not None
     with torch.no_grad():
-        linear(x, weight), linear(x[:1].double(), weight.double()), linear(x[:1], weight.T[:3, :3].T.repeat(1, 2)[:, :4])
+        (
+            linear(x, weight),
+            linear(x[:1].double(), weight.double()),
+            linear(x[:1], weight.T[:3, :3].T.repeat(1, 2)[:, :4]),
+        )
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert linear(x[:1], weight).dtype == torch.bfloat16
         assert linear(x[0], weight).shape == (3,) and linear(x[:0], weight).shape == (0, 3)

@@ -106,6 +106,47 @@ def test_a_run_trains_the_adapter_alone_and_it_can_be_kept_apart(finished_of, st
             save_model(whole, tmp_path / "hf")
 
 
+def test_matrices_in_8_bits(finished_of, store, tmp_path, generation):
+    """They compute as what a state dict says they are, take a quarter of the memory, and a run resumes to the bit."""
+    base, tokens = tmp_path / "base.pth", torch.arange(40)[None]
+    save_model(load_model(finished_of(generation)), base)
+    config = ModelConfig(init=str(base), tune="lora", base="int8")
+    model, plain = make_model(config, None), make_model(replace(config, base="float"), None)
+    weight = model.blocks[0].ffn.key.weight
+    numbers = [getattr(weight, name) for name in weight.__tensor_flatten__()[0]]
+    assert sum(t.nbytes for t in numbers) < 0.5 * plain.blocks[0].ffn.key.weight.nbytes
+    factors = [p for p in model.parameters() if p.requires_grad]
+    with torch.no_grad():
+        for p in factors:
+            p.normal_(std=0.1)
+    plain.load_state_dict(model.state_dict())
+    for a, b in zip(
+        *(
+            torch.autograd.grad(
+                chunked_loss(m, tokens, tokens, None, None, chunk_len=7)[0],
+                [p for p in m.parameters() if p.requires_grad],
+            )
+            for m in (model, plain)
+        ),
+        strict=True,
+    ):
+        assert_close_rel(a, b, 1e-4)
+    model.load_state_dict(model.state_dict())
+    with pytest.raises(ValueError, match="not that of model.init in 8 bits"):
+        model.load_state_dict(make_model(replace(config, base="float"), None).state_dict())
+    runs = {}
+    for name, steps in (("whole", [12]), ("resumed", [7, 12])):
+        for last in steps:
+            train = TrainConfig(steps=last, val_every=12, save_every=5, log_every=1, device="cpu")
+            run = replace(config_of(store, tmp_path, model=config, train=train), name=name)
+            run = replace(run, optim=replace(run.optim, lr=3e-2, schedule="constant"))
+            assert fit(run, "newest" if last != steps[0] else None) == 0
+        runs[name] = load_model(tmp_path / name).state_dict()
+    assert all(torch.equal(runs["whole"][k], runs["resumed"][k]) for k in runs["whole"])
+    losses = [r["val_loss"] for r in metrics(tmp_path / "whole") if "val_loss" in r]
+    assert losses[-1] < losses[0]
+
+
 def test_misfits_are_named(tmp_path, generation):
     model = tuned(generation, "lora")
     torch.save({k: v for k, v in model.state_dict().items() if is_adapter(k)}, tmp_path / "lora.pth")

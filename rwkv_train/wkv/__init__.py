@@ -20,6 +20,7 @@ __all__ = ["cross_entropy_", "empty_state", "gate", "linear", "shift_mix", "squa
 
 
 WAYS = {"reference": reference.wkv4, "cpu": cpu.wkv4, "torch": fallback.wkv4, "cuda": cuda.wkv4}
+HALVES = {cpu.wkv4: (torch.bfloat16,), cuda.wkv4: (torch.bfloat16, torch.float16)}  # read and written without copies
 
 
 def empty_state(batch: int, channels: int, *, dtype=torch.float32, device=None) -> Tensor:
@@ -68,8 +69,7 @@ def wkv4(
     """
     dtype = _check(w, u, k, v, state, reset)
     run = pick("wkv4", WAYS, backend, k.device)
-    # The CUDA kernels read and write 16 bits themselves: no copies
-    halves = run is cuda.wkv4 and k.dtype == v.dtype and k.dtype in cuda.TYPES and dtype == torch.float32
+    halves = k.dtype == v.dtype and k.dtype in HALVES.get(run, ()) and dtype == torch.float32
     stored = k.dtype if halves else dtype
     w, u, state = (cast(x, dtype) for x in (w, u, state))
     y, state = run(w, u, cast(k, stored), cast(v, stored), state, reset)

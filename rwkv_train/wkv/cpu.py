@@ -19,7 +19,12 @@ from rwkv_train.wkv import cache
 
 FOLDER = Path(__file__).parent
 SOURCES = tuple(FOLDER / name for name in ("wkv4_cpu.cpp", "wkv7_cpu.cpp", "elementwise_cpu.cpp", "linear_cpu.cpp"))
-HEADERS = tuple(FOLDER / name for name in ("jobs.h", "exp_log.h", "wkv4.h", "wkv7.h"))
+HEADERS = tuple(FOLDER / name for name in ("jobs.h", "storage.h", "exp_log.h", "wkv4.h", "wkv7.h"))
+NAMES = {
+    torch.float32: "f32",
+    torch.float64: "f64",
+    torch.bfloat16: "bf16",
+}  # of dtypes, at the ends of functions' names
 COMPILERS = ("c++", "g++", "clang++")
 # No -ffast-math: it would reorder the operations that split an exponent into an integer and a small rest.
 FLAGS = (
@@ -35,21 +40,24 @@ class _Inputs(ctypes.Structure):  # this and the next two as in wkv4_cpu.cpp
 
 
 class _Results(ctypes.Structure):
-    _fields_ = [(n, ctypes.c_void_p) for n in ("y", "state", "lse", "last")]
+    _fields_ = [(n, ctypes.c_void_p) for n in ("y", "state", "exact", "lse", "last")]
 
 
 class _Gradients(ctypes.Structure):
     _fields_ = [
-        (n, ctypes.c_void_p) for n in ("y", "lse", "state", "gy", "gstate", "last", "w", "u", "k", "v", "initial")
+        (n, ctypes.c_void_p) for n in ("exact", "lse", "state", "gy", "gstate", "last", "w", "u", "k", "v", "initial")
     ]
 
 
 def wkv4(w, u, k, v, state, reset=None):
-    """WKV-4 by the C++ kernel; see `rwkv_train.wkv.wkv4`. CPU tensors, all float32 or all float64."""
+    """WKV-4 by the C++ kernel; see `rwkv_train.wkv.wkv4`. CPU tensors.
+
+    w, u and state are float32, k and v float32 or bfloat16; or all are float64.
+    """
     demand("wkv4")
     if torch.is_grad_enabled() and any(x.requires_grad for x in (w, u, k, v, state)):
         return _WKV4.apply(w, u, k, v, state, reset)
-    y, state, _, _ = _forward(w, u, k, v, state, reset, save=False)
+    y, state, *_ = _forward(w, u, k, v, state, reset, save=False)
     return y, state
 
 
@@ -122,9 +130,9 @@ def _run(*command: str) -> str:
 
 def _bind(path: Path) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
-    for operator in ("wkv4", "wkv7"):
+    for operator, dtypes in (("wkv4", NAMES.values()), ("wkv7", ("f32", "f64"))):
         for direction in ("forward", "backward"):
-            for dtype in ("f32", "f64"):
+            for dtype in dtypes:
                 function = getattr(library, f"{operator}_{direction}_{dtype}")
                 function.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int)
                 function.restype = None
@@ -148,7 +156,7 @@ def _team() -> int | None:
 
 def run(kernel: str, dtype: torch.dtype, inputs: ctypes.Structure, outputs: ctypes.Structure) -> None:
     """Call "wkv4_forward" and the like on structures of addresses, with as many threads as torch uses."""
-    function = getattr(load()[0], f"{kernel}_{'f64' if dtype == torch.float64 else 'f32'}")
+    function = getattr(load()[0], f"{kernel}_{NAMES[dtype]}")
     function(ctypes.byref(inputs), ctypes.byref(outputs), torch.get_num_threads())
 
 
@@ -162,15 +170,17 @@ def _inputs(w, u, k, v, state, reset) -> _Inputs:
 
 
 def _forward(w, u, k, v, state, reset, save: bool):
-    """y, the state, and with `save` what the backward needs, lse [B, T, C] and last [B, C] (see _Results)."""
+    """y, the state, and with `save` what the backward needs (see Results in wkv4_cpu.cpp): exact, lse and last."""
     w, u, k, v, state = (x.contiguous() for x in (w, u, k, v, state))
     reset = None if reset is None else reset.contiguous()
     y, out = torch.empty_like(k), torch.empty_like(state)
-    lse = last = None
+    exact = lse = last = None
     if save:
-        lse, last = torch.empty_like(k), k.new_empty(k.shape[0], k.shape[2], dtype=torch.int32)
-    run("wkv4_forward", k.dtype, _inputs(w, u, k, v, state, reset), _Results(*map(address, (y, out, lse, last))))
-    return y, out, lse, last
+        lse, last = state.new_empty(k.shape), k.new_empty(k.shape[0], k.shape[2], dtype=torch.int32)
+        exact = y if k.dtype == state.dtype else state.new_empty(k.shape)
+    results = _Results(*map(address, (y, out, exact, lse, last)))
+    run("wkv4_forward", k.dtype, _inputs(w, u, k, v, state, reset), results)
+    return y, out, exact, lse, last
 
 
 class _WKV4(torch.autograd.Function):
@@ -178,17 +188,19 @@ class _WKV4(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, w, u, k, v, state, reset):
-        y, out, lse, last = _forward(w, u, k, v, state, reset, save=True)
-        ctx.save_for_backward(w, u, k, v, state, reset, y, out, lse, last)
+        y, out, exact, lse, last = _forward(w, u, k, v, state, reset, save=True)
+        ctx.save_for_backward(w, u, k, v, state, reset, exact, out, lse, last)
         return y, out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gy, gstate):
-        w, u, k, v, state, reset, y, out, lse, last = (None if x is None else x.contiguous() for x in ctx.saved_tensors)
+        w, u, k, v, state, reset, exact, out, lse, last = (
+            None if x is None else x.contiguous() for x in ctx.saved_tensors
+        )
         gy, gstate = gy.contiguous(), gstate.contiguous()
         gw, gu = w.new_empty(2, k.shape[0], k.shape[2])
         gk, gv, initial = torch.empty_like(k), torch.empty_like(v), torch.empty_like(state)
-        gradients = _Gradients(*map(address, (y, lse, out, gy, gstate, last, gw, gu, gk, gv, initial)))
+        gradients = _Gradients(*map(address, (exact, lse, out, gy, gstate, last, gw, gu, gk, gv, initial)))
         run("wkv4_backward", k.dtype, _inputs(w, u, k, v, state, reset), gradients)
         return gw.sum(0), gu.sum(0), gk, gv, initial, None

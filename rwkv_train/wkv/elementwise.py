@@ -13,7 +13,6 @@ from torch.autograd.function import once_differentiable
 
 from rwkv_train.wkv import cpu
 
-KERNELS = {torch.float32: "f32", torch.float64: "f64", torch.bfloat16: "bf16"}
 MOST, TOKENS = 8, 64  # mixes of one call, tokens of a job: as in elementwise_cpu.cpp
 
 
@@ -80,7 +79,7 @@ def cross_entropy_(logits: Tensor, targets: Tensor, z_loss: float = 0.0) -> Tens
 
 
 def _kernels_for(x: Tensor) -> bool:
-    return x.device.type == "cpu" and x.dtype in KERNELS and cpu.available()
+    return x.device.type == "cpu" and x.dtype in cpu.NAMES and cpu.available()
 
 
 def products_dtype(x: Tensor) -> torch.dtype:
@@ -95,7 +94,7 @@ def _run(kernel: str, dtype: torch.dtype, *arguments) -> None:
     assert all(a.is_contiguous() for a in arguments if isinstance(a, Tensor))
     given = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else a for a in arguments]
     given = [ctypes.byref(a) if isinstance(a, ctypes.Structure) else a for a in given]
-    getattr(cpu.load()[0], f"{kernel}_{KERNELS[dtype]}")(*given, torch.get_num_threads())
+    getattr(cpu.load()[0], f"{kernel}_{cpu.NAMES[dtype]}")(*given, torch.get_num_threads())
 
 
 def _mix_inputs(x, last, reset, mixes, out) -> _Mix:

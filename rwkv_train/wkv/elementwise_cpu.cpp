@@ -4,25 +4,9 @@
 // times more often. Arithmetic is in R, storage in S: float and double in themselves, and bfloat16 computed in float.
 #include "exp_log.h"
 #include "jobs.h"
+#include "storage.h"
 
 namespace {
-
-// ---- storage
-
-struct Bf16 {
-    uint16_t bits;
-};
-
-WKV_FN float load(float x) { return x; }
-WKV_FN double load(double x) { return x; }
-WKV_FN float load(Bf16 x) { return from_bits<float>(uint32_t(x.bits) << 16); }
-
-WKV_FN void store(float& to, float x) { to = x; }
-WKV_FN void store(double& to, double x) { to = x; }
-WKV_FN void store(Bf16& to, float x) {  // to the nearest, ties to even; what is no number stays none
-    const uint32_t bits = bits_of(x);
-    to.bits = uint16_t(x == x ? (bits + 0x7fff + (bits >> 16 & 1)) >> 16 : 0x7fc0);
-}
 
 template <class R> WKV_FN R sigmoid(R x) {
     const R e = wkv_exp(x < 0 ? x : -x);  // at most 1

@@ -8,8 +8,10 @@ from torch import Tensor
 
 from rwkv_train.wkv import cpu
 
-KERNELS = {torch.float32: "f32", torch.bfloat16: "bf16"}
-MOST = {torch.float32: 16, torch.bfloat16: 2}  # vectors; with more of them the time is arithmetic, and torch's is faster
+MOST = {
+    torch.float32: 16,
+    torch.bfloat16: 2,
+}  # vectors; with more of them the time is arithmetic, and torch's is faster
 
 
 class _Product(ctypes.Structure):  # as in linear_cpu.cpp
@@ -31,5 +33,5 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     x = x.contiguous()
     y = x.new_empty(*x.shape[:-1], len(weight))
     product = _Product(x.numel() // x.shape[-1], *weight.shape, *map(cpu.address, (x, weight, y)))
-    getattr(cpu.load()[0], f"linear_{KERNELS[x.dtype]}")(ctypes.byref(product), torch.get_num_threads())
+    getattr(cpu.load()[0], f"linear_{cpu.NAMES[x.dtype]}")(ctypes.byref(product), torch.get_num_threads())
     return y

@@ -2,16 +2,15 @@
 //
 // Its limit is the memory that the matrix comes from, so every number of it is read once, by all threads. Arithmetic is
 // in float; each result is summed in the same order however many vectors and threads there are.
-#include <cstring>
 #include <memory>
 
 #include "jobs.h"
+#include "storage.h"
 
 namespace {
 
 typedef float V __attribute__((vector_size(64)));
 typedef uint32_t Bits __attribute__((vector_size(64)));
-struct Bf16 { uint16_t bits; };
 
 constexpr int LANES = 16, PAIR = 2 * LANES;  // numbers of a vector, and that are taken at once
 constexpr int ROWS = 4;                      // of the matrix, abreast
@@ -27,20 +26,6 @@ WKV_FN V as_floats(Bits x) {
     memcpy(&y, &x, sizeof y);
     return y;
 }
-WKV_FN float real(float x) { return x; }
-WKV_FN float real(Bf16 x) {
-    const uint32_t bits = uint32_t(x.bits) << 16;
-    float y;
-    memcpy(&y, &bits, sizeof y);
-    return y;
-}
-WKV_FN void store(float x, float& to) { to = x; }
-WKV_FN void store(float x, Bf16& to) {  // to the nearest, ties to even; what is no number stays none
-    uint32_t bits;
-    memcpy(&bits, &x, sizeof bits);
-    to.bits = uint16_t(x == x ? (bits + 0x7fff + (bits >> 16 & 1)) >> 16 : 0x7fc0);
-}
-
 // PAIR numbers as two vectors: of floats one after the other, of 16 bits the even ones and the odd ones.
 WKV_FN void take(const float* from, V (&to)[2]) {  // not one memcpy: the compiler would let it go through memory
     memcpy(&to[0], from, sizeof to[0]), memcpy(&to[1], from + LANES, sizeof to[1]);
@@ -80,8 +65,8 @@ template <int R, int G, class S> static void block(const Product<S>& p, const V*
             float sum = 0;
             for (int l = 0; l < LANES; l++) sum += both[l];
             for (int64_t j = pairs * PAIR; j < p.width; j++)
-                sum += real(w[r * p.width + j]) * real(p.x[(first + g) * p.width + j]);
-            store(sum, p.y[(first + g) * p.rows + row + r]);
+                sum += load(w[r * p.width + j]) * load(p.x[(first + g) * p.width + j]);
+            store(p.y[(first + g) * p.rows + row + r], sum);
         }
 }
 

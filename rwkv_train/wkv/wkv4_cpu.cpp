@@ -5,6 +5,7 @@
 // with a constant one compilers unroll the loop before they get to vectorise it, several times slower.
 #include "exp_log.h"
 #include "jobs.h"
+#include "storage.h"
 
 template <class R> WKV_FN R wkv_below(R x) { return x > 0 ? -x : x; }
 template <class R> WKV_FN R wkv_max(R x, R y) { return x > y ? x : y; }  // fmax is slower: it minds NaN
@@ -17,26 +18,34 @@ namespace {  // wkv7_cpu.cpp has other structures of these names
 
 constexpr int WIDEST = 256;  // channels of a block
 
-template <class R> struct Inputs {
+// R is what is computed with, S what k, v, y and their gradients are stored as.
+template <class R, class S> struct Inputs {
     int64_t B, T, C;
-    const R *w, *u, *k, *v, *state;  // [C] [C] [B,T,C] [B,T,C] [B,3,C]
-    const uint8_t* reset;            // [B,T] or null
+    const R *w, *u;        // [C] each
+    const S *k, *v;        // [B,T,C] each
+    const R* state;        // [B,3,C]
+    const uint8_t* reset;  // [B,T] or null
 };
 
-template <class R> struct Results {
-    R *y, *state;   // [B,T,C] [B,3,C]
-    R* lse;         // [B,T,C], null when no gradient is wanted
+template <class R, class S> struct Results {
+    S* y;           // [B,T,C]
+    R* state;       // [B,3,C]
+    R *exact, *lse; // [B,T,C] each, y before it was rounded (null where R is S); both null when no gradient is wanted
     int32_t* last;  // [B,C], the last token that renewed the exponent, -1 when none did
 };
 
-template <class R> struct Gradients {
-    const R *y, *lse, *state, *gy, *gstate;  // the results above, and the gradients that arrive on them
+template <class R, class S> struct Gradients {
+    const R *exact, *lse, *state;  // the results above, exact never null
+    const S* gy;                   // gradients that arrive on them
+    const R* gstate;
     const int32_t* last;
-    R *w, *u, *k, *v, *initial;  // [B,C] [B,C], to be summed over B; [B,T,C] [B,T,C] [B,3,C]
+    R *w, *u;    // [B,C] each, to be summed over B
+    S *k, *v;    // [B,T,C] each
+    R* initial;  // [B,3,C]
 };
 
-template <class R, bool SAVE>
-static void forward(const Inputs<R>& in, const Results<R>& out, int64_t lane, int64_t c0, int n) {
+template <class R, class S, bool SAVE>
+static void forward(const Inputs<R, S>& in, const Results<R, S>& out, int64_t lane, int64_t c0, int n) {
     R a[WIDEST], b[WIDEST], e[WIDEST];
     int32_t last[WIDEST];
     const R *w = in.w + c0, *u = in.u + c0, *from = in.state + lane * 3 * in.C + c0;
@@ -48,14 +57,17 @@ static void forward(const Inputs<R>& in, const Results<R>& out, int64_t lane, in
         if (in.reset && in.reset[lane * in.T + t])
             for (int i = 0; i < n; i++) a[i] = 0, b[i] = 0, e[i] = wkv_empty<R>();
         const int64_t at = (lane * in.T + t) * in.C + c0;
-        const R *k = in.k + at, *v = in.v + at;
-        R *y = out.y + at, *lse = SAVE ? out.lse + at : nullptr;
+        constexpr bool ROUNDS = SAVE && sizeof(S) < sizeof(R);
+        const S *k = in.k + at, *v = in.v + at;
+        S* y = out.y + at;
+        R *lse = SAVE ? out.lse + at : nullptr, *exact = ROUNDS ? out.exact + at : nullptr;
         INDEPENDENT
         for (int i = 0; i < n; i++) {
-            const R ki = k[i], vi = v[i];
+            const R ki = load(k[i]), vi = load(v[i]);
             Wkv4State<R> s = {a[i], b[i], e[i]};
             Wkv4Output<R> o = wkv4_out(u[i], ki, vi, s);
-            y[i] = o.y;
+            store(y[i], o.y);
+            if (ROUNDS) exact[i] = o.y;
             if (SAVE) lse[i] = wkv4_lse(o);
             if (SAVE) last[i] = w[i] + s.e > ki ? last[i] : int32_t(t);
             wkv4_step(w[i], ki, vi, s);
@@ -70,23 +82,28 @@ static void forward(const Inputs<R>& in, const Results<R>& out, int64_t lane, in
 }
 
 // From y and lse alone: no replay of the forward, no saved states.
-template <class R> static void backward(const Inputs<R>& in, const Gradients<R>& g, int64_t lane, int64_t c0, int n) {
-    R ga[WIDEST], gb[WIDEST], f[WIDEST], pa[WIDEST], pb[WIDEST], gw[WIDEST], gu[WIDEST];
+template <class R, class S>
+static void backward(const Inputs<R, S>& in, const Gradients<R, S>& g, int64_t lane, int64_t c0, int n) {
+    R ga[WIDEST], gb[WIDEST], f[WIDEST], pa[WIDEST], pb[WIDEST], gw[WIDEST], gu[WIDEST], residual[WIDEST];
+    const int32_t* last = g.last + lane * in.C + c0;
     const R *w = in.w + c0, *u = in.u + c0;
     const R *end = g.state + lane * 3 * in.C + c0, *gend = g.gstate + lane * 3 * in.C + c0;
     for (int i = 0; i < n; i++) {
         ga[i] = gend[i], gb[i] = gend[in.C + i], f[i] = -end[2 * in.C + i];
         pa[i] = pb[i] = gw[i] = gu[i] = 0;
+        residual[i] = wkv4_residual<R>({end[i], end[in.C + i], end[2 * in.C + i]}, {ga[i], gb[i], gend[2 * in.C + i]});
     }
     for (int64_t t = in.T; t-- > 0;) {
         const int64_t at = (lane * in.T + t) * in.C + c0;
-        const R *k = in.k + at, *v = in.v + at, *y = g.y + at, *lse = g.lse + at, *gy = g.gy + at;
-        R *gk = g.k + at, *gv = g.v + at;
+        const S *k = in.k + at, *v = in.v + at, *gy = g.gy + at;
+        const R *y = g.exact + at, *lse = g.lse + at;
+        S *gk = g.k + at, *gv = g.v + at;
         INDEPENDENT
         for (int i = 0; i < n; i++) {
             Wkv4Adjoint<R> adjoint = {ga[i], gb[i], f[i], pa[i], pb[i]};
-            Wkv4Grad<R> o = wkv4_back(w[i], u[i], k[i], v[i], y[i], lse[i], gy[i], adjoint);
-            gk[i] = o.k, gv[i] = o.v, gu[i] += o.u, gw[i] += o.w;
+            Wkv4Grad<R> o = wkv4_back(w[i], u[i], load(k[i]), load(v[i]), y[i], lse[i], load(gy[i]), adjoint);
+            store(gk[i], last[i] == t ? o.k + residual[i] : o.k), store(gv[i], o.v);
+            gu[i] += o.u, gw[i] += o.w;
             ga[i] = adjoint.ga, gb[i] = adjoint.gb, f[i] = adjoint.f, pa[i] = adjoint.pa, pb[i] = adjoint.pb;
         }
         if (in.reset && in.reset[lane * in.T + t])
@@ -99,10 +116,8 @@ template <class R> static void backward(const Inputs<R>& in, const Gradients<R>&
         const Wkv4State<R> s = {from[i], from[b], from[e]}, gs = wkv4_initial(s, ga[i], gb[i], f[i]);
         gw[i] += wkv4_close(s, {ga[i], gb[i], f[i], pa[i], pb[i]});
         initial[i] = gs.a, initial[b] = gs.b, initial[e] = gs.e;
-        const R residual = wkv4_residual<R>({end[i], end[b], end[e]}, {gend[i], gend[b], gend[e]});
-        const int64_t last = g.last[lane * in.C + c0 + i];  // from there on the exponent only decayed, by w a token
-        gw[i] += residual * R(in.T - 1 - last);
-        (last < 0 ? initial[e] : g.k[(lane * in.T + last) * in.C + c0 + i]) += residual;
+        gw[i] += residual[i] * R(in.T - 1 - last[i]);  // from the last token on the exponent only decayed, by w a token
+        if (last[i] < 0) initial[e] += residual[i];
         g.w[lane * in.C + c0 + i] = gw[i];
         g.u[lane * in.C + c0 + i] = gu[i];
     }
@@ -123,14 +138,14 @@ template <class Job> static void for_each_block(int64_t B, int64_t T, int64_t C,
     });
 }
 
-template <class R> static void run_forward(const Inputs<R>* in, const Results<R>* out, int threads) {
+template <class R, class S> static void run_forward(const Inputs<R, S>* in, const Results<R, S>* out, int threads) {
     for_each_block(in->B, in->T, in->C, threads, [=](int64_t lane, int64_t c0, int n) {
-        if (out->lse) forward<R, true>(*in, *out, lane, c0, n);
-        else forward<R, false>(*in, *out, lane, c0, n);
+        if (out->lse) forward<R, S, true>(*in, *out, lane, c0, n);
+        else forward<R, S, false>(*in, *out, lane, c0, n);
     });
 }
 
-template <class R> static void run_backward(const Inputs<R>* in, const Gradients<R>* g, int threads) {
+template <class R, class S> static void run_backward(const Inputs<R, S>* in, const Gradients<R, S>* g, int threads) {
     for_each_block(in->B, in->T, in->C, threads,
                    [=](int64_t lane, int64_t c0, int n) { backward(*in, *g, lane, c0, n); });
 }
@@ -139,16 +154,15 @@ template <class R> static void run_backward(const Inputs<R>* in, const Gradients
 
 extern "C" {
 void wkv_use_team(void* parallel) { team = reinterpret_cast<decltype(team)>(parallel); }
-void wkv4_forward_f32(const Inputs<float>* in, const Results<float>* out, int threads) {
-    run_forward(in, out, threads);
-}
-void wkv4_forward_f64(const Inputs<double>* in, const Results<double>* out, int threads) {
-    run_forward(in, out, threads);
-}
-void wkv4_backward_f32(const Inputs<float>* in, const Gradients<float>* g, int threads) {
-    run_backward(in, g, threads);
-}
-void wkv4_backward_f64(const Inputs<double>* in, const Gradients<double>* g, int threads) {
-    run_backward(in, g, threads);
-}
+
+#define FOR_TYPES(R, S, name)                                                                                        \
+    void wkv4_forward_##name(const Inputs<R, S>* in, const Results<R, S>* out, int threads) {                        \
+        run_forward(in, out, threads);                                                                               \
+    }                                                                                                                \
+    void wkv4_backward_##name(const Inputs<R, S>* in, const Gradients<R, S>* g, int threads) {                       \
+        run_backward(in, g, threads);                                                                                \
+    }
+FOR_TYPES(float, float, f32)
+FOR_TYPES(double, double, f64)
+FOR_TYPES(float, Bf16, bf16)
 }
