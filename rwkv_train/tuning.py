@@ -30,7 +30,7 @@ class LowRank(nn.Linear):
 
 
 class Quantised(LowRank):
-    """A layer whose weight is kept in 8 bits a number, each row with its scale. In a state dict it is as it computes."""
+    """With its weight in 8 bits a number, each row with its scale; in a state dict it is as it computes."""
 
     def __init__(self, layer: LowRank):
         super().__init__(layer, len(layer.down))
