@@ -19,7 +19,7 @@ from rwkv_train.data.prepare import PrepareConfig, prepare
 from rwkv_train.feedback import Correction, FeedbackConfig, Learner, Reading
 from rwkv_train.feedback.curvature import DAMPING, Curvature
 from rwkv_train.feedback.decode import Form, decode, greedy
-from rwkv_train.feedback.guards import Guards
+from rwkv_train.feedback.guards import TALK, TALKS, Guards, _wander
 from rwkv_train.feedback.journal import Journal
 from rwkv_train.feedback.steps import (
     Lesson,
@@ -42,13 +42,14 @@ DIALOGUES = [[0, *BYTES.encode(f"User: {q}\n\nAssistant: {a}\n\n")] for q, a in 
 
 
 def small_model(seed=0, generation="rwkv4"):
-    width = {"rwkv4": 48, "rwkv7": 96}[generation]  # not every random model can be taught by so few weights
-    model = random_model(n_embd=width, vocab_size=257, seed=seed, generation=generation, head_size=16)
+    width, first = {"rwkv4": (48, 0), "rwkv7": (96, 2)}[generation]  # not every random model can be taught by so little
+    model = random_model(n_embd=width, vocab_size=257, seed=seed + first, generation=generation, head_size=16)
     return model.requires_grad_(False)
 
 
 def guards(model) -> Guards:
-    return Guards(model, FORM, DIALOGUES, SUBJECTS, Curvature.measure(model, localised_names(model), DIALOGUES))
+    curvature = Curvature.measure(model, localised_names(model), DIALOGUES)
+    return Guards(model, FORM, DIALOGUES, SUBJECTS, DIALOGUES, curvature)
 
 
 def learner(folder, config=CONFIG, seed=0, generation="rwkv4") -> Learner:
@@ -413,11 +414,11 @@ def test_guards_are_made_by_the_model_kept_in_a_file_and_know_their_neighbours(t
     ours.save(tmp_path / "guards.safetensors")
     again = Guards.load(tmp_path / "guards.safetensors", model, FORM)
     gradients = {localised_names(model)[0]: torch.ones(48, 192)}
-    assert again.rows == ours.rows and again.asked == ours.asked
+    assert again.rows == ours.rows and again.asked == ours.asked and again.talks == ours.talks
     for way in ("flatten", "even"):
         assert torch.equal(*(next(iter(getattr(g.curvature, way)(gradients).values())) for g in (ours, again)))
     with pytest.raises(ValueError, match="there is no guard text"):
-        Guards(model, FORM, [], [], ours.curvature)
+        Guards(model, FORM, [], [], [], ours.curvature)
     torch.save({"rows": 1}, tmp_path / "other")
     with pytest.raises(ValueError, match="holds no guards"):
         Guards.load(tmp_path / "other", model, FORM)
@@ -458,20 +459,20 @@ def test_a_subject_is_what_the_answer_depends_on():
         assert ours.around(model, "why sun?", 3, 3) == (FORM.answer("hot"), "", [])
 
 
-def test_talk_before_a_question_is_whole_dialogues():
+def test_talk_before_a_question_goes_on_without_an_end():
     model = small_model()
-    ours = guards(model)
-    talk = ours.talk(3)
-    assert talk[0] == 0 and 0 not in talk[1:] and talk == ours.talk(3)
-    said = BYTES.decode(talk[1:])
-    assert sorted(said.split("User: ")[1:]) == sorted(BYTES.decode(row[1:])[6:] for row in DIALOGUES)
+    model.head.weight[0] = 10 * model.head.weight.abs().max()  # it would end at once, or never
+    talks = _wander(model, FORM, torch.Generator().manual_seed(0))
+    assert len(talks) == TALKS and {len(talk) for talk in talks} == {TALK} and len(set(map(tuple, talks))) == TALKS
+    assert all(talk[0] == 0 and 0 not in talk[1:] and BYTES.decode(talk[1:]).startswith("User:") for talk in talks)
+    assert talks == _wander(model, FORM, torch.Generator().manual_seed(0))
 
 
 def test_the_subject_is_a_rare_word_that_could_not_be_foreseen():
     model = small_model()
     asked = ["my sun?", "my ice?", "my xyz?"] + ["my?"] * 20
     rows = [FORM.prompt(question) for question in asked]
-    ours = Guards(model, FORM, rows, [], Curvature.measure(model, localised_names(model), rows))
+    ours = Guards(model, FORM, rows, [], [], Curvature.measure(model, localised_names(model), rows))
     ours.base = with_weights(model, {"head.weight": torch.zeros_like(model.head.weight)})  # foresees nothing
     assert ours.subjects("my xyz?")[0] in "xyz" and ours.subjects("my ice?")[0] in "ice"
 

@@ -132,7 +132,7 @@ def test_matrices_in_8_bits(finished_of, store, tmp_path, generation):
     ):
         assert_close_rel(a, b, 1e-4)
     model.load_state_dict(model.state_dict())
-    with pytest.raises(ValueError, match="not that of model.init in 8 bits"):
+    with pytest.raises(ValueError, match=r"not that of model.init in 8 bits"):
         model.load_state_dict(make_model(replace(config, base="float"), None).state_dict())
     runs = {}
     for name, steps in (("whole", [12]), ("resumed", [7, 12])):

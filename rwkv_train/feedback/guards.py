@@ -31,7 +31,8 @@ RARE = 0.6  # of the rarity of a subject's first word: what may go on with it
 CANDIDATES = 3  # words that are tried as the subject of a question
 ALIKE = 0.25  # of the others put in its place that may be answered as it is
 TOGETHER = 32  # questions whose subjects are found at once
-TALK = 128  # tokens of dialogues before a question
+TALKS, TALK = 64, 150  # texts that may stand before a question, and their tokens
+HEAT = 1.5  # temperature of these: strangers' talk is not what a model would say by itself
 WATCHED = 32  # rows on which drift is measured
 
 
@@ -50,15 +51,23 @@ class Guards:
     """What a model says, and how it says it.
 
     rows: whole dialogues as token ids, the end-of-document token in front. asked: (question, its subject) of those
-    that came to the end of their question. curvature: of the model on the rows.
+    that came to the end of their question. talks: what the model writes when it is made to go on and on, likewise.
+    curvature: of the model on the rows.
     """
 
     def __init__(
-        self, base: RWKV, form: Form, rows: list[list[int]], asked: list[tuple[str, str]], curvature: Curvature
+        self,
+        base: RWKV,
+        form: Form,
+        rows: list[list[int]],
+        asked: list[tuple[str, str]],
+        talks: list[list[int]],
+        curvature: Curvature,
     ):
         if not rows:
             raise ValueError("there is no guard text; give some text that the model should go on knowing")
-        self.base, self.form, self.rows, self.asked, self.curvature = base, form, rows, asked, curvature
+        self.base, self.form, self.curvature = base, form, curvature
+        self.rows, self.asked, self.talks = rows, asked, talks
         self._rarity = _rarity(rows, base.config.vocab_size)
         self._said: Tensor | None = None
 
@@ -84,7 +93,7 @@ class Guards:
         longer = [row for row in dialogues[::LATER] if _ended(form, "assistant", row)]
         for role in ["user", "assistant"] * (TURNS - 1) if longer else []:
             longer = [row for row in _spoken(base, form, role, longer, rng) if _ended(form, role, row)] or longer
-        guards = cls(base, form, rows, [], Curvature.measure(base, names, rows + longer))
+        guards = cls(base, form, rows, [], _wander(base, form, rng), Curvature.measure(base, names, rows + longer))
         questions = list(dict.fromkeys(questions))
         for i in range(0, len(questions), TOGETHER):
             some = questions[i : i + TOGETHER]
@@ -94,7 +103,7 @@ class Guards:
 
     def save(self, path: Path) -> None:
         """Write to a file that `load` reads."""
-        text = json.dumps({"rows": self.rows, "asked": self.asked}).encode()
+        text = json.dumps({"rows": self.rows, "asked": self.asked, "talks": self.talks}).encode()
         found = {"text": torch.tensor(list(text), dtype=torch.uint8), **self.curvature.tensors}
         replace_file(path, lambda temporary: write_safetensors(found, temporary))
 
@@ -105,7 +114,8 @@ class Guards:
         if "text" not in found:
             raise ValueError(f"{path} holds no guards; delete it, it is made anew")
         text = json.loads(bytes(found.pop("text").tolist()))
-        return cls(base, form, text["rows"], [tuple(pair) for pair in text["asked"]], Curvature(found))
+        asked = [tuple(pair) for pair in text["asked"]]
+        return cls(base, form, text["rows"], asked, text["talks"], Curvature(found))
 
     def near(self, ids: list[int], most: int, seed: int, gone: Iterable[list[int]] = ()) -> list[list[int]]:
         """Up to `most` rows: a third of them share most of their tokens with `ids`, the others are drawn by seed.
@@ -118,16 +128,6 @@ class Guards:
         rng = torch.Generator().manual_seed(seed)
         drawn = torch.randperm(len(others), generator=rng)[: most - len(nearest)].tolist()
         return [self.rows[i] for i in nearest + [others[j] for j in drawn]]
-
-    def talk(self, seed: int) -> list[int]:
-        """A document of dialogues that are drawn by seed, at least TALK tokens if there are enough."""
-        ids = [self.form.tokenizer.eod]
-        for i in torch.randperm(len(self.rows), generator=torch.Generator().manual_seed(seed)).tolist():
-            if len(ids) >= TALK:
-                break
-            if _ended(self.form, "assistant", self.rows[i]):
-                ids += self.rows[i][1:]
-        return ids
 
     def said(self, model: RWKV) -> Tensor:
         """Log probabilities [N,V] by which drift is measured: after each token of some of the rows."""
@@ -197,6 +197,21 @@ def _spoken(base: RWKV, form: Form, role: str, rows: list[list[int]], rng: torch
     begun = [row + form.opening(role) for row in rows]
     said = decode(base, form.tokenizer, begun, form.end(role), most=LONGEST, rng=rng)
     return [row + ids for row, ids in zip(begun, said, strict=True)]
+
+
+@torch.no_grad()
+def _wander(base: RWKV, form: Form, rng: torch.Generator) -> list[list[int]]:
+    """TALKS texts of TALK tokens that begin as a user's message and may not end."""
+    opening = [form.tokenizer.eod, *form.opening()]
+    tokens, state = torch.tensor([opening] * TALKS), None
+    written = [tokens]
+    for _ in range(TALK - len(opening)):
+        x, state = base.hidden(tokens.to(base.device), state)
+        logits = base.head(x[:, -1]).float().cpu() / HEAT
+        logits[:, form.tokenizer.eod] = -torch.inf
+        tokens = torch.multinomial(logits.softmax(-1), 1, generator=rng)
+        written.append(tokens)
+    return torch.cat(written, 1).tolist()
 
 
 def _ended(form: Form, role: str, row: list[int]) -> bool:

@@ -310,7 +310,8 @@ class Learner:
             ids = [form.tokenizer.eod, *correction.context, *form.turn(correction.question), *answer]
             new.append(Row(ids, row.answer, 1 + len(correction.context), row.bad))
         for number in range(config.strangers):
-            talk = self.guards.talk(config.strangers * record["id"] + number)
+            talks = self.guards.talks
+            talk = talks[(config.strangers * record["id"] + number) % len(talks)]
             new.append(Row([*talk, *form.turn(correction.question), *answer], row.answer, len(talk), row.bad))
         with half_the_threads():
             around = self.guards.around(self.model, correction.question, config.neighbours, FORMS)

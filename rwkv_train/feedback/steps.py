@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 
 from rwkv_train.bptt import chunked_loss
 from rwkv_train.feedback.curvature import Curvature
-from rwkv_train.feedback.texts import CHUNK, Batch, Row, Scope, batches, kept
+from rwkv_train.feedback.texts import CHUNK, Batch, Row, Scope, batches, kept, quickly
 from rwkv_train.models.common import RWKV
 
 RANK = 8  # of the factors of scope lora
@@ -135,8 +135,9 @@ def learn(
     places = sum(len(other.before) for other in others)
     left = None  # steps still to take once learnt
     for step in range(config.steps + 1):
-        loss = _mean(new)
-        total = loss + _mean(replayed) if replayed else loss
+        with quickly(model.device):
+            loss = _mean(new)
+            total = loss + _mean(replayed) if replayed else loss
         learnt = loss.item() <= config.loss and all(batch.right() for batch in new + replayed)
         left = None if not learnt else config.extra if left is None else left - 1
         if left == 0 or step == config.steps:
@@ -147,13 +148,13 @@ def learn(
         gradients = dict(zip(parameters, torch.autograd.grad(total, list(parameters.values())), strict=True))
         flat = curvature is not None and config.scope == "localised"
         ways = curvature.flatten(gradients) if flat else gradients
-        gain = sum((gradients[name] * ways[name]).sum() for name in ways)
+        gain = sum(torch.dot(gradients[name].flatten(), ways[name].flatten()) for name in ways)
         if not (total.isfinite() and gain.isfinite()):
             raise Diverged(f"the loss became {total.item()} at step {step + 1}; a smaller rate may help")
         with torch.no_grad():
-            size = config.rate * total / gain.clamp(min=1e-12)
+            size = float(config.rate * total / gain.clamp(min=1e-12))
             for name, p in parameters.items():
-                p -= size * ways[name]
+                p.sub_(ways[name], alpha=size)
             if config.scope == "state":
                 twin.repair_initial_state()
         tick(step + 1, loss.item())

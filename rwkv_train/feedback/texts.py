@@ -136,7 +136,7 @@ class Kept:
 
     def divergence(self) -> Tensor:
         """KL(before || now) summed over tokens, in nats."""
-        with _quickly(self.before.device):
+        with quickly(self.before.device):
             now = _said(self.model, self.tokens, self.packed, self.state)
         return -torch.dot(self.before.flatten(), now.flatten()) - self.entropy
 
@@ -153,7 +153,7 @@ def kept(twin: RWKV, start: RWKV, rows: list[tuple[list[int], RWKV]], scope: Sco
         reader = upper if other is start else None
         if reader is None and entered is not None and _share_lower(twin, other):
             reader = _upper(other, packed, state, scope, entered)[0]
-        with torch.no_grad(), _quickly(twin.device):
+        with torch.no_grad(), quickly(twin.device):
             before = predictions(other, texts) if reader is None else _said(reader, tokens, packed, upper_state)
         entropy = -float((before.exp() * before).sum(dtype=torch.float64))
         found.append(Kept(upper, tokens, packed, upper_state, before.exp_(), entropy, other is start))
@@ -172,8 +172,8 @@ def _said(model: RWKV, tokens: Tensor, packed: Packed, state: State) -> Tensor:
     return logits.log_softmax(-1, torch.promote_types(logits.dtype, torch.float32))
 
 
-def _quickly(device: torch.device) -> torch.autocast:
-    """What is kept needs no fine rounding: bfloat16 where the processor multiplies it, several times as fast."""
+def quickly(device: torch.device) -> torch.autocast:
+    """Steps need no fine rounding: bfloat16 where the processor multiplies it, several times as fast."""
     there = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
     return torch.autocast(device.type, torch.bfloat16, enabled=there)
 
