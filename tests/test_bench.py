@@ -31,7 +31,7 @@ TOY_GPU = {
 TOY = {
     "bench wkv": ["--channels=8", "--tokens=[24,33]", "--dtypes=[fp32,bf16]", "--repeats=2"],
     "bench train": ["--sizes=[16x2x31]", "--tokens=[24]", "--exact-size=16x1", "--chunks=3", "--chunk-len=8"],
-    "bench memory": ["--size=16x2x31", "--lengths=[16]", "--chunk-len=8", "--peers=false"],
+    "bench memory": ["--size=16x2x31", "--lengths=[16]", "--chunk-len=8", "--peers=false", "--lora-size=16x2x31"],
     "bench generate": ["--size=16x2x31", "--tokens=4", "--prompt=6", "--repeats=2"],
     "bench gpu": [f"--{name.replace('_', '-')}={json.dumps(value)}" for name, value in TOY_GPU.items()],
     "bench feedback": ["--seeds=1"],
@@ -39,7 +39,14 @@ TOY = {
 COLUMNS = {
     "bench wkv": ["wkv4", "wkv7", "cpu", "torch", "reference", "transformers", "1x33x8", "bf16", "share of a copy"],
     "bench train": ["ours fp32", "ours bf16", "transformers fp32", "products bf16", "WKV's share", "over truncated"],
-    "bench memory": ["ours, exact", "ours, truncated", "transformers RWKV-4", "transformers GPT-NeoX", "exact over"],
+    "bench memory": [
+        "ours, exact",
+        "ours, truncated",
+        "transformers RWKV-4",
+        "transformers GPT-NeoX",
+        "exact over",
+        "over inference",
+    ],
     "bench generate": ["ours", "package rwkv", "transformers", "with sampling", "matrix-vector", "over the package"],
 }
 

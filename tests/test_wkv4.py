@@ -1,6 +1,7 @@
 """WKV-4: every backend against the plain recurrence, results and all gradients; building the C++ kernel."""
 
 import functools
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import platformdirs
@@ -195,10 +196,16 @@ def test_threads_do_not_change_the_result():
         one = run("cpu", args, None, gy, gstate)
         torch.set_num_threads(3)
         three = run("cpu", args, None, gy, gstate)
+        cpu.load()[0].wkv_use_team(None)
+        own = run("cpu", args, None, gy, gstate)
     finally:
         torch.set_num_threads(before)
+        cpu.load()[0].wkv_use_team(cpu._team())
     for name in NAMES:  # blocks of another width may round the last channels differently
         torch.testing.assert_close(three[name], one[name], rtol=1e-5, atol=1e-5)
+        assert torch.equal(own[name], three[name])
+    if sys.platform == "linux" and torch.backends.openmp.is_available():
+        assert cpu._team(), "the kernels start threads of their own, which fight with torch's"
 
 
 @pytest.mark.parametrize("backend", ALL)

@@ -3,18 +3,25 @@
 import math
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from rwkv_train.bench.apart import Apart, apart, peak_mb
 from rwkv_train.bench.measure import about, installed, machine, number, table, target, write_json
 from rwkv_train.bench.models import random_model, random_text, size_of, training_step, transformers_step, truncated_step
 from rwkv_train.bench.settings import MemoryBench
+from rwkv_train.loss import token_nll
+from rwkv_train.models.rwkv4 import RWKV4
+from rwkv_train.tuning import tune
 
 TRUNCATED, EXACT = "ours, truncated", "ours, exact"
+FROZEN = INFERENCE, LORA = "inference", "training low-rank factors"
 PEERS = ("transformers RWKV-4", "transformers GPT-NeoX")
 OVER_TRUNCATED = 1.1  # the most that exact gradients may hold over truncated ones
+OVER_INFERENCE = 1.6  # the most that training low-rank factors may hold over reading
 FLAT = 1.1  # the most that the longest text may hold over the shortest one of several chunks
 
 
@@ -31,11 +38,18 @@ def memory(config: MemoryBench) -> None:
     lengths = sorted(config.lengths)
     print(table([{"tokens": f"{n:,}"} | {kind: _shown(found[kind][n]) for kind in kinds} for n in lengths]))
     ratios = compared(found, config)
+    if config.lora_size:
+        points = {kind: _point(kind, 2 * config.chunk_len, replace(config, size=config.lora_size)) for kind in FROZEN}
+        print(f"\n{table([{'size': config.lora_size} | {kind: _shown(p) for kind, p in points.items()}])}")
+        found |= {kind: {2 * config.chunk_len: point} for kind, point in points.items()}
+        ratio = points[LORA].peak_mb / points[INFERENCE].peak_mb
+        what = f"{config.lora_size}: {LORA} over {INFERENCE}, chunks of {config.chunk_len}"
+        ratios.append(target(what, ratio, OVER_INFERENCE, more=False))
     print(f"\n{table(ratios)}")
     results = {k: {n: p.__dict__ for n, p in points.items()} for k, points in found.items()}
     write_json(config.json, "memory", config, {"points": results, "ratios": ratios})
     if config.plot:
-        plot(found, config.plot)
+        plot({kind: found[kind] for kind in kinds}, config.plot)
 
 
 def _point(kind: str, length: int, config: MemoryBench) -> Apart:
@@ -53,11 +67,25 @@ def step(kind: str, length: int, size: str, chunk_len: int, threads: int) -> dic
         run = transformers_step(_peer(kind, config, length), text[0])
     else:
         model = random_model(config)
-        exact = kind == EXACT
-        run = training_step(model, text, "fp32", chunk_len) if exact else truncated_step(model, text, chunk_len)
+        if kind == LORA:
+            tune(model, "lora", rank=16)
+        runs = {
+            EXACT: training_step(model, text, "fp32", chunk_len),
+            INFERENCE: lambda: _read(model, text[0], chunk_len),
+        }
+        run = runs.get(kind) or truncated_step(model, text, chunk_len)
     loaded, begun = peak_mb(), time.perf_counter()
     run()
     return {"seconds": time.perf_counter() - begun, "loaded_mb": loaded}
+
+
+@torch.inference_mode()
+def _read(model: RWKV4, tokens: Tensor, chunk_len: int) -> None:
+    """As `validate` does: the loss of every token, the state carried on."""
+    state = None
+    for chunk in tokens.split(chunk_len, 1):
+        x, state = model.hidden(chunk, state)
+        token_nll(x, model.head.weight, chunk)
 
 
 def _peer(kind: str, c, length: int) -> torch.nn.Module:

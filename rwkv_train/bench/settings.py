@@ -79,6 +79,7 @@ class MemoryBench:
         lengths: tokens of the text
         chunk_len: tokens of a chunk of this program
         peers: also measure transformers' RWKV-4 and a transformer (GPT-NeoX) of the same width and depth
+        lora_size: the model whose low-rank factors are trained, against reading with it; "" leaves that out
         limit_gb: a peer's process that holds more is ended, and its longer texts are not tried
         limit_s: the same for one that takes longer
         json: also write the figures to this file
@@ -89,6 +90,7 @@ class MemoryBench:
     lengths: list[int] = field(default_factory=lambda: [512, 2048, 8192, 32768, 65536, 131072])
     chunk_len: int = 512
     peers: bool = True
+    lora_size: str = "169M"
     limit_gb: float = 8.0
     limit_s: float = 60.0
     json: str | None = None

@@ -309,9 +309,7 @@ class Learner:
         if correction.context:
             ids = [form.tokenizer.eod, *correction.context, *form.turn(correction.question), *answer]
             new.append(Row(ids, row.answer, 1 + len(correction.context), row.bad))
-        for number in range(config.strangers):
-            talks = self.guards.talks
-            talk = talks[(config.strangers * record["id"] + number) % len(talks)]
+        for talk in _turn(self.guards.talks, config.strangers, record["id"]):
             new.append(Row([*talk, *form.turn(correction.question), *answer], row.answer, len(talk), row.bad))
         with half_the_threads():
             around = self.guards.around(self.model, correction.question, config.neighbours, FORMS)
@@ -337,6 +335,7 @@ class Learner:
         gone = {r["answer_before"] for r in self.journal.records if r["kind"] == "committed" and r["of"] in ids}
         gone = [old, *(form.answer(text) for text in gone if text)]
         kept += [(ids, self.base) for ids in self.guards.near(row.ids, config.guards, record["id"], gone)]
+        kept += [(ids, self.base) for ids in _turn(self.guards.talks, 1, -record["id"])]
         return Lesson(new, replayed, kept), wordings, form.shown(old)
 
     def _learn(self, record: dict, lesson: Lesson, tick: Tick = lambda step, loss: None) -> tuple[RWKV, int]:
@@ -439,6 +438,11 @@ def _spread(items: list, most: int, seed: int = 0) -> list:
     """All of them if few, otherwise some, evenly from begin to end, beginning elsewhere for another seed."""
     every = max(1.0, len(items) / max(1, most))
     return [items[int(seed % every + i * every) % len(items)] for i in range(min(most, len(items)))]
+
+
+def _turn(items: list, most: int, number: int) -> list:
+    """`most` items, others for the next number, until all have had their turn."""
+    return [items[(most * number + i) % len(items)] for i in range(most if items else 0)]
 
 
 def _correction(record: dict) -> Correction:
