@@ -260,7 +260,7 @@ def test_a_peer_over_its_limit_is_told_and_longer_texts_are_not_tried(here, monk
         return Apart({"seconds": 1.0, "loaded_mb": 90.0}, 100.0 + length)
 
     monkeypatch.setattr(memory, "apart", fake)
-    flags = ["--lengths=[64,16,32]", "--limit-gb=3", "--peers=true", "--plot=m.svg"]
+    flags = ["--lengths=[64,16,32]", "--lora-size=", "--limit-gb=3", "--peers=true", "--plot=m.svg"]
     code, out, _ = run("bench", "memory", *TOY["bench memory"], *flags, capsys=capsys)
     assert code == 0 and out.count("not run: over 3 GB") == 4 and out.count("116 MB, 1 s") == 4
     assert "ours, exact: peak at 64 over 16 tokens" in out
