@@ -48,7 +48,7 @@ def chat(model, *lines, capsys, monkeypatch) -> list[str]:
 
 def test_a_scripted_conversation(model, tmp_path, capsys, monkeypatch, generation):
     if generation == "rwkv7":
-        save_model(random_model(n_embd=96, vocab_size=257, generation=generation, head_size=16, seed=2), model)
+        save_model(random_model(n_embd=128, vocab_size=257, generation=generation, head_size=16), model)
     say = {"capsys": capsys, "monkeypatch": monkeypatch}
     wrong, fixed, right, taught, history = chat(
         model, "sun?", "/fix hot", "/teach ice? => cold", "/teach nothing", "/history", **say
