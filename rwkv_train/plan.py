@@ -113,14 +113,15 @@ class Step:
         r: the block's input and middle and two layer norms: 4 nC, in torch also two token shifts. m: five mixed inputs,
         r and value of the channel mix: 7 nC; r and its product with y: 2 nA; k and relu(k)^2: 2 nF (in torch sigmoid(r)
         and relu(k) instead of r and k).
-        float32: k, v, y and the log denominators of the operator: 4 nA, and y again in m if that is another.
+        The operator: k and v in m, y and the log denominators in float32, and y again in m if that is another; in torch
+        k and v in float32, too.
         Dropout: 2 nC masks, of m bytes, on a GPU of 1. CUDA's autocast squares in float32: 4 nF more.
         Under autocast also each matrix in bfloat16.
         """
         s, n = self.sizes, self.n
         kept = self.r * (4 if self.kernel else 6) * n * s.n_embd
         kept += self.m * n * (7 * s.n_embd + 2 * s.n_att + 2 * s.n_ffn)
-        kept += 16 * n * s.n_att + (self.m * n * s.n_att if self.m != 4 else 0)
+        kept += (8 + 2 * (self.m if self.kernel else 4)) * n * s.n_att + (self.m * n * s.n_att if self.m != 4 else 0)
         kept += 2 * n * s.n_embd * (self.m if self.device == "cpu" else 1) * (self.config.model.dropout > 0)
         kept += 4 * n * s.n_ffn if self.autocast and self.device == "cuda" else 0
         return kept + self.casts()
@@ -143,14 +144,14 @@ class Step:
         """What the backward of the last block needs besides, at the fuller of two moments.
 
         In its channel mix r nC and, where the kernels run, mnF, for one of two gradients takes the place of relu(k)^2;
-        in torch three. In its time mix, when what the channel mix kept is gone: 2 nA float32, for one of the gradients
-        of k, v and y takes the place of the gate's; in torch about 6 nA more.
+        in torch three. In its time mix, when what the channel mix kept is gone: 2 nA of m bytes, for one of the gradients
+        of k, v and y takes the place of the gate's; in torch about 8 nA float32.
         """
         s, n = self.sizes, self.n
         x = self.r * n * s.n_embd
         gone = (2 if self.kernel else 4) * x + self.m * n * (2 * s.n_ffn + 4 * s.n_embd)
-        wide, long = (1, 2) if self.kernel else (3, 8)
-        return x + max(wide * self.m * n * s.n_ffn, long * 4 * n * s.n_att - gone)
+        wide, long = (1, 2 * self.m) if self.kernel else (3, 32)
+        return x + max(wide * self.m * n * s.n_ffn, long * n * s.n_att - gone)
 
     def states(self) -> float:
         """L (2C + 3A) float32 a lane: H states at chunk boundaries and five at work. Besides H states of the random
