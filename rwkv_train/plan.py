@@ -144,7 +144,7 @@ class Step:
         """What the backward of the last block needs besides, at the fuller of two moments.
 
         In its channel mix r nC and, where the kernels run, mnF, for one of two gradients takes the place of relu(k)^2;
-        in torch three. In its time mix, when what the channel mix kept is gone: 2 nA of m bytes, for one of the gradients
+        in torch three. In its time mix, when what the channel mix kept is gone: 2 nA in m, for one of the gradients
         of k, v and y takes the place of the gate's; in torch about 8 nA float32.
         """
         s, n = self.sizes, self.n
