@@ -155,7 +155,7 @@ class GpuBench:
 
 @dataclass
 class FeedbackBench:
-    """Measure corrections: are they learnt, kept, understood, and is all else left alone? (hours on 2 cores)
+    """Measure corrections: are they learnt, kept, understood, and is all else left alone? (15 min on 2 cores)
 
     Args:
         model: checkpoint, runs/NAME, or a folder with model.pth; the small one that comes along if not given
