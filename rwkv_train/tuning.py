@@ -26,15 +26,14 @@ class LowRank(nn.Linear):
         self.down = nn.Parameter(torch.randn(rank, layer.in_features).to(layer.weight) / layer.in_features**0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight) + F.linear(F.linear(x, self.down), self.up)
+        return super().forward(x) + F.linear(F.linear(x, self.down), self.up)
 
 
 class Quantised(LowRank):
     """With its weight in 8 bits a number, each row with its scale; in a state dict it is as it computes."""
 
-    def __init__(self, layer: LowRank):
-        super().__init__(layer, len(layer.down))
-        self.up, self.down = layer.up, layer.down
+    def __init__(self, layer: nn.Linear, rank: int):
+        super().__init__(layer, rank)
         quantize_, config = _torchao()
         quantize_(self, config)
 
@@ -43,10 +42,11 @@ class Quantised(LowRank):
         destination[f"{prefix}weight"] = self.weight.dequantize()
 
     def _load_from_state_dict(self, state_dict, prefix, *more):
-        kept, loaded = self.weight, state_dict[f"{prefix}weight"]
-        if not torch.equal(kept.dequantize(), loaded):
-            raise ValueError(f"{prefix}weight is not that of model.init in 8 bits; resume with the settings of before")
-        state_dict[f"{prefix}weight"] = kept  # it never changes
+        name = f"{prefix}weight"
+        if name in state_dict:
+            if not torch.equal(self.weight.dequantize(), state_dict[name]):
+                raise ValueError(f"{name} is not that of model.init in 8 bits; resume with the settings of before")
+            state_dict[name] = self.weight  # it never changes
         super()._load_from_state_dict(state_dict, prefix, *more)
 
 
@@ -71,12 +71,12 @@ def tune(model: RWKV, what: str, rank: int, base: str = "float") -> None:
         for name, part in zip(STATE, begin, strict=True):
             setattr(model, name, nn.Parameter(part.detach().clone()))
         return
+    kind = Quantised if base == "int8" else LowRank
     for block in model.blocks:
         for mix in (block.att, block.ffn):
             for name, layer in list(mix.named_children()):
                 if isinstance(layer, nn.Linear):
-                    layer = LowRank(layer, rank)
-                    setattr(mix, name, Quantised(layer) if base == "int8" else layer)
+                    setattr(mix, name, kind(layer, rank))
 
 
 def is_adapter(name: str) -> bool:

@@ -419,9 +419,10 @@ def test_guards_are_made_by_the_model_kept_in_a_file_and_know_their_neighbours(t
         assert torch.equal(*(next(iter(getattr(g.curvature, way)(gradients).values())) for g in (ours, again)))
     with pytest.raises(ValueError, match="there is no guard text"):
         Guards(model, FORM, [], [], [], ours.curvature)
-    torch.save({"rows": 1}, tmp_path / "other")
-    with pytest.raises(ValueError, match="holds no guards"):
-        Guards.load(tmp_path / "other", model, FORM)
+    for other in ({"rows": 1}, {"text": torch.tensor(list(b'{"rows": [], "asked": []}'), dtype=torch.uint8)}):
+        torch.save(other, tmp_path / "other")
+        with pytest.raises(ValueError, match="holds no guards of this version"):
+            Guards.load(tmp_path / "other", model, FORM)
 
 
 def test_questions_are_crossed_with_those_of_the_pool():

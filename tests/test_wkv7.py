@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rwkv_train.wkv import cpu, fla7, wkv7
+from rwkv_train.wkv.wkv7 import WAYS
 
 NAMES = ("y", "S", "gr", "gw", "gk", "gv", "ga", "gb", "gS")
 needs_compiler = pytest.mark.skipif(not cpu.available(), reason="no C++ compiler")
@@ -230,16 +231,17 @@ def test_fla_is_given_documents_as_sequences(monkeypatch, positions):
 
     monkeypatch.setitem(sys.modules, "fla.ops.rwkv7", SimpleNamespace(chunk_rwkv7=chunk_rwkv7))
     monkeypatch.setattr(fla7, "available", lambda: True)
+    monkeypatch.setitem(WAYS, "torch", fla7.wkv7)  # on a CPU "fla" is refused
     shape = 3, 20, 2, 4
     args, given = draw(*shape), tuple(cotangents(*shape))
     reset = None if positions is None else resets_at(3, 20, *positions)
-    assert_close(run("fla", args, reset, *given), run("reference", args, reset, *given), 1e-11)
+    assert_close(run("torch", args, reset, *given), run("reference", args, reset, *given), 1e-11)
 
 
 def test_fla_says_what_is_missing(monkeypatch):
     monkeypatch.setattr(fla7, "available", lambda: False)
     with pytest.raises(RuntimeError, match="needs fla-core: pip install 'rwkv_train"):
-        wkv7(*draw(1, 2, 1, 4), backend="fla")
+        fla7.wkv7(*draw(1, 2, 1, 4))
 
 
 @pytest.mark.parametrize(
@@ -253,6 +255,7 @@ def test_fla_says_what_is_missing(monkeypatch):
         ({"w": torch.zeros(2, 5, 1, 3, device="meta")}, r"w is on meta, expected cpu, where r is"),
         ({"reset": torch.zeros(2, 4, dtype=torch.bool)}, r"reset has shape \[2, 4\], expected \[B, T\] = \[2, 5\]"),
         ({"backend": "cdua"}, r"unknown backend 'cdua', expected one of \"auto\", \"reference\""),
+        ({"backend": "fla"}, r"wkv7: backend \"fla\" needs tensors on a CUDA device, found cpu; use \"auto\""),
         ({"backend": "cuda"}, r"wkv7: backend \"cuda\" needs tensors on a CUDA device, found cpu; use \"auto\""),
     ],
 )

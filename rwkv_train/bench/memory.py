@@ -42,9 +42,10 @@ def memory(config: MemoryBench) -> None:
         points = {kind: _point(kind, 2 * config.chunk_len, replace(config, size=config.lora_size)) for kind in FROZEN}
         print(f"\n{table([{'size': config.lora_size} | {kind: _shown(p) for kind, p in points.items()}])}")
         found |= {kind: {2 * config.chunk_len: point} for kind, point in points.items()}
-        ratio = points[LORA].peak_mb / points[INFERENCE].peak_mb
-        what = f"{config.lora_size}: {LORA} over {INFERENCE}, chunks of {config.chunk_len}"
-        ratios.append(target(what, ratio, OVER_INFERENCE, more=False))
+        if all(point.peak_mb for point in points.values()):
+            ratio = points[LORA].peak_mb / points[INFERENCE].peak_mb
+            what = f"{config.lora_size}: {LORA} over {INFERENCE}, chunks of {config.chunk_len}"
+            ratios.append(target(what, ratio, OVER_INFERENCE, more=False))
     print(f"\n{table(ratios)}")
     results = {k: {n: p.__dict__ for n, p in points.items()} for k, points in found.items()}
     write_json(config.json, "memory", config, {"points": results, "ratios": ratios})

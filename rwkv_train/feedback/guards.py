@@ -111,9 +111,9 @@ class Guards:
     def load(cls, path: Path, base: RWKV, form: Form) -> "Guards":
         """Raises ValueError for a file that is not what `save` wrote."""
         found = read_weights(path)
-        if "text" not in found:
-            raise ValueError(f"{path} holds no guards; delete it, it is made anew")
-        text = json.loads(bytes(found.pop("text").tolist()))
+        text = json.loads(bytes(found.pop("text").tolist())) if "text" in found else {}
+        if not {"rows", "asked", "talks"} <= text.keys():
+            raise ValueError(f"{path} holds no guards of this version; delete it, it is made anew")
         asked = [tuple(pair) for pair in text["asked"]]
         return cls(base, form, text["rows"], asked, text["talks"], Curvature(found))
 

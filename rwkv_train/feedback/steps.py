@@ -39,8 +39,8 @@ class FeedbackConfig:
         replay: earlier corrections trained along
         neighbours: other subjects of which the question is asked to keep the answers, and as many other questions
             about its subject
-        guards: rows of the guard pool that are kept, a third of them the nearest to the correction; besides them one
-            text that goes on and on
+        guards: rows of the guard pool that are kept, a third of them the nearest to the correction; besides them,
+            unless 0, one text that goes on and on
         pull: weight of what is kept: of its divergence from the model before
         budget: largest mean divergence on guard rows, in nats a token, that is accepted
         reach: tokens before an answer that gradients flow through

@@ -6,13 +6,13 @@ import torch
 
 from rwkv_train.wkv import cpu, cuda
 
-PLACES = {"cpu": "the CPU", "cuda": "a CUDA device"}
+PLACES = {"cpu": ("cpu", "the CPU"), "cuda": ("cuda", "a CUDA device"), "fla": ("cuda", "a CUDA device")}
 
 
 def pick(operator: str, ways: Mapping[str, Callable], backend: str, device: torch.device) -> Callable:
     """The implementation behind a backend's name.
 
-    ways: one for each of "reference", "cpu", "torch" and "cuda". "auto" is the kernel for the device if it can be
+    ways: one for each name that the operator has. "auto" is the kernel for the device if it can be
     built, otherwise "torch". ValueError for an unknown name or the wrong device, RuntimeError for a CUDA kernel that
     cannot be built; that of the CPU sees to it itself.
     """
@@ -22,8 +22,8 @@ def pick(operator: str, ways: Mapping[str, Callable], backend: str, device: torc
     if backend not in ways:
         names = ", ".join(f'"{name}"' for name in ("auto", *ways))
         raise ValueError(f"{operator}: unknown backend {backend!r}, expected one of {names}")
-    if backend in PLACES and device.type != backend:
-        place = PLACES[backend]
+    needed, place = PLACES.get(backend, (device.type, ""))
+    if device.type != needed:
         raise ValueError(f'{operator}: backend "{backend}" needs tensors on {place}, found {device}; use "auto"')
     if backend == "cuda" and not cuda.available(device):
         raise RuntimeError(f'{operator}: backend "cuda" is not available: {cuda.why_not(device)}')

@@ -20,11 +20,8 @@ from rwkv_train.wkv import cache
 FOLDER = Path(__file__).parent
 SOURCES = tuple(FOLDER / name for name in ("wkv4_cpu.cpp", "wkv7_cpu.cpp", "elementwise_cpu.cpp", "linear_cpu.cpp"))
 HEADERS = tuple(FOLDER / name for name in ("jobs.h", "storage.h", "exp_log.h", "wkv4.h", "wkv7.h"))
-NAMES = {
-    torch.float32: "f32",
-    torch.float64: "f64",
-    torch.bfloat16: "bf16",
-}  # of dtypes, at the ends of functions' names
+# Of dtypes, at the ends of the functions' names.
+NAMES = {torch.float32: "f32", torch.float64: "f64", torch.bfloat16: "bf16"}
 COMPILERS = ("c++", "g++", "clang++")
 # No -ffast-math: it would reorder the operations that split an exponent into an integer and a small rest.
 FLAGS = (

@@ -8,10 +8,8 @@ from torch import Tensor
 
 from rwkv_train.wkv import cpu
 
-MOST = {
-    torch.float32: 16,
-    torch.bfloat16: 2,
-}  # vectors; with more of them the time is arithmetic, and torch's is faster
+# Vectors; with more of them the time is arithmetic, and torch's is faster.
+MOST = {torch.float32: 16, torch.bfloat16: 2}
 
 
 class _Product(ctypes.Structure):  # as in linear_cpu.cpp

@@ -14,7 +14,7 @@ typedef uint32_t Bits __attribute__((vector_size(64)));
 
 constexpr int LANES = 16, PAIR = 2 * LANES;  // numbers of a vector, and that are taken at once
 constexpr int ROWS = 4;                      // of the matrix, abreast
-constexpr int AHEAD = 4096;                  // bytes
+constexpr int AHEAD = 4096;                  // bytes that are asked for before their turn: the processor stops at the end of a page
 #ifdef __AVX512F__
 constexpr int ABREAST = 2;  // vectors: as many as the registers hold the sums of
 #else

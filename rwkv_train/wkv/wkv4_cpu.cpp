@@ -30,12 +30,12 @@ template <class R, class S> struct Inputs {
 template <class R, class S> struct Results {
     S* y;           // [B,T,C]
     R* state;       // [B,3,C]
-    R *exact, *lse; // [B,T,C] each, y before it was rounded (null where R is S); both null when no gradient is wanted
+    R *exact, *lse;  // [B,T,C] each, y before it was rounded (where S is R, y); both null when no gradient is wanted
     int32_t* last;  // [B,C], the last token that renewed the exponent, -1 when none did
 };
 
 template <class R, class S> struct Gradients {
-    const R *exact, *lse, *state;  // the results above, exact never null
+    const R *exact, *lse, *state;  // the results above
     const S* gy;                   // gradients that arrive on them
     const R* gstate;
     const int32_t* last;

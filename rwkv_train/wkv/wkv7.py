@@ -8,7 +8,10 @@ from rwkv_train.wkv.arguments import cast, check
 from rwkv_train.wkv.backends import pick
 
 WAYS = {
-    **{"reference": reference.wkv7, "cpu": cpu7.wkv7, "torch": chunked7.wkv7, "cuda": cuda7.wkv7},
+    "reference": reference.wkv7,
+    "cpu": cpu7.wkv7,
+    "torch": chunked7.wkv7,
+    "cuda": cuda7.wkv7,
     "fla": fla7.wkv7,
 }
 HALVES = (cuda7.wkv7, fla7.wkv7)  # read and write 16 bits themselves: no copies
