@@ -52,7 +52,8 @@ class Quantised(LowRank):
 
 def _torchao():
     """Its function, and the settings of 8 bits with a scale for each row."""
-    logging.getLogger("torchao").setLevel(logging.ERROR)  # it misses its GPU libraries aloud
+    for name in ("torchao", "torch.utils._pytree"):  # it misses its GPU libraries aloud, and torch minds its habits
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
     except ImportError:
