@@ -22,8 +22,9 @@ from rwkv_train.evaluate import byte_lengths
 from rwkv_train.files import replace_file
 from rwkv_train.generate import Sampling, generate_text
 from rwkv_train.models.common import RWKV
-from rwkv_train.models.rwkv4 import RWKV4, RWKV4Config
-from rwkv_train.models.rwkv7 import RWKV7, RWKV7Config
+from rwkv_train.models.fresh import fresh_sizes
+from rwkv_train.models.rwkv4 import RWKV4
+from rwkv_train.models.rwkv7 import RWKV7
 from rwkv_train.module import OnlineTrainer
 from rwkv_train.runlog import duration, new_run, write_config
 from rwkv_train.savepoint import TRAINER, damage, newest_good, savepoints
@@ -78,10 +79,8 @@ def make_model(config: ModelConfig, tokenizer: Tokenizer | None) -> RWKV:
         vocab_size = config.vocab_size or (tokenizer.vocab_size if tokenizer else None)
         if vocab_size is None:
             raise ValueError("the data names no tokenizer: give model.vocab_size or data.tokenizer")
-        names = ("n_layer", "n_embd", "n_att", "head_size", "n_ffn")
-        sizes = {k: v for k, v in asdict(config).items() if k in names and v} | {"vocab_size": vocab_size}
-        rwkv7 = config.architecture == "rwkv7"
-        model = (RWKV7(RWKV7Config(**sizes)) if rwkv7 else RWKV4(RWKV4Config(**sizes))).init_weights()
+        sizes = fresh_sizes(config, vocab_size)
+        model = (RWKV7 if config.architecture == "rwkv7" else RWKV4)(sizes).init_weights()
     if tokenizer and tokenizer.vocab_size > model.config.vocab_size:
         raise ValueError(
             f"the data's tokenizer ({tokenizer.name}) has {tokenizer.vocab_size} tokens and the model only "

@@ -1,50 +1,20 @@
 """Will it fit, and how fast? The formulas: bytes of a training step on one device, its operations, what it exchanges.
 
-Nothing runs here and no torch is needed. What autograd keeps is read off models/rwkv4.py, bptt.py and loss.py, and
+Nothing runs here and no torch is needed. What autograd keeps is read off sizes.py, bptt.py and loss.py, and
 tests/test_plan.py counts it. n = lanes of a device * chunk_len, H = horizon, N = devices, P = parameters;
 C, A, F, V, L are n_embd, n_att, n_ffn, vocab_size, n_layer. Bytes of a number: 4; where bfloat16 makes a difference,
 r of the residual stream (2 in DeepSpeed's bf16, otherwise 4), m around matrix products (2 in bf16, otherwise 4),
 w of a weight (as r).
 """
 
-from dataclasses import dataclass
-
 from rwkv_train.config import FitConfig
+from rwkv_train.sizes import Sizes
 
 PROCESS = {"cpu": 0.425e9, "cuda": 0.5e9}  # Python with torch and Lightning, measured; CUDA's context, assumed
 OVERHEAD = {"cpu": {"fp32": 1.15, "bf16": 1.4}, "cuda": {"fp32": 1.5, "bf16": 1.5}}  # a step over its matrix products
 SLICE = 1 << 25  # logits held at once, as in loss.py
 BUCKET = 200_000_000  # gradients that DeepSpeed sends together, by Lightning's setting
 LIVE = 1_000_000_000  # parameters that ZeRO-3 keeps gathered at most
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Sizes of an RWKV-4, as in RWKV4Config, and the numbers of parameters that follow."""
-
-    n_layer: int
-    n_embd: int
-    n_att: int
-    n_ffn: int
-    vocab_size: int
-
-    @property
-    def matrices(self) -> int:
-        """Of a block: key, value, receptance, output of the time mix; key, value, receptance of the channel mix."""
-        return self.n_embd * (4 * self.n_att + 2 * self.n_ffn + self.n_embd)
-
-    @property
-    def block(self) -> int:
-        return self.matrices + 9 * self.n_embd + 2 * self.n_att
-
-    @property
-    def table(self) -> int:
-        """The embedding, and as many again in the head."""
-        return self.vocab_size * self.n_embd
-
-    @property
-    def parameters(self) -> int:
-        return self.n_layer * self.block + 2 * self.table + 4 * self.n_embd
 
 
 class Step:
@@ -110,18 +80,14 @@ class Step:
     def block_saved(self) -> float:
         """What autograd keeps of a block.
 
-        r: the block's input and middle and two layer norms: 4 nC, in torch also two token shifts. m: five mixed inputs,
-        r and value of the channel mix: 7 nC; r and its product with y: 2 nA; k and relu(k)^2: 2 nF (in torch sigmoid(r)
-        and relu(k) instead of r and k).
-        The operator: k and v in m, y and the log denominators in float32, and y again in m if that is another; in torch
-        k and v in float32, too.
+        r: the block's input and middle and two layer norms: 4 nC, in torch also two token shifts. m: the mixed inputs;
+        k of the channel mix and relu(k)^2: 2 nF (in torch relu(k) instead of k). What the generation's time mix does.
         Dropout: 2 nC masks, of m bytes, on a GPU of 1. CUDA's autocast squares in float32: 4 nF more.
         Under autocast also each matrix in bfloat16.
         """
         s, n = self.sizes, self.n
-        kept = self.r * (4 if self.kernel else 6) * n * s.n_embd
-        kept += self.m * n * (7 * s.n_embd + 2 * s.n_att + 2 * s.n_ffn)
-        kept += (8 + 2 * (self.m if self.kernel else 4)) * n * s.n_att + (self.m * n * s.n_att if self.m != 4 else 0)
+        kept = self.r * (4 if self.kernel else 6) * n * s.n_embd + self.m * n * (s.mixed * s.n_embd + 2 * s.n_ffn)
+        kept += s.saved(self)
         kept += 2 * n * s.n_embd * (self.m if self.device == "cpu" else 1) * (self.config.model.dropout > 0)
         kept += 4 * n * s.n_ffn if self.autocast and self.device == "cuda" else 0
         return kept + self.casts()
@@ -144,20 +110,18 @@ class Step:
         """What the backward of the last block needs besides, at the fuller of two moments.
 
         In its channel mix r nC and, where the kernels run, mnF, for one of two gradients takes the place of relu(k)^2;
-        in torch three. In its time mix, when what the channel mix kept is gone: 2 nA in m, for one of the gradients
-        of k, v and y takes the place of the gate's; in torch about 8 nA float32.
+        in torch three. In its time mix what the generation's needs, when what the channel mix kept is gone.
         """
         s, n = self.sizes, self.n
         x = self.r * n * s.n_embd
         gone = (2 if self.kernel else 4) * x + self.m * n * (2 * s.n_ffn + 4 * s.n_embd)
-        wide, long = (1, 2 * self.m) if self.kernel else (3, 32)
-        return x + max(wide * self.m * n * s.n_ffn, long * n * s.n_att - gone)
+        return x + max((1 if self.kernel else 3) * self.m * n * s.n_ffn, s.workspace(self) - gone)
 
     def states(self) -> float:
-        """L (2C + 3A) float32 a lane: H states at chunk boundaries and five at work. Besides H states of the random
-        numbers, and the batch: tokens, targets, positions, resets of H chunks."""
+        """Of a lane H float32 states at chunk boundaries and five at work. Besides H states of the random numbers, and
+        the batch: tokens, targets, positions, resets of H chunks."""
         s, data = self.sizes, self.config.data
-        state = 4 * s.n_layer * (2 * s.n_embd + 3 * s.n_att)
+        state = 4 * s.n_layer * s.state
         return self.lanes * (data.horizon + 5) * state + data.horizon * (5056 + 25 * self.n)
 
     def logits(self) -> float:
@@ -226,14 +190,14 @@ def operations(config: FitConfig, sizes: Sizes) -> float:
     """Floating-point operations of matrix products a trained token: M = matrices of all blocks, VC = the head.
 
     Forward 2 (M + VC), backward 4 (M + VC). Once more forward: 2 (M + VC) with a horizon of several chunks, where
-    weights in pieces make the head's gradients twice too, 4 VC; 2 M with recompute.
+    weights in pieces make the head's gradients twice too, 4 VC; 2 M with recompute (RWKV-7: less the last product of each block).
     """
-    matrices, data, train = sizes.n_layer * sizes.matrices, config.data, config.train
-    total = 6 * (matrices + sizes.table)
+    data, train = config.data, config.train
+    total = 6 * (sizes.products + sizes.table)
     if data.horizon > 1:
         pieces = train.strategy == "fsdp" or train.strategy.startswith("deepspeed_stage_3")
-        total += 2 * (matrices + sizes.table) + 4 * sizes.table * pieces
-    return total + 2 * matrices * train.recompute
+        total += 2 * (sizes.products + sizes.table) + 4 * sizes.table * pieces
+    return total + 2 * sizes.repeated * train.recompute
 
 
 def exchanged(config: FitConfig, sizes: Sizes) -> float:

@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rwkv_train.config import FitConfig, ModelConfig, PlanConfig
-from rwkv_train.plan import Sizes, memory, seconds
+from rwkv_train.plan import memory, seconds
+from rwkv_train.sizes import RWKV4Sizes, RWKV7Sizes, Sizes
 
 GB = 2**30
 SHARED = ["ddp", "deepspeed_stage_2", "deepspeed_stage_3", "fsdp"]  # the columns of the table
@@ -45,12 +46,14 @@ def plan(config: PlanConfig, gpus: list[int] | None = None) -> None:
     s, count = machine.sizes, machine.sizes.parameters
     size = f"{count / 1e9:.1f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"
     t, d = config.train, config.data
-    print(f"{config.name}: RWKV-4, {s.n_layer} layers x {s.n_embd}, vocabulary {s.vocab_size:,}: {size} parameters")
+    print(f"{config.name}: {s.name}, {s.n_layer} layers x {s.n_embd}, vocabulary {s.vocab_size:,}: {size} parameters")
     print(
         f"{t.precision}, {d.lanes} lanes, chunks of {d.chunk_len} tokens, horizon {d.horizon}"
         + f", accumulate {t.accumulate}" * (t.accumulate > 1)
         + ", recompute" * t.recompute
     )
+    if config.model.tune != "all":
+        print(f"An upper bound: training all weights is counted, model.tune: {config.model.tune} trains fewer.")
     if gpus:
         _table(config, machine, gpus, tokens)
     else:
@@ -225,16 +228,21 @@ def _sizes(model: ModelConfig, vocab_size: int | None) -> Sizes:
     if model.init:
         from rwkv_train.checkpoint import model_sizes
 
-        c = model_sizes(model.init)
-        if not hasattr(c, "n_att"):
-            raise ValueError(f"{model.init} is an RWKV-7, for which there is no plan yet; plan an RWKV-4 of its sizes")
-        return Sizes(c.n_layer, c.n_embd, c.n_att, c.n_ffn, c.vocab_size)
-    if model.architecture not in (None, "rwkv4"):
-        raise ValueError("model.architecture: there is no plan for RWKV-7 yet; plan an RWKV-4 of its sizes")
+        return sizes_of(model_sizes(model.init))
+    from rwkv_train.models.fresh import fresh_sizes
+
     vocab_size = model.vocab_size or vocab_size
     if vocab_size is None:
         raise ValueError("without a token store the vocabulary is not known: give model.vocab_size, as 50277 or 65536")
-    return Sizes(model.n_layer, model.n_embd, model.n_att or model.n_embd, model.n_ffn or 4 * model.n_embd, vocab_size)
+    return sizes_of(fresh_sizes(model, vocab_size))
+
+
+def sizes_of(c) -> Sizes:
+    """From the config of a model of either generation."""
+    common = (c.n_layer, c.n_embd, c.n_ffn, c.vocab_size)
+    if hasattr(c, "n_att"):
+        return RWKV4Sizes(*common, c.n_att)
+    return RWKV7Sizes(*common, c.head_size, c.rank_w, c.rank_a, c.rank_v, c.rank_g)
 
 
 def _device(config: PlanConfig) -> str:

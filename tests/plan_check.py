@@ -20,7 +20,9 @@ import yaml
 
 from rwkv_train.config import DataConfig, FitConfig, ModelConfig, SampleConfig, TrainConfig
 from rwkv_train.data.prepare import PrepareConfig, prepare
-from rwkv_train.plan import Sizes, memory
+from rwkv_train.models.fresh import fresh_sizes
+from rwkv_train.plan import memory
+from rwkv_train.planning import sizes_of
 
 ROOT = Path(__file__).parent.parent
 VOCAB = 8192
@@ -28,7 +30,8 @@ VOCAB = 8192
 
 def case(n_embd, n_layer, lanes, chunk_len, horizon=1, **train) -> dict:
     """Settings of a run; `path` is filled in when it is made."""
-    model = ModelConfig(n_layer=n_layer, n_embd=n_embd, vocab_size=VOCAB, dropout=train.pop("dropout", 0.0))
+    more = {name: train.pop(name) for name in ("dropout", "architecture") if name in train}
+    model = ModelConfig(n_layer=n_layer, n_embd=n_embd, vocab_size=VOCAB, **more)
     data = {"lanes": lanes, "chunk_len": chunk_len, "horizon": horizon, "val_share": 0.0}
     return {"model": model, "data": data, "train": TrainConfig(steps=2, device="cpu", log_every=1, **train)}
 
@@ -45,6 +48,10 @@ CASES = {
     "bf16-horizon": case(512, 8, 4, 512, horizon=3, precision="bf16"),
     "bf16-horizon-recompute": case(768, 8, 4, 384, horizon=2, precision="bf16", recompute=True),
     "dropout": case(512, 6, 4, 512, dropout=0.1),
+    "rwkv7": case(512, 6, 4, 512, architecture="rwkv7"),
+    "rwkv7-horizon": case(512, 8, 2, 512, horizon=4, architecture="rwkv7"),
+    "rwkv7-recompute": case(512, 8, 4, 768, recompute=True, architecture="rwkv7"),
+    "rwkv7-bf16": case(512, 8, 4, 512, precision="bf16", architecture="rwkv7"),
     "wide": case(1024, 4, 1, 256),
     "ddp": case(512, 6, 4, 512, strategy="ddp", devices=2),
     "ddp-horizon": case(768, 6, 2, 256, horizon=3, strategy="ddp", devices=2),
@@ -69,8 +76,7 @@ def config_of(settings: dict, folder: Path) -> FitConfig:
 
 def predicted(config: FitConfig) -> dict[str, float]:
     """Bytes by part."""
-    m = config.model
-    return memory(config, Sizes(m.n_layer, m.n_embd, m.n_embd, 4 * m.n_embd, m.vocab_size), "cpu")
+    return memory(config, sizes_of(fresh_sizes(config.model, VOCAB)), "cpu")
 
 
 def measured(config: FitConfig, folder: Path, mapped: bool = False) -> float:

@@ -2,18 +2,20 @@
 
 import pytest
 import torch
-from helpers import random_model
+from helpers import GENERATIONS, random_model
 from plan_check import CASES, config_of, measured, predicted
 from test_cli import run
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from rwkv_train import loss, plan, save_model
+from rwkv_train import loss, plan, planning, save_model
 from rwkv_train.bptt import chunked_loss
 from rwkv_train.config import DataConfig, FitConfig, ModelConfig, OptimConfig, TrainConfig
-from rwkv_train.models.rwkv4 import RWKV4, RWKV4Config
+from rwkv_train.fit import make_model
+from rwkv_train.models.fresh import fresh_sizes
 from rwkv_train.optim import make_optimizer
+from rwkv_train.sizes import Sizes
 from rwkv_train.wkv import cpu
 
 
@@ -41,8 +43,7 @@ class Alive(TorchDispatchMode):
 def held(config: FitConfig) -> int:
     """Bytes of tensors at the fullest moment of the second step."""
     m, d = config.model, config.data
-    sizes = RWKV4Config(m.vocab_size, m.n_embd, m.n_layer, m.n_att or 0, m.n_ffn or 0, m.dropout)
-    model = RWKV4(sizes).init_weights().train()
+    model = make_model(config.model, None)
     optimizer, _ = make_optimizer(model, OptimConfig(), 2)
     state = None
     with Alive(model.parameters()) as alive:
@@ -66,16 +67,28 @@ def held(config: FitConfig) -> int:
     return alive.peak
 
 
-SIZES = {  # n_embd, n_layer, vocab_size, lanes, chunk_len, n_att, n_ffn: what is large differs
-    "activations": (64, 4, 64, 2, 129, None, None),
-    "odd": (48, 2, 301, 3, 100, 80, 112),
-    "two slices of logits": (16, 1, 8192, 1, 128, None, None),
-    "many slices of logits": (48, 1, 8192, 1, 230, None, None),
-    "vocabulary": (64, 2, 9001, 1, 33, None, None),
-    "weights": (192, 2, 100, 1, 16, None, None),
+SIZES = {  # n_embd, n_layer, vocab_size, lanes, chunk_len, n_att, n_ffn, head_size: what is large differs
+    "activations": (64, 4, 64, 2, 129, None, None, 16),
+    "odd": (48, 2, 301, 3, 100, 80, 112, 16),
+    "two slices of logits": (16, 1, 8192, 1, 128, None, None, 16),
+    "many slices of logits": (48, 1, 8192, 1, 230, None, None, 48),
+    "vocabulary": (64, 2, 9001, 1, 33, None, None, 64),
+    "weights": (192, 2, 100, 1, 16, None, None, 64),
 }
 
 
+def model_of(generation: str, n_embd: int, n_layer: int, vocab_size: int, n_att=None, head_size=None, **other):
+    """Settings of a fresh model; of n_att and head_size the one that the generation has."""
+    own = {"n_att": n_att} if generation == "rwkv4" else {"head_size": head_size}
+    sizes = {"n_embd": n_embd, "n_layer": n_layer, "vocab_size": vocab_size}
+    return ModelConfig(architecture=generation, **sizes, **own, **other)
+
+
+def sizes_of(model: ModelConfig) -> Sizes:
+    return planning.sizes_of(fresh_sizes(model, 0))
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
 @pytest.mark.parametrize(
     ("horizon", "accumulate", "precision", "recompute", "kernel"),
     [
@@ -89,18 +102,19 @@ SIZES = {  # n_embd, n_layer, vocab_size, lanes, chunk_len, n_att, n_ffn: what i
         (1, 1, "bf16", True, False),
     ],
 )
-def test_what_a_step_holds_is_what_the_formulas_say(horizon, accumulate, precision, recompute, kernel, monkeypatch):
+def test_what_a_step_holds_is_what_the_formulas_say(
+    horizon, accumulate, precision, recompute, kernel, generation, monkeypatch
+):
     monkeypatch.setattr(cpu, "available", lambda: kernel)
     for module in (plan, loss):
         monkeypatch.setattr(module, "SLICE", 1 << 19)
-    for name, (n_embd, n_layer, vocab_size, lanes, chunk_len, n_att, n_ffn) in SIZES.items():
-        shape = {"n_layer": n_layer, "n_embd": n_embd, "n_att": n_att, "n_ffn": n_ffn, "vocab_size": vocab_size}
-        model = ModelConfig(**shape, dropout=0.1 * (horizon == 1))
+    for name, (n_embd, n_layer, vocab_size, lanes, chunk_len, n_att, n_ffn, head_size) in SIZES.items():
+        more = {"n_ffn": n_ffn, "dropout": 0.1 * (horizon == 1)}
+        model = model_of(generation, n_embd, n_layer, vocab_size, n_att, head_size, **more)
         data = DataConfig("store", lanes=lanes, chunk_len=chunk_len, horizon=horizon)
         train = TrainConfig(steps=2, accumulate=accumulate, precision=precision, recompute=recompute)
         config = FitConfig("run", model, data, train)
-        sizes = plan.Sizes(n_layer, n_embd, n_att or n_embd, n_ffn or 4 * n_embd, vocab_size)
-        parts = plan.memory(config, sizes, "cpu", kernel)
+        parts = plan.memory(config, sizes_of(model), "cpu", kernel)
         expected = sum(parts.values()) - parts["process"] - parts["heap"]
         assert expected == pytest.approx(held(config), rel=0.05), name
 
@@ -109,9 +123,10 @@ def test_slices_are_those_of_the_loss():
     assert plan.SLICE == loss.SLICE
 
 
-def test_parameters_are_counted():
-    model = random_model(n_embd=12, n_layer=3, vocab_size=17, n_att=20, n_ffn=28)
-    assert plan.Sizes(3, 12, 20, 28, 17).parameters == sum(p.numel() for p in model.parameters())
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_parameters_are_counted(generation):
+    model = random_model(generation=generation, n_embd=16, n_layer=3, vocab_size=17, n_att=20, n_ffn=28)
+    assert planning.sizes_of(model.config).parameters == sum(p.numel() for p in model.parameters())
 
 
 @pytest.mark.parametrize(("name", "mapped"), [("one-chunk", False), ("horizon", False), ("recompute", True)])
@@ -123,27 +138,29 @@ def test_peaks_of_processes_are_predicted_within_a_tenth(name, mapped, tmp_path)
     assert expected == pytest.approx(measured(config, tmp_path, mapped), rel=0.1)
 
 
-def test_operations_are_those_of_the_matrix_products():
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_operations_are_those_of_the_matrix_products(generation):
     """Counted by torch as a step runs; a horizon reads every chunk twice, recompute every block."""
     from torch.utils.flop_counter import FlopCounterMode
 
     for horizon, recompute in [(1, False), (1, True), (3, False), (3, True)]:
         data = DataConfig("store", lanes=2, chunk_len=16, horizon=horizon)
         train = TrainConfig(steps=1, recompute=recompute)
-        config = FitConfig("run", ModelConfig(n_layer=2, n_embd=32, vocab_size=50), data, train)
-        model = RWKV4(RWKV4Config(50, 32, 2)).train().init_weights()
+        config = FitConfig("run", model_of(generation, 32, 2, 50, head_size=16), data, train)
+        model = make_model(config.model, None)
         text = torch.randint(0, 50, (2, 16 * horizon + 1))
         with FlopCounterMode(display=False) as counter:
             total, _, _ = chunked_loss(model, text[:, :-1], text[:, 1:], None, None, 16, recompute_blocks=recompute)
             total.backward()
         tokens = text[:, 1:].numel()
-        sizes = plan.Sizes(2, 32, 32, 128, 50)
-        assert plan.operations(config, sizes) * tokens == pytest.approx(counter.get_total_flops(), rel=1e-9)
+        assert plan.operations(config, sizes_of(config.model)) * tokens == pytest.approx(
+            counter.get_total_flops(), rel=1e-9
+        )
 
 
 def test_pieces_shrink_with_more_devices_and_wholes_do_not():
-    model, data = ModelConfig(n_layer=8, n_embd=2048), DataConfig("store", lanes=32)
-    sizes = plan.Sizes(8, 2048, 2048, 8192, 50277)
+    model, data = ModelConfig(n_layer=8, n_embd=2048, vocab_size=50277), DataConfig("store", lanes=32)
+    sizes = sizes_of(model)
 
     def parts(strategy, devices):
         train = TrainConfig(steps=1, devices=devices, strategy=strategy)

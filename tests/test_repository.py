@@ -23,7 +23,7 @@ MODULES = sorted((ROOT / "rwkv_train").rglob("*.py"))
 
 # Layers from the bottom up: a module may import from its own layer and those before it.
 LAYERS = [
-    ["__init__", "files", "weightfile", "savepoint", "config", "plan", "wkv", "tokenizer", "state"],
+    ["__init__", "files", "weightfile", "savepoint", "config", "sizes", "plan", "wkv", "tokenizer", "state"],
     ["models"],
     ["loss", "hf", "tuning", "checkpoint"],
     ["bptt", "optim", "data"],
