@@ -190,7 +190,8 @@ def operations(config: FitConfig, sizes: Sizes) -> float:
     """Floating-point operations of matrix products a trained token: M = matrices of all blocks, VC = the head.
 
     Forward 2 (M + VC), backward 4 (M + VC). Once more forward: 2 (M + VC) with a horizon of several chunks, where
-    weights in pieces make the head's gradients twice too, 4 VC; 2 M with recompute (RWKV-7: less the last product of each block).
+    weights in pieces make the head's gradients twice too, 4 VC; 2 M with recompute, in RWKV-7 without each block's
+    last product.
     """
     data, train = config.data, config.train
     total = 6 * (sizes.products + sizes.table)
