@@ -74,16 +74,21 @@ def training_step(
 
 
 def truncated_step(
-    model: RWKV4, text: tuple[Tensor, Tensor], chunk_len: int, precision: str = "fp32"
+    model: RWKV4, text: tuple[Tensor, Tensor], chunk_len: int, precision: str = "fp32", recompute: bool = False
 ) -> Callable[[], None]:
-    """The same text chunk by chunk, the state detached between them: classic truncated backpropagation."""
+    """The same text chunk by chunk, the state detached between them: classic truncated backpropagation.
+
+    recompute: blocks keep no activations.
+    """
 
     def step() -> None:
         model.zero_grad(set_to_none=True)
         state = None
         for tokens, targets in zip(*(t.split(chunk_len, 1) for t in text), strict=True):
             with torch.autocast(tokens.device.type, torch.bfloat16, enabled=precision == "bf16"):
-                loss, n, state = chunked_loss(model, tokens, targets, state, None, chunk_len)
+                loss, n, state = chunked_loss(
+                    model, tokens, targets, state, None, chunk_len, recompute_blocks=recompute
+                )
             (loss / n).backward()
             state = state.detach()
 
