@@ -1,4 +1,4 @@
-// What the CPU kernels share: qualifiers, and sharing jobs out among threads.
+// What the CPU kernels share: qualifiers, the width of vectors, and sharing jobs out among threads.
 #pragma once
 #include <atomic>
 #include <cstdint>
@@ -7,6 +7,13 @@
 #include <vector>
 
 #define WKV_FN static inline __attribute__((always_inline))
+
+// Bytes of a vector: as wide as a register. Wider ones run too, but what should stay in registers would not.
+#ifdef __AVX512F__
+constexpr int REGISTER = 64;
+#else
+constexpr int REGISTER = 32;
+#endif
 
 // The iterations of the next loop do not depend on each other. Not `omp simd`: GCC then keeps the small structs of the
 // loop's body in memory, and gives up on loops like ours.

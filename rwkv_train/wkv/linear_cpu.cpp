@@ -9,17 +9,12 @@
 
 namespace {
 
-// As wide as a register, or the sums would not stay in them; ABREAST: vectors whose sums they hold.
-#ifdef __AVX512F__
-constexpr int BYTES = 64, ABREAST = 2;
-#else
-constexpr int BYTES = 32, ABREAST = 1;
-#endif
-typedef float V __attribute__((vector_size(BYTES)));
-typedef uint32_t Bits __attribute__((vector_size(BYTES)));
+typedef float V __attribute__((vector_size(REGISTER)));
+typedef uint32_t Bits __attribute__((vector_size(REGISTER)));
 
-constexpr int LANES = BYTES / 4, PAIR = 2 * LANES;  // numbers of a vector, and that are taken at once
-constexpr int ROWS = 4;                             // of the matrix, abreast
+constexpr int LANES = REGISTER / 4, PAIR = 2 * LANES;  // numbers of a vector, and that are taken at once
+constexpr int ROWS = 4;                                // of the matrix, abreast
+constexpr int ABREAST = REGISTER / 32;                 // vectors: as many as the registers hold the sums of
 constexpr int AHEAD = 4096;  // bytes that are asked for before their turn: the processor stops at the end of a page
 
 WKV_FN V as_floats(Bits x) {

@@ -12,14 +12,14 @@
 
 namespace {  // wkv4_cpu.cpp has other structures of these names
 
-template <class R> struct Wide;  // vectors of 64 bytes, and the indices that shuffle them
+template <class R> struct Wide;  // vectors as wide as registers, and the indices that shuffle them
 template <> struct Wide<float> {
-    typedef float V __attribute__((vector_size(64)));
-    typedef int32_t Index __attribute__((vector_size(64)));
+    typedef float V __attribute__((vector_size(REGISTER)));
+    typedef int32_t Index __attribute__((vector_size(REGISTER)));
 };
 template <> struct Wide<double> {
-    typedef double V __attribute__((vector_size(64)));
-    typedef int64_t Index __attribute__((vector_size(64)));
+    typedef double V __attribute__((vector_size(REGISTER)));
+    typedef int64_t Index __attribute__((vector_size(REGISTER)));
 };
 
 template <class R> using V = typename Wide<R>::V;
