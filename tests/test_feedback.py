@@ -235,20 +235,23 @@ def test_a_damaged_journal_is_told_and_an_unfinished_end_is_dropped(tmp_path_fac
     assert Journal(path).records == found.records
 
 
-def test_one_step_is_a_plain_gradient_step_on_the_whole_model(generation):
+@pytest.mark.parametrize("scope", ["upper", "localised"])
+def test_one_step_is_a_plain_gradient_step_on_the_whole_model(scope, generation):
     """Blocks left out, text read beforehand, rows padded together: none of it changes the gradient."""
     model = random_model(n_embd=8, n_layer=4, vocab_size=257, dtype=torch.float64, generation=generation)
     model.requires_grad_(False)
     new = [Row([0, *BYTES.encode("a long way before: hot")], 3), Row([0, *BYTES.encode("sun? hot")], 3)]
     new.append(Row([0, *BYTES.encode("other talk. sun? hot")], 3, context=16))
     replayed, kept = [Row([0, *BYTES.encode("ice? cold")], 4)], DIALOGUES[1]
-    config = FeedbackConfig(scope="localised", steps=1, reach=9, pull=2.0, rate=0.1)
+    config = FeedbackConfig(scope=scope, steps=1, reach=9, pull=2.0, rate=0.1)
     before = with_weights(model, {"emb.weight": model.emb.weight * 1.1})
     after, steps = learn(model, Lesson(new, replayed, [(kept, before), (kept[:-3], model)]), None, config)
-    assert steps == 1 and sorted(changed(after, model)) == localised_names(model)
+    upper = [n for n, _ in model.named_parameters() if n.startswith(("blocks.2.", "blocks.3.", "ln_out.", "head."))]
+    names = upper if scope == "upper" else localised_names(model)
+    assert steps == 1 and list(changed(after, model)) == names
 
-    whole = with_weights(model, {name: dict(model.named_parameters())[name] for name in localised_names(model)})
-    trained = {n: p.requires_grad_() for n, p in whole.named_parameters() if n in localised_names(model)}
+    whole = with_weights(model, {name: dict(model.named_parameters())[name] for name in names})
+    trained = {n: p.requires_grad_() for n, p in whole.named_parameters() if n in names}
 
     def nll(row):
         cut = max(row.context, len(row.ids) - row.answer - config.reach)
@@ -305,7 +308,7 @@ def test_curvature_is_the_fisher_information_of_each_side(generation):
     assert_close_rel(curvature.flatten({name: gradient})[name], sides[0] @ gradient @ sides[1], 1e-3)
 
 
-@pytest.mark.parametrize("scope", ["lora", "full"])
+@pytest.mark.parametrize("scope", ["upper", "lora", "full"])
 def test_every_scope_learns_and_changes_what_it_says(tmp_path, scope, generation):
     it = learner(tmp_path, replace(CONFIG, scope=scope, steps=300), generation=generation)
     outcome = it.learn(QUICK[0])
@@ -315,7 +318,7 @@ def test_every_scope_learns_and_changes_what_it_says(tmp_path, scope, generation
         assert list(ours) == localised_names(it.base)
         assert all(torch.linalg.matrix_rank(w - base[n], rtol=1e-4) <= 8 for n, w in ours.items())
     else:
-        assert ours.keys() == base.keys()
+        assert all((name in ours) == (scope == "full" or not name.startswith(("emb.", "blocks.0."))) for name in base)
     hashed = it.weights
     it.close()
     again = learner(tmp_path, generation=generation)  # from the snapshot
@@ -438,6 +441,13 @@ def test_questions_are_crossed_with_those_of_the_pool():
     ):
         assert prompt == FORM.prompt(text) and now == before == still == greedy(model, FORM, [prompt])[0]
         assert changed_now == greedy(other, FORM, [prompt])[0] != still
+    same = with_weights(model, {"head.weight": model.head.weight})
+    assert ours.around(same, "why sun?", 2, 9).made == made
+    model.head.weight[0] += 3 * model.head.weight.abs().max()  # replies that the document's end cuts short
+    prompts = [prompt for _, prompt, _, _ in made]
+    replies = greedy(model, FORM, prompts)
+    for shown in (replies, [reply[: len(reply) // 2] for reply in replies], [[*reply, 65] for reply in replies]):
+        assert ours._before(prompts, shown) == replies
     assert ours.around(model, "why sun?", 0, 0).made == []
 
 

@@ -50,7 +50,7 @@ UNITS = {
 }
 CONTROLS = {
     "rate 0": {"rate": 0.0, "steps": 1},
-    "naive": {"replay": 0, "neighbours": 0, "guards": 0, "wordings": 0, "strangers": 0, "extra": 0},
+    "naive": {"replay": 0, "neighbours": 0, "guards": 0, "talks": 0, "wordings": 0, "strangers": 0, "extra": 0},
     "state only": {"scope": "state"},
 }
 SINGLES = 10  # runs of a single correction for every seed

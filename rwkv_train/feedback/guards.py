@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from rwkv_train.feedback.curvature import Curvature
-from rwkv_train.feedback.decode import Form, decode, greedy
+from rwkv_train.feedback.decode import DECODED, Form, decode, greedy
 from rwkv_train.feedback.texts import predictions
 from rwkv_train.files import replace_file
 from rwkv_train.models.common import RWKV
@@ -158,8 +158,24 @@ class Guards:
         alike, ours, texts, prompts, now = min(tried, key=lambda t: t[0], default=(1.0, "", [], [], []))
         if alike > 0.5:
             return Around(greedy(model, self.form, [asked])[0], "", [])
-        before = now if model is self.base or not prompts else greedy(self.base, self.form, prompts)
+        before = now if model is self.base or not prompts else self._before(prompts, now)
         return Around(own, ours, list(zip(texts, prompts, now, before, strict=True)))
+
+    def _before(self, prompts: list[list[int]], now: list[list[int]]) -> list[list[int]]:
+        """The base's greedy replies to prompts: mostly those of now, which reading them tells faster than decoding."""
+        replies, eod, end, others = list(now), self.form.tokenizer.eod, self.form.end(), []
+        texts = [prompt + reply for prompt, reply in zip(prompts, now, strict=True)]
+        best = predictions(self.base, texts).argmax(-1).split([len(text) for text in texts])
+        for i, (prompt, reply) in enumerate(zip(prompts, now, strict=True)):
+            *written, after = best[i][len(prompt) - 1 :].tolist()
+            ended = len(reply) == DECODED or (end and end in self.form.tokenizer.decode(reply[-8:]))
+            if written != reply or not (ended or after == eod):
+                others.append(i)
+        if others:
+            decoded = greedy(self.base, self.form, [prompts[i] for i in others])
+            for i, reply in zip(others, decoded, strict=True):
+                replies[i] = reply
+        return replies
 
     def _crossed(self, question: str, ours: str, subjects: int, forms: int) -> tuple[list[str], list[str]]:
         """(a question asked of others, others asked of its subject), the nearest first."""

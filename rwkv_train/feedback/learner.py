@@ -335,7 +335,7 @@ class Learner:
         gone = {r["answer_before"] for r in self.journal.records if r["kind"] == "committed" and r["of"] in ids}
         gone = [old, *(form.answer(text) for text in gone if text)]
         kept += [(ids, self.base) for ids in self.guards.near(row.ids, config.guards, record["id"], gone)]
-        kept += [(ids, self.base) for ids in _turn(self.guards.talks, min(1, config.guards), -record["id"])]
+        kept += [(ids, self.base) for ids in _turn(self.guards.talks, config.talks, -record["id"])]
         return Lesson(new, replayed, kept), wordings, form.shown(old)
 
     def _learn(self, record: dict, lesson: Lesson, tick: Tick = lambda step, loss: None) -> tuple[RWKV, int]:

@@ -27,9 +27,9 @@ class FeedbackConfig:
     """How a correction is learnt.
 
     Args:
-        scope: what is trained: full, all weights; localised, the channel mix's value matrices of the upper half of
-            the layers, along the model's curvature, which needs less memory; lora, low-rank changes of the same;
-            state, only the state in which a dialogue begins
+        scope: what is trained: upper, the upper half of the layers and the head; full, all weights, which takes longer;
+            localised, the channel mix's value matrices of the upper half, along the model's curvature, which needs
+            less memory; lora, low-rank changes of the same; state, only the state in which a dialogue begins
         rate: share of the loss that one step should take away, going by its gradient
         steps: most gradient steps of one correction
         loss: mean loss of the answer, in nats a token, below which it counts as learnt
@@ -39,8 +39,8 @@ class FeedbackConfig:
         replay: earlier corrections trained along
         neighbours: other subjects of which the question is asked to keep the answers, and as many other questions
             about its subject
-        guards: rows of the guard pool that are kept, a third of them the nearest to the correction; besides them,
-            unless 0, one text that goes on and on
+        guards: rows of the guard pool that are kept, a third of them the nearest to the correction
+        talks: texts that go on and on, of those strangers are drawn from, that are kept
         pull: weight of what is kept: of its divergence from the model before
         budget: largest mean divergence on guard rows, in nats a token, that is accepted
         reach: tokens before an answer that gradients flow through
@@ -48,17 +48,18 @@ class FeedbackConfig:
         learn_decay: of /learn: share of the way back to the weights before it that every step goes
     """
 
-    scope: Scope = "full"
+    scope: Scope = "upper"
     rate: float = 0.9
     steps: int = 25
     loss: float = 0.05
     extra: int = 1
-    wordings: int = 6
+    wordings: int = 8
     strangers: int = 3
     replay: int = 16
-    neighbours: int = 4
-    guards: int = 2
-    pull: float = 3.0
+    neighbours: int = 5
+    guards: int = 3
+    talks: int = 2
+    pull: float = 4.0
     budget: float = 0.05
     reach: int = 64
     learn_rate: float = 1e-2
@@ -170,6 +171,9 @@ def _trainable(model: RWKV, scope: Scope) -> tuple[RWKV, dict[str, nn.Parameter]
         own = dict(zip(names, model.trainable_state(), strict=True)) | own
     elif scope == "full":
         names = list(own)
+    elif scope == "upper":
+        below = ("emb.", "initial_", *(f"blocks.{i}." for i in range(len(model.blocks) // 2)))
+        names = [name for name in own if not name.startswith(below)]
     twin = with_weights(model, {name: own[name].detach() for name in names})
     if scope == "lora":
         rng = torch.Generator().manual_seed(0)

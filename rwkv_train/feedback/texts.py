@@ -19,7 +19,7 @@ from rwkv_train.state import State
 
 CHUNK = 512  # tokens of a correction whose activations are in memory at once
 
-Scope = Literal["localised", "lora", "full", "state"]
+Scope = Literal["upper", "full", "localised", "lora", "state"]
 
 
 @dataclass(frozen=True)
@@ -217,9 +217,14 @@ def _upper(
         return model, packed.tokens, state
     first = len(model.blocks) // 2
     state = State(*(part[:, first:] for part in state))
-    begun = _Begun(model.blocks[first], *entered, state, packed.reset)
-    upper = _with(model, blocks=nn.ModuleList([begun, *model.blocks[first + 1 :]]))
-    upper.enter = lambda places: (places, None)
+    if scope == "upper":
+        x, carry = (None if part is None else part.flatten(0, 1) for part in entered)
+        upper = _with(model, blocks=model.blocks[first:])
+        upper.enter = lambda places: (x[places], None if carry is None else carry[places])
+    else:
+        begun = _Begun(model.blocks[first], *entered, state, packed.reset)
+        upper = _with(model, blocks=nn.ModuleList([begun, *model.blocks[first + 1 :]]))
+        upper.enter = lambda places: (places, None)
     return upper, torch.arange(packed.tokens.numel(), device=model.device).view_as(packed.tokens), state
 
 
