@@ -34,7 +34,9 @@ from rwkv_train.tokenizer import load_tokenizer
 
 BYTES = load_tokenizer("bytes")
 FORM = Form(BYTES)
-CONFIG = FeedbackConfig(scope="localised", rate=0.5, steps=100, loss=0.1, pull=0.01, budget=1e9, neighbours=2, guards=2)
+CONFIG = FeedbackConfig(
+    scope="localised", rate=0.5, steps=100, loss=0.1, pull=0.01, budget=1e9, wordings=6, neighbours=2, guards=2, talks=1
+)
 QUICK = [Correction("sun?", "hot"), Correction("ice?", "cold"), Correction("sea?", "wet")]
 ASKED = [("hi you", "hello"), ("a?", "b"), ("2?", "4")]
 SUBJECTS = [("hi you", "you"), ("a?", "a"), ("2?", "2")]
