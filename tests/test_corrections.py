@@ -48,7 +48,10 @@ def chat(model, *lines, capsys, monkeypatch) -> list[str]:
 
 def test_a_scripted_conversation(model, tmp_path, capsys, monkeypatch, generation):
     if generation == "rwkv7":
-        save_model(random_model(n_embd=128, vocab_size=257, generation=generation, head_size=16), model)
+        remembers = random_model(n_embd=64, vocab_size=257, seed=1, generation=generation, head_size=16)
+        for block in remembers.blocks:
+            block.att.w0.data -= 4  # or what was asked is forgotten before the reply begins
+        save_model(remembers, model)
     say = {"capsys": capsys, "monkeypatch": monkeypatch}
     wrong, fixed, right, taught, history = chat(
         model, "sun?", "/fix hot", "/teach ice? => cold", "/teach nothing", "/history", **say
