@@ -1,6 +1,7 @@
 """The command line. A command's module is imported only when that command runs, so that help comes at once."""
 
 import json
+import os
 import re
 import sys
 from argparse import SUPPRESS
@@ -275,7 +276,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         config, extra = parse(name, argv[words:])
         code = _find(COMMANDS[name].run)(config, **extra)
-        sys.exit(code if isinstance(code, int) else 0)
+        _leave(code if isinstance(code, int) else 0)
     except (
         ValueError,
         OSError,
@@ -285,6 +286,15 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         sys.exit(130)
+
+
+def _leave(code: int) -> None:
+    """Exit. One of several ranks skips Python's teardown: FSDP and DeepSpeed keep groups of ranks alive for ever, and
+    where one of gloo's threads asks for the interpreter during the teardown, the process aborts."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # torchrun and Lightning's launcher set it
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _overview(argv: list[str]) -> int:
