@@ -21,7 +21,7 @@ from rwkv_train.feedback.background import Background
 from rwkv_train.feedback.decode import Form, greedy
 from rwkv_train.feedback.guards import Guards
 from rwkv_train.feedback.learner import Correction, Learner, half_the_threads
-from rwkv_train.feedback.steps import FeedbackConfig, localised_names
+from rwkv_train.feedback.steps import FeedbackConfig
 from rwkv_train.generate import Sampling, prefill, steps
 from rwkv_train.loss import IGNORE, token_nll
 from rwkv_train.models.common import RWKV
@@ -91,7 +91,7 @@ class Protocol:
 
     def __init__(self, base: RWKV, form: Form, cases: list[Case], unrelated: list[str], heldout: list[Document]):
         self.base, self.form, self.cases, self.unrelated = base.eval(), form, cases, unrelated
-        self.guards = Guards.of_model(base, form, localised_names(base))
+        self.guards = Guards.of_model(base, form)
         self.heldout = [_counted(form, document) for document in heldout]
         self.stranger = [i for ids, _ in self.heldout for i in ids][:STRANGER]
         self.known: dict[str, str] = {}  # question: the base's answer

@@ -3,8 +3,11 @@
 A gradient step moves the predictions on everything else by about <D, A D C>, where D is the change of a matrix
 [out,in], C the second moment of its inputs and A that of the gradients at its outputs (of the log probability of
 tokens that the model itself sampled, which makes it the Fisher information; Martens and Grosse 2015). Of all steps
-that gain as much on a correction, A^-1 G C^-1 moves everything else least.
+that gain as much on a correction, A^-1 G C^-1 moves everything else least. Most of that is C's: G C^-1 leaves alone
+what all inputs have in common, through which a plain step moves every prediction.
 """
+
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -16,32 +19,41 @@ LANES = 32  # rows measured at once
 
 
 class Curvature:
-    """Of some matrices of a model: A^-1 [out,out], C^-1 [in,in] and the diagonals of A and C, float32.
+    """Of some matrices of a model: C^-1 [in,in], of some A^-1 [out,out] too, and the diagonals of C and A, float32.
 
-    tensors: all of them, in one dict, as they are kept in a file.
+    The inverses are of C and A over the mean of their diagonals. tensors: all, in one dict, as they are kept in a file.
     """
 
     def __init__(self, tensors: dict[str, Tensor]):
         self.tensors = tensors
 
     @classmethod
-    def measure(cls, model: RWKV, names: list[str], rows: list[list[int]]) -> "Curvature":
-        """On rows of tokens that the model wrote, begin to end; names are of weights of linear layers."""
-        layers = {name: model.get_submodule(name.removesuffix(".weight")) for name in names}
-        factors = {n: tuple(torch.zeros(s, s, device=model.device) for s in m.weight.shape) for n, m in layers.items()}
+    def measure(cls, model: RWKV, names: list[str], rows: list[list[int]], inputs: Iterable[str] = ()) -> "Curvature":
+        """On rows of tokens that the model wrote, begin to end; names are of weights of linear layers.
+
+        inputs: more of them, of which only C is measured.
+        """
+        layers = {name: model.get_submodule(name.removesuffix(".weight")) for name in (*names, *inputs)}
+        sides = {name: ("in", "out") if name in names else ("in",) for name in layers}
+        factors = {
+            (name, side): torch.zeros(2 * [getattr(layer, f"{side}_features")], device=model.device)
+            for name, layer in layers.items()
+            for side in sides[name]
+        }
         seen: dict[str, tuple[Tensor, Tensor]] = {}
 
         def watch(name):
-            def hook(module, inputs, output):
-                # A leaf, so that nothing before it is differentiated.
-                output = output.detach().requires_grad_() if not output.requires_grad else output
-                output.retain_grad()
-                seen[name] = (inputs[0].detach(), output)
+            def hook(module, given, output):
+                if name in names:
+                    # A leaf, so that nothing before it is differentiated.
+                    output = output.detach().requires_grad_() if not output.requires_grad else output
+                    output.retain_grad()
+                seen[name] = (given[0].detach(), output)
                 return output
 
             return layers[name].register_forward_hook(hook)
 
-        hooks, count = [watch(name) for name in names], 0
+        hooks, count = [watch(name) for name in layers], 0
         try:
             rows = sorted(rows, key=len)
             for i in range(0, len(rows), LANES):
@@ -51,27 +63,33 @@ class Curvature:
                     logits = model(tokens[:, :-1])[0].float()
                     nll = torch.nn.functional.cross_entropy(logits[real], tokens[:, 1:][real], reduction="sum")
                 nll.backward()
-                for name, (x, y) in seen.items():
-                    for factor, part in zip(factors[name], (y.grad[real], x[real]), strict=True):
-                        factor += part.float().t() @ part.float()
+                for (name, side), factor in factors.items():
+                    part = (seen[name][0] if side == "in" else seen[name][1].grad)[real].float()
+                    factor += part.t() @ part
                 count += int(real.sum())
         finally:
             for hook in hooks:
                 hook.remove()
         tensors = {}
-        for name, pair in factors.items():
-            for side, factor in zip(("out", "in"), pair, strict=True):
-                factor /= count
-                tensors[f"{name}.{side}.diagonal"] = factor.diagonal().clone()
-                ridge = DAMPING * factor.diagonal().mean().clamp(min=1e-12)
-                factor.diagonal().add_(ridge)
-                tensors[f"{name}.{side}.inverse"] = torch.cholesky_inverse(torch.linalg.cholesky(factor)).contiguous()
+        for (name, side), factor in factors.items():
+            factor /= count
+            tensors[f"{name}.{side}.diagonal"] = factor.diagonal().clone()
+            factor /= factor.diagonal().mean().clamp(min=1e-12)
+            factor.diagonal().add_(DAMPING)
+            tensors[f"{name}.{side}.inverse"] = torch.cholesky_inverse(torch.linalg.cholesky(factor)).contiguous()
         return cls(tensors)
 
     def flatten(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
         """Gradients as directions in which everything else moves least: A^-1 G C^-1."""
-        sides = {name: [self.tensors[f"{name}.{side}.inverse"] for side in ("out", "in")] for name in gradients}
-        return {name: sides[name][0] @ g @ sides[name][1] for name, g in gradients.items()}
+        found = {}
+        for name, gradient in self.avoid(gradients).items():
+            scale = self.tensors[f"{name}.out.diagonal"].mean() * self.tensors[f"{name}.in.diagonal"].mean()
+            found[name] = self.tensors[f"{name}.out.inverse"] @ gradient / scale.clamp(min=1e-12)
+        return found
+
+    def avoid(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Gradients as directions that avoid what the inputs have in common: G C^-1, in the gradients' own scale."""
+        return {name: g @ self.tensors[f"{name}.in.inverse"] for name, g in gradients.items()}
 
     def even(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
         """Gradients over their root mean square, weight by weight, as far as it is above its own mean."""

@@ -18,11 +18,13 @@ from torch import Tensor
 
 from rwkv_train.feedback.curvature import Curvature
 from rwkv_train.feedback.decode import DECODED, Form, decode, greedy
+from rwkv_train.feedback.steps import localised_names, upper_names
 from rwkv_train.feedback.texts import predictions
 from rwkv_train.files import replace_file
 from rwkv_train.models.common import RWKV
 from rwkv_train.weightfile import read_weights, write_safetensors
 
+VERSION = 2  # of the file
 LONGEST = 32  # tokens of a sampled question, and of a sampled answer
 LATER = 4  # of so many dialogues one goes on,
 TURNS = 3  # for so many turns in all
@@ -52,7 +54,7 @@ class Guards:
 
     rows: whole dialogues as token ids, the end-of-document token in front. asked: (question, its subject) of those
     that came to the end of their question. talks: what the model writes when it is made to go on and on, likewise.
-    curvature: of the model on the rows.
+    curvature: of the upper matrices on all of them.
     """
 
     def __init__(
@@ -72,8 +74,8 @@ class Guards:
         self._said: Tensor | None = None
 
     @classmethod
-    def of_model(cls, base: RWKV, form: Form, names: list[str], count: int = 512) -> "Guards":
-        """`count` dialogues of one turn, and the curvature of the named matrices on them. Always the same.
+    def of_model(cls, base: RWKV, form: Form, count: int = 512) -> "Guards":
+        """`count` dialogues of one turn, and the curvature of the upper matrices. Always the same.
 
         A model that does not end its questions is guarded by what it writes instead.
         """
@@ -93,7 +95,9 @@ class Guards:
         longer = [row for row in dialogues[::LATER] if _ended(form, "assistant", row)]
         for role in ["user", "assistant"] * (TURNS - 1) if longer else []:
             longer = [row for row in _spoken(base, form, role, longer, rng) if _ended(form, role, row)] or longer
-        guards = cls(base, form, rows, [], _wander(base, form, rng), Curvature.measure(base, names, rows + longer))
+        talks, names = _wander(base, form, rng), localised_names(base)
+        inputs = [name for name in upper_names(base) if name not in names]
+        guards = cls(base, form, rows, [], talks, Curvature.measure(base, names, rows + longer + talks, inputs))
         questions = list(dict.fromkeys(questions))
         for i in range(0, len(questions), TOGETHER):
             some = questions[i : i + TOGETHER]
@@ -103,7 +107,7 @@ class Guards:
 
     def save(self, path: Path) -> None:
         """Write to a file that `load` reads."""
-        text = json.dumps({"rows": self.rows, "asked": self.asked, "talks": self.talks}).encode()
+        text = json.dumps({"version": VERSION, "rows": self.rows, "asked": self.asked, "talks": self.talks}).encode()
         found = {"text": torch.tensor(list(text), dtype=torch.uint8), **self.curvature.tensors}
         replace_file(path, lambda temporary: write_safetensors(found, temporary))
 
@@ -112,7 +116,7 @@ class Guards:
         """Raises ValueError for a file that is not what `save` wrote."""
         found = read_weights(path)
         text = json.loads(bytes(found.pop("text").tolist())) if "text" in found else {}
-        if not {"rows", "asked", "talks"} <= text.keys():
+        if text.get("version") != VERSION:
             raise ValueError(f"{path} holds no guards of this version; delete it, it is made anew")
         asked = [tuple(pair) for pair in text["asked"]]
         return cls(base, form, text["rows"], asked, text["talks"], Curvature(found))

@@ -25,7 +25,6 @@ from rwkv_train.feedback.steps import (
     changed,
     follow,
     learn,
-    localised_names,
     with_weights,
 )
 from rwkv_train.feedback.texts import Row, answer_loss, divergence
@@ -138,7 +137,7 @@ class Learner:
             path = self.folder / "guards.safetensors"
             if not path.is_file():
                 with half_the_threads():
-                    Guards.of_model(self.base, self.form, localised_names(self.base)).save(path)
+                    Guards.of_model(self.base, self.form).save(path)
             self._guards = Guards.load(path, self.base, self.form)
         return self._guards
 

@@ -1,7 +1,7 @@
 """The corrective steps themselves: from a model and a lesson to new weights.
 
 Recipe: plain gradient steps (Adam's per-weight scaling turns a tiny gradient into movement everywhere) whose length
-follows from the loss (Polyak's rule), in directions that move everything else least (curvature.py), on the new answer,
+follows from the loss (Polyak's rule), in directions that move everything else little (curvature.py), on the new answer,
 other wordings of its question and a replay of earlier answers, with a pull of guard rows to what the model said before.
 """
 
@@ -27,9 +27,10 @@ class FeedbackConfig:
     """How a correction is learnt.
 
     Args:
-        scope: what is trained: upper, the upper half of the layers and the head; full, all weights, which takes longer;
-            localised, the channel mix's value matrices of the upper half, along the model's curvature, which needs
-            less memory; lora, low-rank changes of the same; state, only the state in which a dialogue begins
+        scope: what is trained: upper, the matrices of the upper half of the layers and the head, avoiding what their
+            inputs have in common; full, all weights, which takes longer; localised, the channel mix's value matrices
+            of the upper half, along the model's curvature, which needs less memory; lora, low-rank changes of the
+            same; state, only the state in which a dialogue begins
         rate: share of the loss that one step should take away, going by its gradient
         steps: most gradient steps of one correction
         loss: mean loss of the answer, in nats a token, below which it counts as learnt
@@ -53,12 +54,12 @@ class FeedbackConfig:
     steps: int = 25
     loss: float = 0.05
     extra: int = 1
-    wordings: int = 8
+    wordings: int = 6
     strangers: int = 3
     replay: int = 16
     neighbours: int = 5
     guards: int = 3
-    talks: int = 2
+    talks: int = 1
     pull: float = 4.0
     budget: float = 0.05
     reach: int = 64
@@ -93,9 +94,16 @@ class Diverged(ValueError):
 
 
 def localised_names(model: RWKV) -> list[str]:
-    """The matrices that corrections change unless told otherwise: late channel mixes' values."""
+    """The matrices that scope localised trains: late channel mixes' values."""
     half = len(model.blocks) // 2
     return [f"blocks.{i}.ffn.value.weight" for i in range(half, len(model.blocks))]
+
+
+def upper_names(model: RWKV) -> list[str]:
+    """The matrices that scope upper trains: those of the upper half of the layers, and the head."""
+    below = tuple(f"blocks.{i}." for i in range(len(model.blocks) // 2))
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return [f"{name}.weight" for name in linear if not name.startswith(below)]
 
 
 def changed(model: RWKV, base: RWKV) -> dict[str, Tensor]:
@@ -128,7 +136,8 @@ def learn(
 ) -> tuple[RWKV, int]:
     """(corrected twin of `model`, steps taken). The same arguments give the same weights; `model` is not changed.
 
-    curvature: of the localised matrices. tick(step, loss) is called after every step. Raises Diverged.
+    curvature: of the matrices that scopes upper and localised train. tick(step, loss) is called after every step.
+    Raises Diverged.
     """
     twin, parameters = _trainable(model, config.scope)
     new = batches(twin, lesson.new, config.scope, config.reach)
@@ -148,8 +157,9 @@ def learn(
         if moved:
             total = total + config.pull * torch.stack(moved).sum() / places
         gradients = dict(zip(parameters, torch.autograd.grad(total, list(parameters.values())), strict=True))
-        flat = curvature is not None and config.scope == "localised"
-        ways = curvature.flatten(gradients) if flat else gradients
+        ways = gradients
+        if curvature is not None and config.scope in ("upper", "localised"):
+            ways = curvature.avoid(gradients) if config.scope == "upper" else curvature.flatten(gradients)
         gain = sum(torch.dot(gradients[name].flatten(), ways[name].flatten()) for name in ways)
         if not (total.isfinite() and gain.isfinite()):
             raise Diverged(f"the loss became {total.item()} at step {step + 1}; a smaller rate may help")
@@ -172,8 +182,7 @@ def _trainable(model: RWKV, scope: Scope) -> tuple[RWKV, dict[str, nn.Parameter]
     elif scope == "full":
         names = list(own)
     elif scope == "upper":
-        below = ("emb.", "initial_", *(f"blocks.{i}." for i in range(len(model.blocks) // 2)))
-        names = [name for name in own if not name.startswith(below)]
+        names = upper_names(model)
     twin = with_weights(model, {name: own[name].detach() for name in names})
     if scope == "lora":
         rng = torch.Generator().manual_seed(0)
