@@ -292,7 +292,8 @@ def _leave(code: int) -> None:
     """Exit. One of several ranks skips Python's teardown: FSDP and DeepSpeed keep groups of ranks alive for ever, and
     where one of gloo's threads asks for the interpreter during the teardown, the process aborts."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # torchrun and Lightning's launcher set it
-        sys.stdout.flush(), sys.stderr.flush()
+        sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
 

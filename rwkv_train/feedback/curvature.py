@@ -7,8 +7,6 @@ that gain as much on a correction, A^-1 G C^-1 moves everything else least. Most
 what all inputs have in common, through which a plain step moves every prediction.
 """
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
 
@@ -28,23 +26,20 @@ class Curvature:
         self.tensors = tensors
 
     @classmethod
-    def measure(cls, model: RWKV, names: list[str], rows: list[list[int]], inputs: Iterable[str] = ()) -> "Curvature":
+    def measure(cls, model: RWKV, names: list[str], both: list[str], rows: list[list[int]]) -> "Curvature":
         """On rows of tokens that the model wrote, begin to end; names are of weights of linear layers.
 
-        inputs: more of them, of which only C is measured.
+        both: those of which A is measured as well as C.
         """
-        layers = {name: model.get_submodule(name.removesuffix(".weight")) for name in (*names, *inputs)}
-        sides = {name: ("in", "out") if name in names else ("in",) for name in layers}
-        factors = {
-            (name, side): torch.zeros(2 * [getattr(layer, f"{side}_features")], device=model.device)
-            for name, layer in layers.items()
-            for side in sides[name]
-        }
+        layers = {name: model.get_submodule(name.removesuffix(".weight")) for name in names}
+        sizes = {(name, "in"): layers[name].in_features for name in names}
+        sizes |= {(name, "out"): layers[name].out_features for name in both}
+        factors = {key: torch.zeros(size, size, device=model.device) for key, size in sizes.items()}
         seen: dict[str, tuple[Tensor, Tensor]] = {}
 
         def watch(name):
             def hook(module, given, output):
-                if name in names:
+                if name in both:
                     # A leaf, so that nothing before it is differentiated.
                     output = output.detach().requires_grad_() if not output.requires_grad else output
                     output.retain_grad()

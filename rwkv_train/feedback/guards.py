@@ -95,9 +95,9 @@ class Guards:
         longer = [row for row in dialogues[::LATER] if _ended(form, "assistant", row)]
         for role in ["user", "assistant"] * (TURNS - 1) if longer else []:
             longer = [row for row in _spoken(base, form, role, longer, rng) if _ended(form, role, row)] or longer
-        talks, names = _wander(base, form, rng), localised_names(base)
-        inputs = [name for name in upper_names(base) if name not in names]
-        guards = cls(base, form, rows, [], talks, Curvature.measure(base, names, rows + longer + talks, inputs))
+        talks = _wander(base, form, rng)
+        curvature = Curvature.measure(base, upper_names(base), localised_names(base), rows + longer + talks)
+        guards = cls(base, form, rows, [], talks, curvature)
         questions = list(dict.fromkeys(questions))
         for i in range(0, len(questions), TOGETHER):
             some = questions[i : i + TOGETHER]

@@ -158,8 +158,10 @@ def learn(
             total = total + config.pull * torch.stack(moved).sum() / places
         gradients = dict(zip(parameters, torch.autograd.grad(total, list(parameters.values())), strict=True))
         ways = gradients
-        if curvature is not None and config.scope in ("upper", "localised"):
-            ways = curvature.avoid(gradients) if config.scope == "upper" else curvature.flatten(gradients)
+        if curvature is not None and config.scope == "upper":
+            ways = curvature.avoid(gradients)
+        elif curvature is not None and config.scope == "localised":
+            ways = curvature.flatten(gradients)
         gain = sum(torch.dot(gradients[name].flatten(), ways[name].flatten()) for name in ways)
         if not (total.isfinite() and gain.isfinite()):
             raise Diverged(f"the loss became {total.item()} at step {step + 1}; a smaller rate may help")
