@@ -11,7 +11,15 @@ from torch import Tensor
 
 from rwkv_train.bench.apart import Apart, apart, peak_mb
 from rwkv_train.bench.measure import about, installed, machine, number, table, target, write_json
-from rwkv_train.bench.models import random_model, random_text, size_of, training_step, transformers_step, truncated_step
+from rwkv_train.bench.models import (
+    quiet_transformers,
+    random_model,
+    random_text,
+    size_of,
+    training_step,
+    transformers_step,
+    truncated_step,
+)
 from rwkv_train.bench.settings import MemoryBench
 from rwkv_train.loss import token_nll
 from rwkv_train.models.rwkv4 import RWKV4
@@ -93,8 +101,7 @@ def _read(model: RWKV4, tokens: Tensor, chunk_len: int) -> None:
 
 def _peer(kind: str, c, length: int) -> torch.nn.Module:
     """A fresh model of transformers: its RWKV-4, or a transformer of the same width, depth and vocabulary."""
-    import transformers
-
+    transformers = quiet_transformers()
     sizes = {"vocab_size": c.vocab_size, "hidden_size": c.n_embd, "num_hidden_layers": c.n_layer, "use_cache": False}
     if kind == PEERS[0]:
         return transformers.RwkvForCausalLM(transformers.RwkvConfig(**sizes)).train()

@@ -1,5 +1,6 @@
 """The models that are measured: sizes by name, weights that all matter, and the same weights in other programs."""
 
+import logging
 import re
 import tempfile
 from collections.abc import Callable, Iterator
@@ -7,6 +8,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -121,11 +123,18 @@ def reference_gradients(model: RWKV4, text: tuple[Tensor, Tensor]) -> dict[str, 
         return gradients(training_step(exact, text), exact)
 
 
-def in_transformers(model: RWKV4) -> torch.nn.Module:
-    """The same weights as transformers' RWKV-4. ImportError where it is not installed."""
+def quiet_transformers() -> ModuleType:
+    """The package transformers, without remarks of its own and of what it loads. ImportError if not installed."""
+    logging.getLogger("torchao").setLevel(logging.ERROR)
     import transformers
 
     transformers.logging.set_verbosity_error()
+    return transformers
+
+
+def in_transformers(model: RWKV4) -> torch.nn.Module:
+    """The same weights as transformers' RWKV-4. ImportError where it is not installed."""
+    transformers = quiet_transformers()
     with tempfile.TemporaryDirectory() as folder:
         save_model(model, Path(folder) / "hf/")
         return transformers.RwkvForCausalLM.from_pretrained(Path(folder) / "hf", dtype=torch.float32).train()

@@ -169,9 +169,10 @@ class Guards:
         """The base's greedy replies to prompts: mostly those of now, which reading them tells faster than decoding."""
         replies, eod, end, others = list(now), self.form.tokenizer.eod, self.form.end(), []
         texts = [prompt + reply for prompt, reply in zip(prompts, now, strict=True)]
-        best = predictions(self.base, texts).argmax(-1).split([len(text) for text in texts])
-        for i, (prompt, reply) in enumerate(zip(prompts, now, strict=True)):
-            *written, after = best[i][len(prompt) - 1 :].tolist()
+        counts = [1 + len(reply) for reply in now]
+        best = predictions(self.base, texts, counts).argmax(-1).split(counts)
+        for i, reply in enumerate(now):
+            *written, after = best[i].tolist()
             ended = len(reply) == DECODED or (end and end in self.form.tokenizer.decode(reply[-8:]))
             if written != reply or not (ended or after == eod):
                 others.append(i)

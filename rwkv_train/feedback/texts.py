@@ -5,7 +5,8 @@ blocks below the first trained matrix, and that one's own inputs. Short texts sh
 """
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Literal
 
 import torch
@@ -18,6 +19,7 @@ from rwkv_train.models.common import RWKV
 from rwkv_train.state import State
 
 CHUNK = 512  # tokens of a correction whose activations are in memory at once
+WIDTHS = range(1, 5)  # of lanes, in lengths of the longest text: the one that wastes least is taken
 
 Scope = Literal["upper", "full", "localised", "lora", "state"]
 
@@ -53,22 +55,33 @@ class Packed:
 
 
 def pack(texts: list[list[int]], alone: list[bool], device: torch.device) -> Packed:
-    """Put texts into few lanes as long as the longest of them. alone: a text has to be the first of its lane."""
-    width = max(map(len, texts))
-    used, firsts, begins = [], [], [0] * len(texts)  # used: places of each lane
-    for i in sorted(range(len(texts)), key=lambda i: (not alone[i], -len(texts[i]))):
-        fits = (n for n, taken in enumerate(used) if taken + len(texts[i]) <= width)
-        lane = len(used) if alone[i] else next(fits, len(used))
-        if lane == len(used):
-            used.append(0)
-            firsts.append(i)
-        begins[i] = lane * width + used[lane]
-        used[lane] += len(texts[i])
-    places = torch.cat([torch.arange(at, at + len(text)) for at, text in zip(begins, texts, strict=True)])
-    tokens, reset = torch.zeros(len(used), width, dtype=torch.long), torch.zeros(len(used), width, dtype=torch.bool)
+    """Put texts into lanes that waste few places. alone: a text has to be the first of its lane."""
+    longest = max(map(len, texts))
+    tried = [_lanes(texts, alone, times * longest) for times in WIDTHS]
+    lengths = [max(sum(len(texts[i]) for i in lane) for lane in lanes) for lanes in tried]
+    width, lanes = min(zip(lengths, tried, strict=True), key=lambda pair: pair[0] * len(pair[1]))
+    begins = {}
+    for n, lane in enumerate(lanes):
+        begins |= zip(lane, accumulate((len(texts[i]) for i in lane), initial=n * width), strict=False)
+    places = torch.cat([torch.arange(begins[i], begins[i] + len(text)) for i, text in enumerate(texts)])
+    tokens, reset = torch.zeros(len(lanes), width, dtype=torch.long), torch.zeros(len(lanes), width, dtype=torch.bool)
     tokens.view(-1)[places] = torch.tensor([token for text in texts for token in text])
-    reset.view(-1)[[at for at in begins if at % width]] = True
-    return Packed(tokens.to(device), reset.to(device), places.to(device), firsts)
+    reset.view(-1)[[at for at in begins.values() if at % width]] = True
+    return Packed(tokens.to(device), reset.to(device), places.to(device), [lane[0] for lane in lanes])
+
+
+def _lanes(texts: list[list[int]], alone: list[bool], width: int) -> list[list[int]]:
+    """Which texts share a lane of at most `width` tokens, the longest first."""
+    lanes: list[list[int]] = []
+    for i in sorted(range(len(texts)), key=lambda i: (not alone[i], -len(texts[i]))):
+        room = width - len(texts[i])
+        fits = (lane for lane in lanes if sum(len(texts[j]) for j in lane) <= room)
+        lane = None if alone[i] else next(fits, None)
+        if lane is None:
+            lanes.append([i])
+        else:
+            lane.append(i)
+    return lanes
 
 
 @dataclass(frozen=True)
@@ -161,9 +174,12 @@ def kept(twin: RWKV, start: RWKV, rows: list[tuple[list[int], RWKV]], scope: Sco
 
 
 @torch.no_grad()
-def predictions(model: RWKV, rows: list[list[int]]) -> Tensor:
-    """Log probabilities [N,V] after each of the N tokens of some documents."""
+def predictions(model: RWKV, rows: list[list[int]], last: list[int] | None = None) -> Tensor:
+    """Log probabilities [N,V] after each of the N tokens of some documents, or only of so many `last` ones of each."""
     packed = pack(rows, [model.initial_wkv is not None] * len(rows), model.device)
+    if last is not None:
+        places = packed.places.split([len(row) for row in rows])
+        packed = replace(packed, places=torch.cat([p[-count:] for p, count in zip(places, last, strict=True)]))
     return _said(model, packed.tokens, packed, model.empty_state(len(packed.tokens)))
 
 
