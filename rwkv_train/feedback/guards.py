@@ -9,6 +9,7 @@ corrected one are other wordings of it; all the others are neighbours.
 import json
 import re
 from collections.abc import Iterable
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -126,8 +127,9 @@ class Guards:
 
         None has a reply in `gone`.
         """
-        gone = [reply for reply in gone if reply]
-        order = [i for i in _nearest(ids, self.rows) if not any(self.rows[i][-len(g) :] == g for g in gone)]
+        gone = {tuple(reply) for reply in gone if reply}
+        lengths = {len(reply) for reply in gone}
+        order = [i for i in _nearest(ids, self._words) if not any(tuple(self.rows[i][-n:]) in gone for n in lengths)]
         nearest, others = order[: -(-most // 3)], order[-(-most // 3) :]
         rng = torch.Generator().manual_seed(seed)
         drawn = torch.randperm(len(others), generator=rng)[: most - len(nearest)].tolist()
@@ -141,6 +143,16 @@ class Guards:
         if model is self.base:
             self._said = said
         return said
+
+    @cached_property
+    def _words(self) -> list[set[int]]:
+        """The tokens of each row."""
+        return [set(row) for row in self.rows]
+
+    @cached_property
+    def _asked_words(self) -> list[set[int]]:
+        """The tokens of each question that was asked."""
+        return [set(self.form.begun(text)) for text, _ in self.asked]
 
     def around(self, model: RWKV, question: str, subjects: int, forms: int) -> Around:
         """Questions made up around one, and what the model answers to all of them.
@@ -184,7 +196,7 @@ class Guards:
 
     def _crossed(self, question: str, ours: str, subjects: int, forms: int) -> tuple[list[str], list[str]]:
         """(a question asked of others, others asked of its subject), the nearest first."""
-        places = _nearest(self.form.begun(question), [self.form.begun(text) for text, _ in self.asked])
+        places = _nearest(self.form.begun(question), self._asked_words)
         # A piece of a character is no subject.
         pairs = [(asked, theirs) for asked, theirs in (self.asked[i] for i in places) if theirs and theirs in asked]
         elsewhere = dict.fromkeys(question.replace(ours, theirs) for _, theirs in pairs)
@@ -247,8 +259,8 @@ def _rarity(rows: list[list[int]], vocab_size: int) -> Tensor:
     return (len(rows) / (holding + 1)).log().clamp(min=0)
 
 
-def _nearest(ids: list[int], rows: list[list[int]]) -> list[int]:
-    """Places of rows by the share of their tokens that is also in `ids`, and the other way round; greatest first."""
+def _nearest(ids: list[int], others: list[set[int]]) -> list[int]:
+    """Places of texts by the share of their tokens that is also in `ids`, and the other way round; greatest first."""
     words = set(ids)
-    shared = [len(words & set(row)) / len(words | set(row)) for row in rows]
-    return sorted(range(len(rows)), key=lambda i: -shared[i])
+    shared = [len(words & other) / len(words | other) for other in others]
+    return sorted(range(len(others)), key=lambda i: -shared[i])

@@ -299,8 +299,7 @@ class Learner:
             return Lesson([Row(ids, len(ids) - 1)]), [], ""
         valid = {r["question"]: r for r in earlier if "text" not in r}  # the last word on each question
         valid.pop(record["question"], None)
-        replayed = [self._row(_correction(r)) for r in valid.values()]
-        replayed = _spread(replayed, config.replay, record["id"])
+        replayed = [self._row(_correction(r)) for r in _spread(list(valid.values()), config.replay, record["id"])]
         correction = _correction(record)
         row = self._row(correction)
         new, wordings = [row], []
@@ -315,8 +314,7 @@ class Learner:
             old = around.own
             if len(old) == DECODED:
                 old = greedy(self.model, form, [row.ids[: -row.answer]], most=MOST)[0]
-        taught = [self._row(_correction(r)) for r in valid.values() if r["answer"] is not None]
-        taught = {tuple(r.ids[-r.answer :]) for r in taught}
+        taught = {tuple(form.answer(r["answer"])) for r in valid.values() if r["answer"] is not None}
         kept, same = [], []
         for question, prompt, reply, before in around.made:
             if reply == old and around.subject in question:

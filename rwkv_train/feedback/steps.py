@@ -31,10 +31,10 @@ class FeedbackConfig:
             inputs have in common; full, all weights, which takes longer; localised, the channel mix's value matrices
             of the upper half, along the model's curvature, which needs less memory; lora, low-rank changes of the
             same; state, only the state in which a dialogue begins
-        rate: share of the loss that one step should take away, going by its gradient; above 1 as its slope flattens
+        rate: share of the loss that one step should take away, going by its gradient
         steps: most gradient steps of one correction
         loss: mean loss of the answer, in nats a token, below which it counts as learnt
-        extra: steps still taken once it is learnt
+        extra: steps taken after it is learnt
         wordings: other wordings of the question that are taught along, as far as the model knows some
         strangers: times that the question is also taught after dialogues that have nothing to do with it
         replay: earlier corrections trained along
@@ -50,7 +50,7 @@ class FeedbackConfig:
     """
 
     scope: Scope = "upper"
-    rate: float = 1.2
+    rate: float = 0.9
     steps: int = 25
     loss: float = 0.05
     extra: int = 1
@@ -144,19 +144,15 @@ def learn(
     replayed = batches(twin, lesson.replayed, config.scope, config.reach)
     others = kept(twin, model, lesson.kept, config.scope) if config.pull else []
     places = sum(len(other.before) for other in others)
-
-    def right() -> bool:
-        return all(batch.right() for batch in new + replayed)
-
-    step, left = 0, None  # left: of the steps that are taken once it is learnt
-    while step < config.steps and not (left == 0 and right()):
+    left = None  # steps still to take once learnt
+    for step in range(config.steps + 1):
         with quickly(model.device):
             loss = _mean(new)
             total = loss + _mean(replayed) if replayed else loss
-        if not left and loss.item() <= config.loss and right():
-            left = config.extra
-            if not left:
-                break
+        learnt = loss.item() <= config.loss and all(batch.right() for batch in new + replayed)
+        left = None if not learnt else config.extra if left is None else left - 1
+        if left == 0 or step == config.steps:
+            break
         moved = [other.divergence() for other in others if step or not other.same]
         if moved:
             total = total + config.pull * torch.stack(moved).sum() / places
@@ -175,8 +171,7 @@ def learn(
                 p.sub_(ways[name], alpha=size)
             if config.scope == "state":
                 twin.repair_initial_state()
-        step, left = step + 1, left - 1 if left else None
-        tick(step, loss.item())
+        tick(step + 1, loss.item())
     return _finished(twin, config.scope), step
 
 
