@@ -427,7 +427,8 @@ def weights_hash(weights: dict[str, Tensor]) -> str:
     """sha256 of tensors and their names."""
     digest = hashlib.sha256()
     for name, weight in sorted(weights.items()):
-        digest.update(name.encode() + weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(name.encode())
+        digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

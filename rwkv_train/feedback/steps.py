@@ -114,12 +114,19 @@ def changed(model: RWKV, base: RWKV) -> dict[str, Tensor]:
 
 def with_weights(model: RWKV, weights: dict[str, Tensor]) -> RWKV:
     """A model that has these weights of its own and shares all others with `model`; nothing requires gradients."""
-    shared = {id(p): p for name, p in model.named_parameters() if name not in weights}
-    twin = copy.deepcopy(model, shared)
+    twin = _opened(model)
     for name, weight in weights.items():
         module, _, leaf = name.rpartition(".")
         setattr(twin.get_submodule(module), leaf, nn.Parameter(weight.clone(), requires_grad=False))
     return twin.requires_grad_(False)
+
+
+def _opened(module: nn.Module) -> nn.Module:
+    """A module in which weights can be replaced; until then it shares them all."""
+    twin = copy.copy(module)
+    twin._parameters = dict(module._parameters)
+    twin._modules = {name: _opened(child) for name, child in module._modules.items()}
+    return twin
 
 
 def between(before: RWKV, after: RWKV, share: float) -> RWKV:
