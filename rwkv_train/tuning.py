@@ -50,10 +50,15 @@ class Quantised(LowRank):
         super()._load_from_state_dict(state_dict, prefix, *more)
 
 
+def quiet_torchao() -> None:
+    """To be called before it is imported: it misses its GPU libraries aloud, and torch minds its habits."""
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
 def _torchao():
     """Its function, and the settings of 8 bits with a scale for each row."""
-    for name in ("torchao", "torch.utils._pytree"):  # it misses its GPU libraries aloud, and torch minds its habits
-        logging.getLogger(name).setLevel(logging.ERROR)
+    quiet_torchao()
     try:
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
     except ImportError:

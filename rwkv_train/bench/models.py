@@ -1,6 +1,5 @@
 """The models that are measured: sizes by name, weights that all matter, and the same weights in other programs."""
 
-import logging
 import re
 import tempfile
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ from rwkv_train.checkpoint import save_model
 from rwkv_train.loss import IGNORE
 from rwkv_train.models import rwkv4
 from rwkv_train.models.rwkv4 import RWKV4, RWKV4Config
+from rwkv_train.tuning import quiet_torchao
 from rwkv_train.wkv import wkv4
 
 SIZES = {"256x4": (256, 4, 1024), "169M": (768, 12, 50277), "1.5B": (2048, 24, 50277)}  # channels, layers, vocabulary
@@ -125,7 +125,7 @@ def reference_gradients(model: RWKV4, text: tuple[Tensor, Tensor]) -> dict[str, 
 
 def quiet_transformers() -> ModuleType:
     """The package transformers, without remarks of its own and of what it loads. ImportError if not installed."""
-    logging.getLogger("torchao").setLevel(logging.ERROR)
+    quiet_torchao()
     import transformers
 
     transformers.logging.set_verbosity_error()
