@@ -143,9 +143,10 @@ def _launch(name, variant, device: torch.device, blocks: int, block: tuple[int, 
     from cuda.core import Device, LaunchConfig, launch
 
     with torch.cuda.device(device):
-        Device(device.index).set_current()  # torch's context; a new thread may not have it yet
-        config = LaunchConfig(grid=blocks, block=block)
-        launch(torch.cuda.current_stream(), config, _kernel(name, variant, device.index), *arguments)
+        here = Device(device.index)
+        here.set_current()  # torch's context; a new thread may not have it yet
+        stream = here.create_stream(torch.cuda.current_stream())  # the same one, wrapped
+        launch(stream, LaunchConfig(grid=blocks, block=block), _kernel(name, variant, device.index), *arguments)
 
 
 def call(name: str, variant, blocks: int, block: tuple[int, int], sizes, tensors) -> None:
