@@ -55,7 +55,7 @@ class OnlineTrainer(L.LightningModule):
             batch["reset"],
             data.chunk_len,
             z_loss=self.config.optim.z_loss,
-            recompute_blocks=self.config.train.recompute,
+            recompute_blocks=self.config.recompute,
         )
         self.lane_state = state.detach()
         self.batches_done += 1

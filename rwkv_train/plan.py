@@ -102,7 +102,7 @@ class Step:
         block. The sweep's autocast caches casts to the forward's end: with recompute all blocks'.
         """
         x, count = self.r * self.n * self.sizes.n_embd, self.sizes.n_layer
-        if self.config.train.recompute:
+        if self.config.recompute:
             return count * (x + self.casts() * self.sweep), count * x + self.block_saved()
         return (x + count * self.block_saved(),) * 2
 
@@ -152,7 +152,7 @@ class Step:
         """
         if self.device != "cpu" or self.r * self.n * self.sizes.n_embd >= 2**25:
             return 0
-        return 0.5 * self.sizes.n_layer * self.block_saved() if self.config.train.recompute else 0.35 * temporary
+        return 0.5 * self.sizes.n_layer * self.block_saved() if self.config.recompute else 0.35 * temporary
 
 
 def memory(config: FitConfig, sizes: Sizes, device: str, kernel: bool = True) -> dict[str, float]:
@@ -198,7 +198,7 @@ def operations(config: FitConfig, sizes: Sizes) -> float:
     if data.horizon > 1:
         pieces = train.strategy == "fsdp" or train.strategy.startswith("deepspeed_stage_3")
         total += 2 * (sizes.products + sizes.table) + 4 * sizes.table * pieces
-    return total + 2 * sizes.repeated * train.recompute
+    return total + 2 * sizes.repeated * config.recompute
 
 
 def exchanged(config: FitConfig, sizes: Sizes) -> float:

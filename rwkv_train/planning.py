@@ -50,7 +50,7 @@ def plan(config: PlanConfig, gpus: list[int] | None = None) -> None:
     print(
         f"{t.precision}, {d.lanes} lanes, chunks of {d.chunk_len} tokens, horizon {d.horizon}"
         + f", accumulate {t.accumulate}" * (t.accumulate > 1)
-        + ", recompute" * t.recompute
+        + ", recompute" * config.recompute
     )
     if config.model.tune != "all":
         print(f"An upper bound: training all weights is counted, model.tune: {config.model.tune} trains fewer.")
@@ -155,7 +155,7 @@ def _knobs(config: PlanConfig, machine: Machine) -> list[tuple[str, PlanConfig]]
             flags.append(f"--{section}.{name} {str(value).lower()}")
         knobs.append((" ".join(flags), replace(config, **parts)))
 
-    if not train.recompute:
+    if not config.recompute:
         turn(recompute=True)
     if train.precision == "fp32":
         turn(precision="bf16")

@@ -26,7 +26,10 @@ class LowRank(nn.Linear):
         self.down = nn.Parameter(torch.randn(rank, layer.in_features).to(layer.weight) / layer.in_features**0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) + F.linear(F.linear(x, self.down), self.up)
+        rows = x.reshape(-1, x.shape[-1])
+        y = super().forward(rows)
+        y.addmm_(F.linear(rows, self.down), self.up.t().to(y.dtype))  # a sum of its own would fragment the heap
+        return y.view(*x.shape[:-1], -1)
 
 
 class Quantised(LowRank):

@@ -19,7 +19,7 @@ from rwkv_train.wkv import WAYS
 
 TOY_GPU = {
     "shapes": ["2x24x16"],
-    "models": ["16x2x31:2"],
+    "models": ["16x2x31:2", "rwkv7-64x2x31:2"],
     "chunk_lens": [8, 16],
     "lengths": [16, 32],
     "generated": 3,
@@ -30,7 +30,13 @@ TOY_GPU = {
 # Flags with which a benchmark takes seconds.
 TOY = {
     "bench wkv": ["--channels=8", "--tokens=[24,33]", "--dtypes=[fp32,bf16]", "--repeats=2"],
-    "bench train": ["--sizes=[16x2x31]", "--tokens=[24]", "--exact-size=16x1", "--chunks=3", "--chunk-len=8"],
+    "bench train": [
+        "--sizes=[16x2x31,rwkv7-64x2x31]",
+        "--tokens=[24]",
+        "--exact-size=16x1",
+        "--chunks=3",
+        "--chunk-len=8",
+    ],
     "bench memory": ["--size=16x2x31", "--lengths=[16]", "--chunk-len=8", "--peers=false", "--lora-size=16x2x31"],
     "bench generate": ["--size=16x2x31", "--tokens=4", "--prompt=6", "--repeats=2"],
     "bench gpu": [f"--{name.replace('_', '-')}={json.dumps(value)}" for name, value in TOY_GPU.items()],
@@ -45,7 +51,7 @@ COLUMNS = {
         "transformers RWKV-4",
         "transformers GPT-NeoX",
         "exact over",
-        "over inference",
+        "rwkv7-16x2x31: training low-rank factors over inference",
     ],
     "bench generate": ["ours", "package rwkv", "transformers", "with sampling", "matrix-vector", "over the package"],
 }
@@ -71,6 +77,13 @@ def test_a_benchmark_prints_a_table_and_writes_json(name, here, capsys):
     assert found["machine"]["cores"] and found["machine"]["packages"]["torch"]
     if more:
         assert "<svg" in (here / "m.svg").read_text()
+
+
+def test_an_rwkv7_generates_beside_the_package(monkeypatch, capsys):
+    pytest.importorskip("rwkv")
+    monkeypatch.delitem(sys.modules, "rwkv.model", raising=False)  # it is of one generation, chosen as it is imported
+    code, out, err = run("bench", "generate", *TOY["bench generate"], "--size=rwkv7-64x2x31", capsys=capsys)
+    assert code == 0 and "over the package rwkv" in out and "refused" not in out, out + err
 
 
 def off_by_a_tenth(w, u, k, v, state, reset=None):
@@ -122,8 +135,9 @@ def test_a_failing_peer_is_told_and_the_rest_is_measured(here, monkeypatch, caps
     assert code == 0 and "failed: TypeError: not today" in line and "refused" in line
 
 
-def test_the_bare_products_are_those_of_the_step():
-    model = models.random_model(models.size_of("16x2x31"))
+@pytest.mark.parametrize("size", ["16x2x31", "rwkv7-16x2x31"])
+def test_the_bare_products_are_those_of_the_step(size):
+    model = models.random_model(models.size_of(size))
     tokens, _ = models.random_text(model.config, 2, 12)
     text = tokens, tokens  # every token has a target: a row without one is no row of the head's products
     counted = []
@@ -159,8 +173,10 @@ def test_gpu_sections_run_on_a_cpu_too(here, capsys):
         "a copy",
         "all agree",
         "16x2x31, 2 x 16",
+        "rwkv7-64x2x31, 2 x 16",
         "exact: peak MB",
         "generation 16x2x31",
+        "generation rwkv7-64x2x31",
         "fit with deepspeed",
     ):
         assert what in short

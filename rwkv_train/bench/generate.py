@@ -1,9 +1,11 @@
 """`bench generate`: tokens a second, one by one, beside the package rwkv and transformers."""
 
 import importlib
+import io
 import os
 import tempfile
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from copy import deepcopy
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from rwkv_train.bench.models import in_transformers, plain_recurrence, random_mo
 from rwkv_train.bench.settings import GenerateBench
 from rwkv_train.checkpoint import save_model
 from rwkv_train.generate import Sampling, prefill, steps
+from rwkv_train.models.common import RWKV
 from rwkv_train.models.rwkv4 import RWKV4
 
 ALLOWED = 1e-3  # relative error of the logits along the prompt, fp32
@@ -32,7 +35,7 @@ def generate(config: GenerateBench) -> int:
     contestants = {"ours": lambda token, state: prefill(model, [token], state)}
     if config.peers and installed("rwkv"):
         contestants[PEER] = _rwkv_package(model)
-    if config.peers and installed("transformers"):
+    if config.peers and installed("transformers") and isinstance(model, RWKV4):
         contestants["transformers"] = _transformers(model)
     with torch.inference_mode():
         prompt = random_text(model.config, 1, config.prompt)[0][0].tolist()
@@ -63,7 +66,7 @@ def generate(config: GenerateBench) -> int:
     return int(not checked["ours"].good)
 
 
-def _reference(model: RWKV4, prompt: list[int]) -> Tensor:
+def _reference(model: RWKV, prompt: list[int]) -> Tensor:
     """Logits [V] after the prompt in float64, by the specification."""
     with plain_recurrence():
         return deepcopy(model).double()(torch.tensor([prompt]))[0][0, -1]
@@ -92,7 +95,7 @@ def _generation(step: Step, prompt: list[int], count: int) -> Callable[[], None]
     return run
 
 
-def _sampling(model: RWKV4, prompt: list[int], count: int) -> Callable[[], None]:
+def _sampling(model: RWKV, prompt: list[int], count: int) -> Callable[[], None]:
     """As the chat does it: with temperature and top_p."""
 
     def run() -> None:
@@ -112,14 +115,14 @@ def _repeated(call: Callable[[], None], count: int) -> Callable[[], None]:
     return run
 
 
-def _rwkv_package(model: RWKV4) -> Step:
+def _rwkv_package(model: RWKV) -> Step:
     """The PyPI package, as it comes (with torch.jit), on the same weights."""
-    os.environ.pop("RWKV_V7_ON", None)  # it reads its options when imported
-    os.environ |= {"RWKV_JIT_ON": "1", "RWKV_CUDA_ON": "0"}
-    package = importlib.import_module("rwkv.model")
-    with tempfile.TemporaryDirectory() as folder:
+    v7 = "0" if isinstance(model, RWKV4) else "1"
+    os.environ |= {"RWKV_V7_ON": v7, "RWKV_JIT_ON": "1", "RWKV_CUDA_ON": "0"}  # it reads them when imported
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
+        package = importlib.import_module("rwkv.model")
         save_model(model, Path(folder) / "m.pth")
-        theirs = package.RWKV(model=str(Path(folder) / "m"), strategy="cpu fp32", verbose=False)
+        theirs = package.RWKV(model=str(Path(folder) / "m"), strategy="cpu fp32")
     return lambda token, state: theirs.forward([token], state)
 
 

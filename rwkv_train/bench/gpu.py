@@ -32,7 +32,7 @@ from rwkv_train.bench.train import check as check_step
 from rwkv_train.bench.train import times as step_times
 from rwkv_train.bench.wkv import OPERATORS, backends, check, dtypes_of, measured, peers, shown
 from rwkv_train.generate import prefill
-from rwkv_train.models.rwkv4 import RWKV4
+from rwkv_train.models.common import RWKV
 from rwkv_train.state import State
 
 Rows = list[dict[str, object]]
@@ -195,7 +195,7 @@ class GraphedStep:
     Takes the likeliest token each time; calling it returns the id. `how`: "graph", or why it is none.
     """
 
-    def __init__(self, model: RWKV4, state: State):
+    def __init__(self, model: RWKV, state: State):
         self.model, self.logits = model, None
         self.token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
         self.state = State(*(s.clone() for s in state))
@@ -245,7 +245,7 @@ def generation(config: GpuBench, device: str, results: Mapping) -> tuple[Rows, R
 
 
 @torch.no_grad()
-def eager(model: RWKV4, state: State, count: int) -> Tensor:
+def eager(model: RWKV, state: State, count: int) -> Tensor:
     """Logits [V] after `count` tokens: token 0, and then the likeliest each time."""
     logits, token = None, 0
     for _ in range(count):

@@ -17,8 +17,9 @@ def copy_bandwidth(device: str = "cpu", megabytes: int = 256, repeats: int = 7) 
 
 
 def matrices_of(model: nn.Module) -> list[Tensor]:
-    """The weights [out, in] of every linear layer, the head among them."""
-    return [m.weight.detach() for m in model.modules() if isinstance(m, nn.Linear)]
+    """The weights of every matrix product, the head's among them: [out, in], or in RWKV-7's low-rank maps [in, out]."""
+    named = model.named_parameters()
+    return [p.detach() for name, p in named if p.ndim == 2 and not name.endswith(("emb.weight", ".r_k"))]
 
 
 def matrix_products(model: nn.Module, tokens: int, precision: str = "fp32") -> Callable[[], None]:

@@ -22,11 +22,11 @@ from rwkv_train.bench.models import (
 )
 from rwkv_train.bench.settings import MemoryBench
 from rwkv_train.loss import token_nll
-from rwkv_train.models.rwkv4 import RWKV4
+from rwkv_train.models.common import RWKV
 from rwkv_train.tuning import tune
 
 TRUNCATED, EXACT = "ours, truncated", "ours, exact"
-INFERENCE, LORA, RECOMPUTED = "inference", "training low-rank factors", "the same, recompute"
+INFERENCE, LORA, KEPT = "inference", "training low-rank factors", "the same, activations kept"
 PEERS = ("transformers RWKV-4", "transformers GPT-NeoX")
 OVER_TRUNCATED = 1.1  # the most that exact gradients may hold over truncated ones
 OVER_INFERENCE = 1.6  # the most that training low-rank factors may hold over reading
@@ -47,15 +47,16 @@ def memory(config: MemoryBench) -> None:
     print(table([{"tokens": f"{n:,}"} | {kind: _shown(found[kind][n]) for kind in kinds} for n in lengths]))
     ratios = compared(found, config)
     if config.lora_size:
-        frozen, length = replace(config, size=config.lora_size), 2 * config.chunk_len
-        points = {kind: _point(kind, length, frozen) for kind in (INFERENCE, LORA, RECOMPUTED)}
-        print(f"\n{table([{'size': config.lora_size} | {kind: _shown(p) for kind, p in points.items()}])}")
-        found |= {kind: {length: point} for kind, point in points.items()}
-        for kind in (LORA, RECOMPUTED):
-            if points[kind].peak_mb and points[INFERENCE].peak_mb:
-                ratio = points[kind].peak_mb / points[INFERENCE].peak_mb
-                what = f"{config.lora_size}: {kind} over {INFERENCE}, chunks of {config.chunk_len}"
+        length, rows = 2 * config.chunk_len, []
+        for size in (config.lora_size, f"rwkv7-{config.lora_size}"):
+            points = {kind: _point(kind, length, replace(config, size=size)) for kind in (INFERENCE, LORA, KEPT)}
+            rows.append({"size": size} | {kind: _shown(p) for kind, p in points.items()})
+            found |= {f"{size}, {kind}": {length: point} for kind, point in points.items()}
+            if points[LORA].peak_mb and points[INFERENCE].peak_mb:
+                ratio = points[LORA].peak_mb / points[INFERENCE].peak_mb
+                what = f"{size}: {LORA} over {INFERENCE}, chunks of {config.chunk_len}"
                 ratios.append(target(what, ratio, OVER_INFERENCE, more=False))
+        print(f"\n{table(rows)}")
     print(f"\n{table(ratios)}")
     results = {k: {n: p.__dict__ for n, p in points.items()} for k, points in found.items()}
     write_json(config.json, "memory", config, {"points": results, "ratios": ratios})
@@ -78,20 +79,20 @@ def step(kind: str, length: int, size: str, chunk_len: int, threads: int) -> dic
         run = transformers_step(_peer(kind, config, length), text[0])
     else:
         model = random_model(config)
-        if kind in (LORA, RECOMPUTED):
+        if kind in (LORA, KEPT):
             tune(model, "lora", rank=16)
         runs = {
             EXACT: training_step(model, text, "fp32", chunk_len),
             INFERENCE: lambda: _read(model, text[0], chunk_len),
         }
-        run = runs.get(kind) or truncated_step(model, text, chunk_len, recompute=kind == RECOMPUTED)
+        run = runs.get(kind) or truncated_step(model, text, chunk_len, recompute=kind == LORA)
     loaded, begun = peak_mb(), time.perf_counter()
     run()
     return {"seconds": time.perf_counter() - begun, "loaded_mb": loaded}
 
 
 @torch.inference_mode()
-def _read(model: RWKV4, tokens: Tensor, chunk_len: int) -> None:
+def _read(model: RWKV, tokens: Tensor, chunk_len: int) -> None:
     """As `validate` does: the loss of every token, the state carried on."""
     state = None
     for chunk in tokens.split(chunk_len, 1):

@@ -15,35 +15,47 @@ from torch import Tensor
 from rwkv_train.bptt import chunked_loss
 from rwkv_train.checkpoint import save_model
 from rwkv_train.loss import IGNORE
-from rwkv_train.models import rwkv4
+from rwkv_train.models import rwkv4, rwkv7
+from rwkv_train.models.common import RWKV
 from rwkv_train.models.rwkv4 import RWKV4, RWKV4Config
+from rwkv_train.models.rwkv7 import RWKV7, RWKV7Config
 from rwkv_train.tuning import quiet_torchao
-from rwkv_train.wkv import wkv4
+from rwkv_train.wkv import wkv4, wkv7
 
 SIZES = {"256x4": (256, 4, 1024), "169M": (768, 12, 50277), "1.5B": (2048, 24, 50277)}  # channels, layers, vocabulary
+HEAD = 64
 
 
-def size_of(name: str) -> RWKV4Config:
-    """A size by its name, or as CxL or CxLxV. ValueError for anything else."""
-    if name in SIZES:
-        channels, layers, vocab = SIZES[name]
-    elif re.fullmatch(r"\d+x\d+(x\d+)?", name):
-        channels, layers, vocab = (*map(int, name.split("x")), 1024)[:3]
+def size_of(name: str) -> RWKV4Config | RWKV7Config:
+    """A size by its name, or as CxL or CxLxV; that of an RWKV-7 after "rwkv7-". ValueError for anything else."""
+    size = name.removeprefix("rwkv7-")
+    if size in SIZES:
+        channels, layers, vocab = SIZES[size]
+    elif re.fullmatch(r"\d+x\d+(x\d+)?", size):
+        channels, layers, vocab = (*map(int, size.split("x")), 1024)[:3]
     else:
-        raise ValueError(f"there is no size {name!r}; write {', '.join(SIZES)}, or CxL or CxLxV as 512x8x50277")
-    return RWKV4Config(vocab, channels, layers)
+        known = f"{', '.join(SIZES)}, or CxL or CxLxV as 512x8x50277"
+        raise ValueError(f"there is no size {name!r}; write {known}, and rwkv7- before it for an RWKV-7")
+    if size == name:
+        return RWKV4Config(vocab, channels, layers)
+    return RWKV7Config(vocab, channels, layers, head_size(channels))
+
+
+def head_size(channels: int) -> int:
+    """RWKV-7's usual one, where it divides the channels."""
+    return channels if channels % HEAD else HEAD
 
 
 @torch.no_grad()
-def random_model(config: RWKV4Config, seed: int = 0, device: str = "cpu") -> RWKV4:
+def random_model(config: RWKV4Config | RWKV7Config, seed: int = 0, device: str = "cpu") -> RWKV:
     """Weights in which every one matters: fresh ones are zero in whole matrices, whose products would go unnoticed."""
     torch.manual_seed(seed)
     with torch.device(device):
-        model = RWKV4(config)
+        model = (RWKV7 if isinstance(config, RWKV7Config) else RWKV4)(config)
         for name, p in model.named_parameters():
             if name.endswith("time_decay"):
                 p.uniform_(-5, 2)
-            elif "time_mix" in name:
+            elif "time_mix" in name or ".x_" in name:
                 p.uniform_(0, 1)
             elif p.ndim == 1:  # layer norms around 1 and 0, time_first around 0
                 p.normal_(1.0 if "ln" in name and name.endswith("weight") else 0.0, 0.2)
@@ -52,7 +64,9 @@ def random_model(config: RWKV4Config, seed: int = 0, device: str = "cpu") -> RWK
     return model.train()
 
 
-def random_text(config: RWKV4Config, lanes: int, tokens: int, device: str = "cpu") -> tuple[Tensor, Tensor]:
+def random_text(
+    config: RWKV4Config | RWKV7Config, lanes: int, tokens: int, device: str = "cpu"
+) -> tuple[Tensor, Tensor]:
     """(tokens, targets) [B,T]; the last token of each lane has no target, as in transformers' loss."""
     text = torch.randint(config.vocab_size, (lanes, tokens), generator=torch.Generator().manual_seed(1))
     targets = torch.cat([text[:, 1:], torch.full((lanes, 1), IGNORE)], 1)
@@ -60,7 +74,7 @@ def random_text(config: RWKV4Config, lanes: int, tokens: int, device: str = "cpu
 
 
 def training_step(
-    model: RWKV4, text: tuple[Tensor, Tensor], precision: str = "fp32", chunk_len: int | None = None
+    model: RWKV, text: tuple[Tensor, Tensor], precision: str = "fp32", chunk_len: int | None = None
 ) -> Callable[[], Tensor]:
     """Forward and backward as `fit` does them: the mean loss is returned, gradients are in the parameters."""
     tokens, targets = text
@@ -76,7 +90,7 @@ def training_step(
 
 
 def truncated_step(
-    model: RWKV4, text: tuple[Tensor, Tensor], chunk_len: int, precision: str = "fp32", recompute: bool = False
+    model: RWKV, text: tuple[Tensor, Tensor], chunk_len: int, precision: str = "fp32", recompute: bool = False
 ) -> Callable[[], None]:
     """The same text chunk by chunk, the state detached between them: classic truncated backpropagation.
 
@@ -108,15 +122,15 @@ def gradients(step: Callable[[], Tensor], model: torch.nn.Module, rename=lambda 
 @contextmanager
 def plain_recurrence() -> Iterator[None]:
     """Inside, models run WKV by the specification."""
-    usual = rwkv4.wkv4
-    rwkv4.wkv4 = partial(wkv4, backend="reference")
+    usual = rwkv4.wkv4, rwkv7.wkv7
+    rwkv4.wkv4, rwkv7.wkv7 = (partial(operator, backend="reference") for operator in (wkv4, wkv7))
     try:
         yield
     finally:
-        rwkv4.wkv4 = usual
+        rwkv4.wkv4, rwkv7.wkv7 = usual
 
 
-def reference_gradients(model: RWKV4, text: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+def reference_gradients(model: RWKV, text: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
     """Loss and gradients in float64, by the specification."""
     exact = deepcopy(model).double()
     with plain_recurrence():

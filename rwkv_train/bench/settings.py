@@ -40,7 +40,7 @@ class TrainBench:
     """Time a training step's forward and backward beside transformers and its bare matrix products (7 min on 2 cores).
 
     Args:
-        sizes: 256x4, 169M or 1.5B, or CxL or CxLxV: channels, layers, vocabulary
+        sizes: 256x4, 169M or 1.5B, or CxL or CxLxV: channels, layers, vocabulary; of an RWKV-7 as rwkv7-256x4
         tokens: length of the text, one row of the table for each; transformers takes minutes a step beyond 2048
         precisions: fp32, or bf16 for matrix products in bfloat16 with float32 weights, as train.precision has them
         lanes: texts side by side
@@ -75,11 +75,12 @@ class MemoryBench:
     Each point is the peak of a process of its own that takes one forward and backward.
 
     Args:
-        size: 256x4, 169M or 1.5B, or CxL or CxLxV: channels, layers, vocabulary
+        size: 256x4, 169M or 1.5B, or CxL or CxLxV: channels, layers, vocabulary; of an RWKV-7 as rwkv7-256x4
         lengths: tokens of the text
         chunk_len: tokens of a chunk of this program
         peers: also measure transformers' RWKV-4 and a transformer (GPT-NeoX) of the same width and depth
-        lora_size: the model whose low-rank factors are trained, against reading with it; "" leaves that out
+        lora_size: the models, of both generations, whose low-rank factors are trained, against reading with them; ""
+            leaves that out
         limit_gb: a peer's process that holds more is ended, and its longer texts are not tried
         limit_s: the same for one that takes longer
         json: also write the figures to this file
@@ -102,7 +103,7 @@ class GenerateBench:
     """Time generation, token by token, beside the package rwkv and transformers (1 min on 2 cores).
 
     Args:
-        size: 256x4, 169M or 1.5B, or CxL or CxLxV: channels, layers, vocabulary
+        size: 256x4, 169M or 1.5B, or CxL or CxLxV: channels, layers, vocabulary; of an RWKV-7 as rwkv7-256x4
         tokens: tokens generated in each repeat
         prompt: tokens read before
         peers: also time the PyPI package rwkv and transformers' RWKV-4, if they are installed
@@ -128,7 +129,7 @@ class GpuBench:
         minutes: sections that would begin later than this are left out
         shapes: BxTxC of the WKV operator
         dtypes: number formats of k and v
-        models: sizes with lanes, as 169M:8
+        models: sizes with lanes, as 169M:8; of an RWKV-7 as rwkv7-169M:8
         chunk_lens: tokens of a training step's chunk
         lengths: tokens of the texts over which memory should stay flat
         generated: tokens generated in each repeat
@@ -142,7 +143,7 @@ class GpuBench:
     minutes: float = 5.0
     shapes: list[str] = field(default_factory=lambda: ["8x4096x2048", "1x4096x2048", "8x512x768", "1x512x768"])
     dtypes: list[Precision] = field(default_factory=lambda: ["bf16", "fp32"])
-    models: list[str] = field(default_factory=lambda: ["169M:8", "1.5B:1"])
+    models: list[str] = field(default_factory=lambda: ["169M:8", "1.5B:1", "rwkv7-169M:8"])
     chunk_lens: list[int] = field(default_factory=lambda: [512, 1024, 4096])
     lengths: list[int] = field(default_factory=lambda: [4096, 16384, 65536])
     generated: int = 64

@@ -24,13 +24,13 @@ from rwkv_train.bench.measure import (
     table,
     write_json,
 )
+from rwkv_train.bench.models import head_size
 from rwkv_train.bench.settings import WkvBench
 from rwkv_train.wkv import cpu, cuda, wkv4, wkv7
 
 Run = Callable[..., tuple[Tensor, Tensor]]  # (*inputs, reset) -> (y, state), as wkv4 and wkv7 of rwkv_train.wkv
 ALLOWED = {"fp64": 1e-9, "fp32": 1e-4, "bf16": 1e-2, "fp16": 2e-3}  # relative error of each result and gradient
 LOOPS, LONGEST = {"reference", "transformers"}, 2048  # a loop over the tokens in Python is tried up to so many
-HEAD = 64  # RWKV-7's head size, where it divides the channels
 
 
 def _draw4(shape, dtype, normal, share) -> tuple[Tensor, ...]:
@@ -44,7 +44,7 @@ def _draw4(shape, dtype, normal, share) -> tuple[Tensor, ...]:
 def _draw7(shape, dtype, normal, share) -> tuple[Tensor, ...]:
     """As a model makes them, see `rwkv_train.wkv.wkv7`."""
     B, T, C = shape
-    N = C if C % HEAD else HEAD
+    N = head_size(C)
     heads = B, T, C // N, N
     kk = torch.nn.functional.normalize(normal(*heads), dim=-1)
     r, k, v = (normal(*heads).to(dtype) for _ in range(3))
