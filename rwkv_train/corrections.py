@@ -14,9 +14,8 @@ from rwkv_train.checkpoint import load_model
 from rwkv_train.cli import FeedbackFileConfig
 from rwkv_train.commands import tokenizer_of
 from rwkv_train.feedback import Correction, FeedbackConfig, Learner, Outcome, Reading
-from rwkv_train.feedback.background import Background
+from rwkv_train.feedback.background import Background, half_the_threads
 from rwkv_train.feedback.decode import Form
-from rwkv_train.feedback.learner import half_the_threads
 from rwkv_train.models.common import RWKV
 
 

@@ -1,5 +1,7 @@
 """Correcting a model while it is in use: a few gradient steps per correction, journalled, gated and undoable."""
 
-from rwkv_train.feedback.learner import Correction, FeedbackConfig, Learner, Outcome, Reading
+from rwkv_train.feedback.correction import Correction, Outcome, Reading
+from rwkv_train.feedback.learner import Learner
+from rwkv_train.feedback.steps import FeedbackConfig
 
 __all__ = ["Correction", "FeedbackConfig", "Learner", "Outcome", "Reading"]

@@ -1,8 +1,14 @@
 """Learning while the chat goes on: one thread, one thing after the other."""
 
+import os
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+THREADS = max(1, (os.cpu_count() or 1) // 2)  # for learning, and as many for replies that stream meanwhile
 
 
 class Background:
@@ -33,3 +39,14 @@ class Background:
                 job()
             finally:
                 self._jobs.task_done()
+
+
+@contextmanager
+def half_the_threads() -> Iterator[None]:
+    """Compute on half of the processor: room for another thread, and always the same rounding."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(THREADS)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

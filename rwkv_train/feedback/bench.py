@@ -17,10 +17,11 @@ from statistics import mean
 
 import torch
 
-from rwkv_train.feedback.background import Background
+from rwkv_train.feedback.background import Background, half_the_threads
+from rwkv_train.feedback.correction import Correction
 from rwkv_train.feedback.decode import Form, greedy
 from rwkv_train.feedback.guards import Guards
-from rwkv_train.feedback.learner import Correction, Learner, half_the_threads
+from rwkv_train.feedback.learner import Learner
 from rwkv_train.feedback.steps import FeedbackConfig
 from rwkv_train.generate import Sampling, prefill, steps
 from rwkv_train.loss import IGNORE, token_nll

@@ -1,93 +1,33 @@
 """A profile: a base model, a journal of corrections, and the weights that follow from both."""
 
-import hashlib
 import json
-import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 
-import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
 from rwkv_train.data.templates import Template
+from rwkv_train.feedback.background import half_the_threads
+from rwkv_train.feedback.correction import Correction, Outcome, Reading, correction_of, document_of, row_of
 from rwkv_train.feedback.decode import DECODED, Form, greedy
 from rwkv_train.feedback.guards import Guards
 from rwkv_train.feedback.journal import Journal
-from rwkv_train.feedback.steps import (
-    Diverged,
-    FeedbackConfig,
-    Lesson,
-    between,
-    changed,
-    follow,
-    learn,
-    with_weights,
-)
+from rwkv_train.feedback.snapshots import Snapshots, weights_hash
+from rwkv_train.feedback.steps import Diverged, FeedbackConfig, Lesson, between, changed, follow, learn
 from rwkv_train.feedback.texts import Row, answer_loss, divergence
 from rwkv_train.files import replace_file
 from rwkv_train.models.common import RWKV
 from rwkv_train.tokenizer import Tokenizer
-from rwkv_train.weightfile import read_weights, write_safetensors
 
-LONGEST = {"question": 2000, "answer": 2000, "text": 1_000_000}  # characters
 FORMS = 20  # in which questions about a correction's subject are made up
 MOST = 200  # tokens of a reply that is decoded to see what was learnt
-SNAPSHOTS = 8  # newest weights kept as files; older ones are replayed from the journal
 SHARES = (1.0, 0.75, 0.5)  # of a change, tried in turn when the whole of it moves everything else too far
-THREADS = max(1, (os.cpu_count() or 1) // 2)  # for learning, and as many for replies that stream meanwhile
 
 Received = Callable[[int], None]
 Tick = Callable[[int, float], None]
-
-
-@dataclass(frozen=True)
-class Correction:
-    """What the model should have answered.
-
-    question: the user's message; answer: the right reply, None if it is only known that `rejected` is wrong.
-    context: ids of the dialogue before the question. rejected: the wrong reply, if there was one.
-    """
-
-    question: str
-    answer: str | None
-    context: tuple[int, ...] = field(default=(), repr=False)
-    rejected: str | None = None
-
-
-@dataclass(frozen=True)
-class Reading:
-    """A text that the model should get used to, gently."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of a correction.
-
-    why: "learnt", or what spoke against it. Losses in nats a token; answers as decoded, to the question on its own.
-    share: of the change that was kept, below 1 where all of it would have moved everything else too far.
-    wordings: other ways to ask that the model knew, taught along. drift: KL of the model before from the model after,
-    in nats a token of guard rows. weights: hash of the weights that are not the base's.
-    """
-
-    id: int
-    accepted: bool
-    why: str
-    loss_before: float
-    loss_after: float
-    answer_before: str
-    answer_after: str
-    steps: int
-    share: float
-    wordings: list[str]
-    drift: float
-    seconds: float
-    weights: str
 
 
 class Learner:
@@ -123,6 +63,7 @@ class Learner:
             raise ValueError(f"{self.folder} is in use by another process; close it, or use another profile") from None
         try:
             self.journal = Journal(self.folder / "journal.jsonl")
+            self._snapshots = Snapshots(self.folder / "snapshots", self.base)
             self._check_base()
             self.model = base
             self.replay()
@@ -173,9 +114,9 @@ class Learner:
     def check(self, correction: Correction | Reading) -> None:
         """Raises ValueError for one that cannot be learnt."""
         if isinstance(correction, Reading):
-            self._document(correction)
+            document_of(correction, self.form)
         else:
-            self._row(correction)
+            row_of(correction, self.form)
 
     def receive(self, correction: Correction | Reading) -> int:
         """Record a correction with the settings of now, at once and from any thread; returns its number.
@@ -192,7 +133,7 @@ class Learner:
         self.journal.append("committed", of=number, **{k: v for k, v in asdict(outcome).items() if k != "id"})
         self.model = model
         if outcome.accepted:
-            self._save([r for r in self.active() if r["id"] <= number])
+            self._snapshots.save(model, [r for r in self.active() if r["id"] <= number])
         return outcome
 
     def undo(self, count: int = 1) -> list[int]:
@@ -224,12 +165,12 @@ class Learner:
         """
         active = self.active()
         committed = {r["of"]: r for r in self.journal.records if r["kind"] == "committed"}
-        done, self.model = next((n, m) for n in range(len(active), -1, -1) if (m := self._load(active[:n])))
+        done, self.model = next((n, m) for n in range(len(active), -1, -1) if (m := self._snapshots.load(active[:n])))
         for n in range(done, len(active)):
             if found := committed.get(active[n]["id"]):
                 model, _ = self._learn(active[n], self._lesson(active[n], active[:n])[0])
                 self.model = between(self.model, model, found["share"])
-                self._save(active[: n + 1])
+                self._snapshots.save(self.model, active[: n + 1])
             else:
                 self.commit(active[n]["id"])
         return self.weights
@@ -295,13 +236,13 @@ class Learner:
         """(what a correction trains and keeps, other wordings of its question among it, the answer of now)."""
         config, form = FeedbackConfig(**record["config"]), self.form
         if "text" in record:
-            ids = self._document(Reading(record["text"]))
+            ids = document_of(Reading(record["text"]), form)
             return Lesson([Row(ids, len(ids) - 1)]), [], ""
         valid = {r["question"]: r for r in earlier if "text" not in r}  # the last word on each question
         valid.pop(record["question"], None)
-        replayed = [self._row(_correction(r)) for r in _spread(list(valid.values()), config.replay, record["id"])]
-        correction = _correction(record)
-        row = self._row(correction)
+        replayed = [row_of(correction_of(r), form) for r in _spread(list(valid.values()), config.replay, record["id"])]
+        correction = correction_of(record)
+        row = row_of(correction, form)
         new, wordings = [row], []
         answer = row.ids[-row.answer :]
         if correction.context:
@@ -370,21 +311,6 @@ class Learner:
             return answer != self.form.shown(self.form.answer(record["rejected"]))
         return answer == self.form.shown(self.form.answer(record["answer"]))
 
-    def _row(self, correction: Correction) -> Row:
-        """A correction without its context. ValueError if it cannot be learnt."""
-        bad = correction.answer is None
-        if bad and correction.rejected is None:
-            raise ValueError("there is neither a right answer nor a wrong one; give one of them")
-        text = correction.rejected if bad else correction.answer
-        for name, given in (("question", correction.question), ("answer", text)):
-            _check(name, given)
-        answer = self.form.answer(text)
-        return Row([*self.form.prompt(correction.question), *answer], len(answer), bad=bad)
-
-    def _document(self, reading: Reading) -> list[int]:
-        _check("text", reading.text)
-        return [self.form.tokenizer.eod, *self.form.tokenizer.encode(reading.text)]
-
     def _check_base(self) -> None:
         """A journal belongs to the model it was begun with, and says what its settings are."""
         base = weights_hash(self.base.state_dict())
@@ -394,42 +320,6 @@ class Learner:
             raise ValueError(f"{self.folder} was begun with another model; use another profile for this one")
         chosen = [r["config"] for r in self.journal.records if r["kind"] in ("base", "settings")]
         self.config = FeedbackConfig(**chosen[-1])
-
-    def _snapshot(self, records: list[dict]) -> str:
-        """The beginning of the name of the file that keeps the weights after these corrections."""
-        ids = ",".join(str(r["id"]) for r in records)
-        return hashlib.sha256(ids.encode()).hexdigest()[:16]
-
-    def _save(self, records: list[dict]) -> None:
-        folder = self.folder / "snapshots"
-        folder.mkdir(exist_ok=True)
-        weights = changed(self.model, self.base)
-        path = folder / f"{self._snapshot(records)}-{weights_hash(weights)[:16]}.safetensors"
-        replace_file(path, lambda temporary: write_safetensors(weights, temporary))
-        for old in sorted(folder.glob("*.safetensors"), key=lambda p: p.stat().st_mtime)[:-SNAPSHOTS]:
-            old.unlink()
-
-    def _load(self, records: list[dict]) -> RWKV | None:
-        """The model after these corrections, if a sound snapshot of it is kept."""
-        if not records:
-            return self.base
-        for path in (self.folder / "snapshots").glob(f"{self._snapshot(records)}-*.safetensors"):
-            try:
-                weights = read_weights(path)
-            except ValueError:
-                continue  # damaged: what it held can be replayed
-            if path.stem.endswith(weights_hash(weights)[:16]):
-                return with_weights(self.base, weights)
-        return None
-
-
-def weights_hash(weights: dict[str, Tensor]) -> str:
-    """sha256 of tensors and their names."""
-    digest = hashlib.sha256()
-    for name, weight in sorted(weights.items()):
-        digest.update(name.encode())
-        digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def _spread(items: list, most: int, seed: int = 0) -> list:
@@ -441,29 +331,3 @@ def _spread(items: list, most: int, seed: int = 0) -> list:
 def _turn(items: list, most: int, number: int) -> list:
     """`most` items, others for the next number, until all have had their turn."""
     return [items[(most * number + i) % len(items)] for i in range(most if items else 0)]
-
-
-def _correction(record: dict) -> Correction:
-    return Correction(record["question"], record["answer"], tuple(record["context"]), record["rejected"])
-
-
-def _check(name: str, text: str) -> None:
-    if not text.strip():
-        raise ValueError(f"the {name} is empty; say what the model should learn")
-    if len(text) > LONGEST[name]:
-        raise ValueError(f"the {name} has {len(text):,} characters, more than {LONGEST[name]:,}; shorten it")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"the {name} is not valid Unicode ({error.reason}); type it again") from None
-
-
-@contextmanager
-def half_the_threads() -> Iterator[None]:
-    """Compute on half of the processor: room for another thread, and always the same rounding."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(THREADS)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

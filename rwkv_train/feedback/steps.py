@@ -5,7 +5,6 @@ follows from the loss (Polyak's rule), in directions that move everything else l
 other wordings of its question and a replay of earlier answers, with a pull of guard rows to what the model said before.
 """
 
-import copy
 from dataclasses import dataclass, field, fields
 from typing import get_args
 
@@ -15,7 +14,7 @@ from torch.nn.utils import parametrize
 
 from rwkv_train.bptt import chunked_loss
 from rwkv_train.feedback.curvature import Curvature
-from rwkv_train.feedback.texts import CHUNK, Batch, Row, Scope, batches, kept, quickly
+from rwkv_train.feedback.texts import CHUNK, Batch, Row, Scope, batches, kept, quickly, with_children
 from rwkv_train.models.common import RWKV
 
 RANK = 8  # of the factors of scope lora
@@ -123,9 +122,8 @@ def with_weights(model: RWKV, weights: dict[str, Tensor]) -> RWKV:
 
 def _opened(module: nn.Module) -> nn.Module:
     """A module in which weights can be replaced; until then it shares them all."""
-    twin = copy.copy(module)
+    twin = with_children(module, **{name: _opened(child) for name, child in module.named_children()})
     twin._parameters = dict(module._parameters)
-    twin._modules = {name: _opened(child) for name, child in module._modules.items()}
     return twin
 
 

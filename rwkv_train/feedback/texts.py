@@ -235,11 +235,11 @@ def _upper(
     state = State(*(part[:, first:] for part in state))
     if scope == "upper":
         x, carry = (None if part is None else part.flatten(0, 1) for part in entered)
-        upper = _with(model, blocks=model.blocks[first:])
+        upper = with_children(model, blocks=model.blocks[first:])
         upper.enter = lambda places: (x[places], None if carry is None else carry[places])
     else:
         begun = _Begun(model.blocks[first], *entered, state, packed.reset)
-        upper = _with(model, blocks=nn.ModuleList([begun, *model.blocks[first + 1 :]]))
+        upper = with_children(model, blocks=nn.ModuleList([begun, *model.blocks[first + 1 :]]))
         upper.enter = lambda places: (places, None)
     return upper, torch.arange(packed.tokens.numel(), device=model.device).view_as(packed.tokens), state
 
@@ -250,7 +250,7 @@ class _Begun(nn.Module):
     def __init__(self, block: nn.Module, x: Tensor, carry: Tensor | None, state: State, reset: Tensor):
         super().__init__()
         self.value, probe = block.ffn.value, _Probe(x.shape[-1])
-        block = _with(block, ffn=_with(block.ffn, value=probe))
+        block = with_children(block, ffn=with_children(block.ffn, value=probe))
         with torch.enable_grad():
             x, _, _, carry = block(x, state.shift[:, 0], state.wkv[:, 0], reset, carry)
         # Whatever a generation does with the matrix's output, it is linear: the slope is all there is to know.
@@ -275,7 +275,7 @@ class _Probe(nn.Module):
         return self.output
 
 
-def _with(module: nn.Module, **children: nn.Module) -> nn.Module:
+def with_children(module: nn.Module, **children: nn.Module) -> nn.Module:
     """A module with some other children; it shares everything else."""
     twin = copy.copy(module)
     twin._modules = {**module._modules, **children}

@@ -1,0 +1,88 @@
+"""What a profile can be asked to learn, what became of it, and the rows of tokens it is read as."""
+
+from dataclasses import dataclass, field
+
+from rwkv_train.feedback.decode import Form
+from rwkv_train.feedback.texts import Row
+
+LONGEST = {"question": 2000, "answer": 2000, "text": 1_000_000}  # characters
+
+
+@dataclass(frozen=True)
+class Correction:
+    """What the model should have answered.
+
+    question: the user's message; answer: the right reply, None if it is only known that `rejected` is wrong.
+    context: ids of the dialogue before the question. rejected: the wrong reply, if there was one.
+    """
+
+    question: str
+    answer: str | None
+    context: tuple[int, ...] = field(default=(), repr=False)
+    rejected: str | None = None
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A text that the model should get used to, gently."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a correction.
+
+    why: "learnt", or what spoke against it. Losses in nats a token; answers as decoded, to the question on its own.
+    share: of the change that was kept, below 1 where all of it would have moved everything else too far.
+    wordings: other ways to ask that the model knew, taught along. drift: KL of the model before from the model after,
+    in nats a token of guard rows. weights: hash of the weights that are not the base's.
+    """
+
+    id: int
+    accepted: bool
+    why: str
+    loss_before: float
+    loss_after: float
+    answer_before: str
+    answer_after: str
+    steps: int
+    share: float
+    wordings: list[str]
+    drift: float
+    seconds: float
+    weights: str
+
+
+def correction_of(record: dict) -> Correction:
+    """The correction of a journal's record."""
+    return Correction(record["question"], record["answer"], tuple(record["context"]), record["rejected"])
+
+
+def row_of(correction: Correction, form: Form) -> Row:
+    """A correction without its context. ValueError if it cannot be learnt."""
+    bad = correction.answer is None
+    if bad and correction.rejected is None:
+        raise ValueError("there is neither a right answer nor a wrong one; give one of them")
+    text = correction.rejected if bad else correction.answer
+    for name, given in (("question", correction.question), ("answer", text)):
+        _check(name, given)
+    answer = form.answer(text)
+    return Row([*form.prompt(correction.question), *answer], len(answer), bad=bad)
+
+
+def document_of(reading: Reading, form: Form) -> list[int]:
+    """A text as a document. ValueError if it cannot be learnt."""
+    _check("text", reading.text)
+    return [form.tokenizer.eod, *form.tokenizer.encode(reading.text)]
+
+
+def _check(name: str, text: str) -> None:
+    if not text.strip():
+        raise ValueError(f"the {name} is empty; say what the model should learn")
+    if len(text) > LONGEST[name]:
+        raise ValueError(f"the {name} has {len(text):,} characters, more than {LONGEST[name]:,}; shorten it")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the {name} is not valid Unicode ({error.reason}); type it again") from None
