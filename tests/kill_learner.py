@@ -11,7 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from test_feedback import learner
+from feedback_toys import learner
 from tqdm import tqdm
 
 from rwkv_train.feedback import Correction, Reading

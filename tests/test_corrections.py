@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from feedback_toys import CONFIG
 from helpers import random_model
 from test_cli import run
-from test_feedback import CONFIG
 
 import rwkv_train.feedback.learner as learner_module
 from rwkv_train import save_model

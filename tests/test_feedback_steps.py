@@ -1,0 +1,135 @@
+"""The steps of a correction, and what they are computed with: what is left out or packed changes nothing."""
+
+import pytest
+import torch
+from feedback_toys import ASKED, BYTES, DIALOGUES, FORM, small_model, upper_matrices
+from helpers import assert_close_rel, random_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rwkv_train.feedback import FeedbackConfig
+from rwkv_train.feedback.curvature import DAMPING, Curvature
+from rwkv_train.feedback.decode import decode, greedy
+from rwkv_train.feedback.steps import Lesson, between, changed, learn, localised_names, with_weights
+from rwkv_train.feedback.texts import Row, answer_loss, divergence, pack, predictions
+
+
+@pytest.mark.parametrize("scope", ["upper", "localised"])
+def test_one_step_is_a_plain_gradient_step_on_the_whole_model(scope, generation):
+    """Blocks left out, text read beforehand, rows padded together: none of it changes the gradient."""
+    model = random_model(n_embd=8, n_layer=4, vocab_size=257, dtype=torch.float64, generation=generation)
+    model.requires_grad_(False)
+    new = [Row([0, *BYTES.encode("a long way before: hot")], 3), Row([0, *BYTES.encode("sun? hot")], 3)]
+    new.append(Row([0, *BYTES.encode("other talk. sun? hot")], 3, context=16))
+    replayed, kept = [Row([0, *BYTES.encode("ice? cold")], 4)], DIALOGUES[1]
+    config = FeedbackConfig(scope=scope, steps=1, reach=9, pull=2.0, rate=0.1)
+    before = with_weights(model, {"emb.weight": model.emb.weight * 1.1})
+    after, steps = learn(model, Lesson(new, replayed, [(kept, before), (kept[:-3], model)]), None, config)
+    names = upper_matrices(model, 2) if scope == "upper" else localised_names(model)
+    assert steps == 1 and set(changed(after, model)) == set(names)
+
+    whole = with_weights(model, {name: dict(model.named_parameters())[name] for name in names})
+    trained = {n: p.requires_grad_() for n, p in whole.named_parameters() if n in names}
+
+    def nll(row):
+        cut = max(row.context, len(row.ids) - row.answer - config.reach)
+        with torch.no_grad():
+            state = whole.hidden(torch.tensor([row.ids[:cut]]))[1] if cut else None
+        logits = whole(torch.tensor([row.ids[cut:-1]]), state)[0][0, -row.answer :]
+        return torch.nn.functional.cross_entropy(logits, torch.tensor(row.ids[-row.answer :]), reduction="sum")
+
+    total = sum(map(nll, new)) / 9 + nll(replayed[0]) / 4
+    parts = []
+    for ids, other in ((kept, before), (kept[:-3], model)):
+        p, q = (m(torch.tensor([ids]))[0][0].log_softmax(-1) for m in (other, whole))
+        parts.append((p.exp() * (p - q)).sum(-1))
+    total = total + 2.0 * torch.cat(parts).mean()
+    gradients = torch.autograd.grad(total, list(trained.values()))
+    size = config.rate * total / sum(g.square().sum() for g in gradients)
+    for (name, p), g in zip(trained.items(), gradients, strict=True):
+        torch.testing.assert_close(changed(after, model)[name], p.detach() - size.detach() * g, rtol=1e-6, atol=1e-9)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 9), st.booleans()), min_size=1, max_size=9))
+def test_packed_texts_do_not_know_of_each_other(drawn):
+    model = random_model(n_embd=8, vocab_size=257, dtype=torch.float64)
+    texts = [[0, *BYTES.encode("abcdefghi"[-length:])] for length, _ in drawn]
+    packed = pack(texts, [alone for _, alone in drawn], model.device)
+    together = packed.real(model(packed.tokens, None, packed.reset)[0])
+    alone = torch.cat([model(torch.tensor([text]))[0][0] for text in texts])
+    torch.testing.assert_close(together, alone, rtol=1e-9, atol=1e-9)
+    begun = [i for i, (_, first) in enumerate(drawn) if first]
+    assert set(begun) <= set(packed.firsts) and len(packed.firsts) == len(packed.tokens) <= len(texts)
+
+
+def test_curvature_is_the_fisher_information_of_each_side(generation):
+    model = small_model(generation=generation)
+    (name,) = localised_names(model)
+    curvature = Curvature.measure(model, [name], [name], DIALOGUES)
+    c = model.config
+    outer, inner, count = torch.zeros(c.n_embd, c.n_embd), torch.zeros(c.n_ffn, c.n_ffn), 0
+    layer, seen = model.blocks[1].ffn.value, {}
+    layer.weight.requires_grad_()
+    hook = layer.register_forward_hook(lambda module, inputs, output: seen.update(x=inputs[0], y=output))
+    for ids in DIALOGUES:
+        logits = model(torch.tensor([ids[:-1]]))[0][0]
+        nll = torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:]), reduction="sum")
+        (slope,) = torch.autograd.grad(nll, seen["y"])
+        x, slope = seen["x"][0].detach(), slope[0]
+        outer, inner, count = outer + slope.t() @ slope, inner + x.t() @ x, count + len(x)
+    hook.remove()
+    gradient = torch.randn(c.n_embd, c.n_ffn, generator=torch.Generator().manual_seed(0))
+    sides = []
+    for factor in (outer / count, inner / count):
+        sides.append(torch.linalg.inv(factor + DAMPING * factor.trace() / len(factor) * torch.eye(len(factor))))
+    assert_close_rel(curvature.flatten({name: gradient})[name], sides[0] @ gradient @ sides[1], 1e-3)
+    ours = curvature.avoid({name: gradient})[name]
+    assert_close_rel(ours, gradient @ sides[1] * inner.trace() / count / len(inner), 1e-3)
+
+
+def test_a_state_to_begin_with_is_the_empty_one_until_it_is_trained(generation):
+    model, lesson = small_model(generation=generation), Lesson([Row(DIALOGUES[0], 4)])
+    still, _ = learn(model, lesson, None, FeedbackConfig(scope="state", steps=0))
+    tokens = torch.tensor([DIALOGUES[1]])
+    torch.testing.assert_close(model(tokens)[0], still(tokens)[0], rtol=1e-4, atol=1e-4)
+    trained, _ = learn(model, lesson, None, FeedbackConfig(scope="state", rate=0.1, steps=5))
+    assert answer_loss(trained, lesson.new[0]) < answer_loss(model, lesson.new[0])
+    assert changed(trained, model).keys() == {"initial_shift", "initial_wkv"}
+    one_by_one = [greedy(trained, FORM, [FORM.prompt(q)], most=8)[0] for q, _ in ASKED]
+    assert greedy(trained, FORM, [FORM.prompt(q) for q, _ in ASKED], most=8) == one_by_one
+    again = with_weights(model, changed(trained, model))
+    assert torch.equal(again(tokens)[0], trained(tokens)[0])
+
+
+def test_between_goes_all_the_way():
+    model = small_model()
+    name = localised_names(model)[0]
+    other = with_weights(model, {name: model.blocks[1].ffn.value.weight * 2})
+    assert torch.equal(changed(between(model, other, 1.0), model)[name], changed(other, model)[name])
+    torch.testing.assert_close(changed(between(model, other, 0.5), model)[name], model.blocks[1].ffn.value.weight * 1.5)
+
+
+def test_drift_counts_every_token_once():
+    def drift(model, base, rows):
+        return divergence(predictions(base, rows), predictions(model, rows)).item()
+
+    model = small_model()
+    assert drift(model, model, DIALOGUES) == pytest.approx(0, abs=1e-6)
+    other = with_weights(model, {"blocks.1.ffn.value.weight": model.blocks[1].ffn.value.weight * 2})
+    alone = [drift(other, model, [row]) * len(row) for row in DIALOGUES]
+    assert drift(other, model, DIALOGUES) * sum(map(len, DIALOGUES)) == pytest.approx(sum(alone), rel=1e-4)
+
+
+def test_sampled_replies_are_drawn_by_seed():
+    model, prompts = small_model(), [FORM.prompt("a"), FORM.prompt("another")]
+    draws = [decode(model, BYTES, prompts, "\n\n", most=6, rng=torch.Generator().manual_seed(s)) for s in (1, 1, 2)]
+    assert draws[0] == draws[1] != draws[2]
+
+
+def test_loss_of_an_answer_does_not_depend_on_where_the_text_is_cut(generation):
+    row = Row([0, *BYTES.encode("so many words before it " * 10)], 5)
+    model = small_model(generation=generation)
+    logits = model(torch.tensor([row.ids[:-1]]))[0][0, -5:]
+    want = torch.nn.functional.cross_entropy(logits, torch.tensor(row.ids[-5:])).item()
+    assert answer_loss(model, row) == pytest.approx(want, rel=1e-5)
