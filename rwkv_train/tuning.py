@@ -27,8 +27,8 @@ class LowRank(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        y = super().forward(rows)
-        y.addmm_(F.linear(rows, self.down), self.up.t().to(y.dtype))  # a sum of its own would fragment the heap
+        y, low = super().forward(rows), F.linear(rows, self.down)
+        y.addmm_(low.to(y.dtype), self.up.t().to(y.dtype))  # a sum of its own would fragment the heap
         return y.view(*x.shape[:-1], -1)
 
 

@@ -57,12 +57,13 @@ def test_activations(function, dtype, tolerance):
         both_ways(function, tensors[: 1 if function is squared_relu else 2], rng, tolerance)
 
 
-def test_under_autocast_the_mixes_come_in_the_dtype_of_the_products():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_under_autocast_the_mixes_come_in_the_dtype_of_the_products(dtype):
     rng = torch.Generator().manual_seed(0)
     tensors = [torch.randn(2, 70, 9, generator=rng), torch.randn(2, 9, generator=rng), torch.rand(9, generator=rng)]
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast("cpu", dtype=dtype):
         both_ways(lambda x, last, m: shift_mix(x, last, None, m), tensors, rng, 1e-2)
-        assert shift_mix(*tensors[:2], None, tensors[2])[0].dtype == torch.bfloat16
+        assert shift_mix(*tensors[:2], None, tensors[2])[0].dtype == dtype
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES)

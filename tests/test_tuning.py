@@ -127,6 +127,8 @@ def test_matrices_in_8_bits(finished_of, store, tmp_path, generation):
         gradients.append(torch.autograd.grad(loss, [p for p in m.parameters() if p.requires_grad]))
     for a, b in zip(*gradients, strict=True):
         assert_close_rel(a, b, 1e-4)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_close_rel(model(tokens)[0], plain(tokens)[0], 5e-2)
     model.load_state_dict(model.state_dict())
     with pytest.raises(ValueError, match=r"not that of model.init in 8 bits"):
         model.load_state_dict(make_model(replace(config, base="float"), None).state_dict())

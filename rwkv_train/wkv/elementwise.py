@@ -36,7 +36,7 @@ def shift_mix(x: Tensor, last: Tensor, reset: Tensor | None, *mixes: Tensor) -> 
     under autocast, that of matrix products; and the last token [B,C] in last's dtype.
     """
     mixes = [m.reshape(-1).to(x.dtype) for m in mixes]
-    if _kernels_for(x) and x.dtype != torch.bfloat16:
+    if _kernels_for(x) and x.dtype != torch.bfloat16 and products_dtype(x) in cpu.NAMES:
         *ys, end = _ShiftMix.apply(x, last.to(x.dtype), reset, products_dtype(x), *mixes)
         return *ys, end.to(last.dtype)
     before = torch.cat([last.to(x.dtype).unsqueeze(1), x[:, :-1]], 1)
