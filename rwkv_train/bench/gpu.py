@@ -56,6 +56,7 @@ def gpu(config: GpuBench, device: str = "cuda") -> int:
             continue
         try:
             rows, summary, good = section(config, device, results)
+            free(device)
         except Exception as error:  # the sections after it are still worth their time
             traceback.print_exc(file=sys.stderr)
             rows, summary, good = [], [{"what": name, "found": f"failed: {one_line(error)}"}], False
@@ -63,9 +64,8 @@ def gpu(config: GpuBench, device: str = "cuda") -> int:
         short += summary
         wrong |= not good
         print(f"\n{name}, {time.monotonic() - begun:.0f} s\n{table([_text(row) for row in rows])}", flush=True)
-        free(device)
+        write_json(config.json, "gpu", config, {"sections": results, "short": short}, device)
     print(f"\n{table(short)}")
-    write_json(config.json, "gpu", config, {"sections": results, "short": short}, device)
     return int(wrong)
 
 

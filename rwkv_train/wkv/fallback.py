@@ -90,8 +90,9 @@ def _chunk_adjoints(w, y, lse, gy, reset, end, L: int):
         closed = reset.any(2).flip(1)
         exponent = exponent.masked_fill((reset.cumsum(2) > 0).unsqueeze(3), EMPTY)
     sums = _weighted_sums(exponent, _chunks(gy[:, L:], L), _chunks(-gy[:, L:] * y[:, L:], L))
-    lengths = [min(L, T - start) for start in range(L, T, L)]
-    decay = w.new_tensor(lengths[::-1])[:, None] * w
+    tokens = w.new_full((len(range(L, T, L)), 1), L)
+    tokens[:1] = (T - 1) % L + 1  # the last chunk comes first
+    decay = tokens * w
     return [x.flip(1) for x in _scan(end, [x.flip(1) for x in sums], decay, closed)]
 
 
