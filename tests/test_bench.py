@@ -183,7 +183,7 @@ def test_gpu_sections_run_on_a_cpu_too(here, capsys):
     assert len(json.loads((here / "f.json").read_text())["results"]["sections"]) == 7
 
 
-def test_a_failing_gpu_section_does_not_take_the_others_with_it(monkeypatch, capsys):
+def test_a_failing_gpu_section_does_not_take_the_others_with_it(here, monkeypatch, capsys):
     def broken(config, device, results):
         raise RuntimeError("the card is on fire")
 
@@ -193,8 +193,9 @@ def test_a_failing_gpu_section_does_not_take_the_others_with_it(monkeypatch, cap
     code = gpu.gpu(GpuBench(**TOY_GPU), device="cpu")
     out = capsys.readouterr().out
     assert code == 1 and "failed: RuntimeError: the card is on fire" in out and "all agree" in out
-    assert gpu.gpu(GpuBench(**TOY_GPU, minutes=0), device="cpu") == 0
+    assert gpu.gpu(GpuBench(**TOY_GPU, minutes=0, json="f.json"), device="cpu") == 0
     assert "left out: 0 minutes are over" in capsys.readouterr().out
+    assert "left out: 0 minutes are over" in (here / "f.json").read_text()
 
 
 def test_the_static_step_of_a_graph_is_generation():

@@ -53,17 +53,17 @@ def gpu(config: GpuBench, device: str = "cuda") -> int:
         name = section.__name__.replace("_", " ")
         if time.monotonic() - begun > config.minutes * 60:
             short.append({"what": name, "found": f"left out: {config.minutes:g} minutes are over"})
-            continue
-        try:
-            rows, summary, good = section(config, device, results)
-            free(device)
-        except Exception as error:  # the sections after it are still worth their time
-            traceback.print_exc(file=sys.stderr)
-            rows, summary, good = [], [{"what": name, "found": f"failed: {one_line(error)}"}], False
-        results[name] = rows
-        short += summary
-        wrong |= not good
-        print(f"\n{name}, {time.monotonic() - begun:.0f} s\n{table([_text(row) for row in rows])}", flush=True)
+        else:
+            try:
+                free(device)  # whatever the section before left, also where it failed
+                rows, summary, good = section(config, device, results)
+            except Exception as error:  # the sections after it are still worth their time
+                traceback.print_exc(file=sys.stderr)
+                rows, summary, good = [], [{"what": name, "found": f"failed: {one_line(error)}"}], False
+            results[name] = rows
+            short += summary
+            wrong |= not good
+            print(f"\n{name}, {time.monotonic() - begun:.0f} s\n{table([_text(row) for row in rows])}", flush=True)
         write_json(config.json, "gpu", config, {"sections": results, "short": short}, device)
     print(f"\n{table(short)}")
     return int(wrong)
