@@ -9,7 +9,7 @@ __version__ = "0.1.0"
 def __getattr__(name: str):
     """`load_model` and `save_model`, imported on first use so that `import rwkv_train` stays instant."""
     if name in ("load_model", "save_model"):
-        from rwkv_train import checkpoint
+        from rwkv_train.checkpoints import modelfile
 
-        return getattr(checkpoint, name)
+        return getattr(modelfile, name)
     raise AttributeError(f"module 'rwkv_train' has no attribute {name!r}")

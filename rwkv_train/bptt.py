@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from rwkv_train.loss import IGNORE, head_loss
-from rwkv_train.models.common import RWKV
-from rwkv_train.state import State
+from rwkv_train.models.base import RWKV
+from rwkv_train.models.loss import IGNORE, head_loss
+from rwkv_train.models.state import State
 
 
 def chunked_loss(

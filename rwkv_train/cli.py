@@ -222,13 +222,13 @@ COMMANDS = {  # most are one word, the benchmarks two
     "fit": Command(
         "train a model on a token store",
         "rwkv_train.config:FitConfig",
-        "rwkv_train.fit:fit",
+        "rwkv_train.train.fit:fit",
         extend=_add_resume,
     ),
     "plan": Command(
         "tell whether a run would fit, and how long it would take",
         "rwkv_train.config:PlanConfig",
-        "rwkv_train.planning:plan",
+        "rwkv_train.plan.command:plan",
         extend=_add_gpus,
     ),
     "validate": Command(
@@ -242,15 +242,15 @@ COMMANDS = {  # most are one word, the benchmarks two
     "report": Command(
         "write a run's curves, samples and settings as one HTML page",
         "rwkv_train.cli:ReportConfig",
-        "rwkv_train.report:report",
+        "rwkv_train.train.report:report",
         positional="run",
     ),
     "inspect": Command(
         "print the exact batch of one step of a run", "rwkv_train.cli:InspectConfig", "rwkv_train.commands:inspect"
     ),
-    "chat": Command("talk to a model in the terminal", "rwkv_train.cli:ChatConfig", "rwkv_train.chat:chat"),
+    "chat": Command("talk to a model in the terminal", "rwkv_train.cli:ChatConfig", "rwkv_train.chat.terminal:chat"),
     "feedback": Command(
-        "learn a file of corrections", "rwkv_train.cli:FeedbackFileConfig", "rwkv_train.corrections:feedback"
+        "learn a file of corrections", "rwkv_train.cli:FeedbackFileConfig", "rwkv_train.chat.feedback_commands:feedback"
     ),
     "bench wkv": _bench("wkv", "time the WKV operator's backends beside peers'"),
     "bench train": _bench("train", "time a training step beside transformers and its bare matrix products"),

@@ -8,14 +8,14 @@ import torch
 import yaml
 from tqdm import tqdm
 
-from rwkv_train.batches import make_batches
-from rwkv_train.checkpoint import load_model, parts_of, save_adapter, save_model
+from rwkv_train.checkpoints.modelfile import load_model, parts_of, save_adapter, save_model
 from rwkv_train.cli import ExportConfig, GenerateConfig, InspectConfig, ValidateConfig, parse
+from rwkv_train.data.batches import make_batches
 from rwkv_train.data.lanes import LaneBatches, split
 from rwkv_train.data.store import Store
 from rwkv_train.evaluate import Score, Scorer, byte_lengths, position_table
 from rwkv_train.generate import Sampling, generate_text
-from rwkv_train.loss import IGNORE
+from rwkv_train.models.loss import IGNORE
 from rwkv_train.tokenizer import Tokenizer, load_tokenizer
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

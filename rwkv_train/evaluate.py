@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rwkv_train.loss import IGNORE, token_nll
-from rwkv_train.models.common import RWKV
-from rwkv_train.state import State
+from rwkv_train.models.base import RWKV
+from rwkv_train.models.loss import IGNORE, token_nll
+from rwkv_train.models.state import State
 from rwkv_train.tokenizer import Tokenizer
 
 FIRST = 16  # positions 0..15 share the first bucket; each next bucket is twice as wide

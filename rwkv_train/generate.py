@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rwkv_train.models.common import RWKV
-from rwkv_train.state import State
+from rwkv_train.models.base import RWKV
+from rwkv_train.models.state import State
 from rwkv_train.tokenizer import StreamDecoder, Tokenizer
 
 PREFILL = 1024  # tokens of a prompt read at once

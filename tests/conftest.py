@@ -7,8 +7,8 @@ import pytest
 from helpers import GENERATIONS
 from runs import config_of, store_in
 
-from rwkv_train.fit import fit
-from rwkv_train.wkv import cuda
+from rwkv_train.ops import build_cuda
+from rwkv_train.train.fit import fit
 
 
 @pytest.fixture(params=GENERATIONS)
@@ -50,5 +50,5 @@ def kernels_folder(tmp_path_factory):
 def on_cpu(kernels_folder, monkeypatch):
     """CUDA kernels are run on the CPU; how: see `host_gpu.launcher`."""
     how = {"descending": False, "launched": []}
-    monkeypatch.setattr(cuda, "_launch", host_gpu.launcher(kernels_folder, how))
+    monkeypatch.setattr(build_cuda, "_launch", host_gpu.launcher(kernels_folder, how))
     return how

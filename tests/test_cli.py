@@ -8,19 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import random_model
+from helpers import random_model, run
 
 from rwkv_train import cli, load_model, save_model
 
 ROOT = Path(__file__).parent.parent
-
-
-def run(*argv, capsys) -> tuple[int, str, str]:
-    """(exit code, stdout, stderr) of one command, run in this process."""
-    with pytest.raises(SystemExit) as stop:
-        cli.main([str(a) for a in argv])
-    out, err = capsys.readouterr()
-    return stop.value.code, out, err
 
 
 def test_overview_and_help(capsys):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import random_model
-from test_lanes import store_of
+from runs import store_of
 
 from rwkv_train.data.lanes import LaneBatches, split
 from rwkv_train.evaluate import Scorer, position_table

@@ -6,13 +6,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from rwkv_train.bench.correction_cases import fact_cases, small_talk, strangers_talk
+from rwkv_train.bench.corrections import CONTROLS, SINGLES, Protocol, load_cases, plot, summary, table
 from rwkv_train.bench.measure import about, machine
 from rwkv_train.bench.settings import FeedbackBench
-from rwkv_train.chat import STARTER
-from rwkv_train.corrections import lines_of, open_model, text_of
+from rwkv_train.chat.feedback_commands import lines_of, open_model, text_of
+from rwkv_train.chat.terminal import STARTER
 from rwkv_train.feedback import FeedbackConfig
-from rwkv_train.feedback.bench import CONTROLS, SINGLES, Protocol, load_cases, plot, summary, table
-from rwkv_train.feedback.cases import fact_cases, small_talk, strangers_talk
 
 
 def feedback(config: FeedbackBench) -> None:

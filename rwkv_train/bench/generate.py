@@ -16,9 +16,9 @@ from rwkv_train.bench.limits import matrix_vectors
 from rwkv_train.bench.measure import about, agreement, installed, machine, race, table, target, write_json
 from rwkv_train.bench.models import in_transformers, plain_recurrence, random_model, random_text, size_of
 from rwkv_train.bench.settings import GenerateBench
-from rwkv_train.checkpoint import save_model
+from rwkv_train.checkpoints.modelfile import save_model
 from rwkv_train.generate import Sampling, prefill, steps
-from rwkv_train.models.common import RWKV
+from rwkv_train.models.base import RWKV
 from rwkv_train.models.rwkv4 import RWKV4
 
 ALLOWED = 1e-3  # relative error of the logits along the prompt, fp32

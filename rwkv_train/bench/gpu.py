@@ -32,8 +32,8 @@ from rwkv_train.bench.train import check as check_step
 from rwkv_train.bench.train import times as step_times
 from rwkv_train.bench.wkv import OPERATORS, backends, check, dtypes_of, measured, peers, shown
 from rwkv_train.generate import prefill
-from rwkv_train.models.common import RWKV
-from rwkv_train.state import State
+from rwkv_train.models.base import RWKV
+from rwkv_train.models.state import State
 
 Rows = list[dict[str, object]]
 STEP = "ours bf16"
@@ -286,7 +286,7 @@ def fit(strategy: str, device: str, steps: int) -> list[float]:
 
     from rwkv_train.config import DataConfig, FitConfig, ModelConfig, OptimConfig, SampleConfig, TrainConfig
     from rwkv_train.data.binidx import write_index
-    from rwkv_train.fit import fit as run
+    from rwkv_train.train.fit import fit as run
 
     with tempfile.TemporaryDirectory() as folder:
         tokens = np.tile(np.arange(1, 200, dtype="<u2"), 200)

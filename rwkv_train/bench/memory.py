@@ -21,9 +21,9 @@ from rwkv_train.bench.models import (
     truncated_step,
 )
 from rwkv_train.bench.settings import MemoryBench
-from rwkv_train.loss import token_nll
-from rwkv_train.models.common import RWKV
-from rwkv_train.tuning import tune
+from rwkv_train.models.adapters import tune
+from rwkv_train.models.base import RWKV
+from rwkv_train.models.loss import token_nll
 
 TRUNCATED, EXACT = "ours, truncated", "ours, exact"
 INFERENCE, LORA, KEPT = "inference", "training low-rank factors", "the same, activations kept"

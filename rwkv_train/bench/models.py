@@ -13,14 +13,15 @@ import torch
 from torch import Tensor
 
 from rwkv_train.bptt import chunked_loss
-from rwkv_train.checkpoint import save_model
-from rwkv_train.loss import IGNORE
+from rwkv_train.checkpoints.modelfile import save_model
 from rwkv_train.models import rwkv4, rwkv7
-from rwkv_train.models.common import RWKV
+from rwkv_train.models.adapters import quiet_torchao
+from rwkv_train.models.base import RWKV
+from rwkv_train.models.loss import IGNORE
 from rwkv_train.models.rwkv4 import RWKV4, RWKV4Config
 from rwkv_train.models.rwkv7 import RWKV7, RWKV7Config
-from rwkv_train.tuning import quiet_torchao
-from rwkv_train.wkv import wkv4, wkv7
+from rwkv_train.ops.wkv4 import wkv4
+from rwkv_train.ops.wkv7 import wkv7
 
 SIZES = {"256x4": (256, 4, 1024), "169M": (768, 12, 50277), "1.5B": (2048, 24, 50277)}  # channels, layers, vocabulary
 HEAD = 64

@@ -31,8 +31,8 @@ from rwkv_train.bench.models import (
 )
 from rwkv_train.bench.settings import TrainBench
 from rwkv_train.bench.wkv import OPERATORS, Case, backwards_of, forwards_of
-from rwkv_train.loss import IGNORE
-from rwkv_train.models.common import RWKV
+from rwkv_train.models.base import RWKV
+from rwkv_train.models.loss import IGNORE
 from rwkv_train.models.rwkv4 import RWKV4
 from rwkv_train.models.rwkv7 import RWKV7
 

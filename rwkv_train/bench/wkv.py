@@ -26,7 +26,9 @@ from rwkv_train.bench.measure import (
 )
 from rwkv_train.bench.models import head_size
 from rwkv_train.bench.settings import WkvBench
-from rwkv_train.wkv import cpu, cuda, wkv4, wkv7
+from rwkv_train.ops import build_cpu, wkv4_cuda
+from rwkv_train.ops.wkv4 import wkv4
+from rwkv_train.ops.wkv7 import wkv7
 
 Run = Callable[..., tuple[Tensor, Tensor]]  # (*inputs, reset) -> (y, state), as wkv4 and wkv7 of rwkv_train.wkv
 ALLOWED = {"fp64": 1e-9, "fp32": 1e-4, "bf16": 1e-2, "fp16": 2e-3}  # relative error of each result and gradient
@@ -89,9 +91,11 @@ def backends(operator: str, device: str) -> dict[str, Backend]:
     """Ours on a device, the one that "auto" takes first."""
     of = OPERATORS[operator].backend
     if device == "cuda":
-        ways = {f"cuda, {p}": partial(cuda.wkv4, path=p) for p in ("serial", "chunked")} if operator == "wkv4" else {}
+        ways = (
+            {f"cuda, {p}": partial(wkv4_cuda.wkv4, path=p) for p in ("serial", "chunked")} if operator == "wkv4" else {}
+        )
         return {name: Backend(run) for name, run in ({"cuda": of("cuda")} | ways | {"torch": of("torch")}).items()}
-    names = ["cpu"] * cpu.available() + ["torch", "reference"]
+    names = ["cpu"] * build_cpu.available() + ["torch", "reference"]
     return {name: Backend(of(name)) for name in names}
 
 

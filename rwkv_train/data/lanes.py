@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import Dataset
 
 from rwkv_train.data.store import Store
-from rwkv_train.loss import IGNORE
+from rwkv_train.models.loss import IGNORE
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ what all inputs have in common, through which a plain step moves every predictio
 import torch
 from torch import Tensor
 
-from rwkv_train.models.common import RWKV
+from rwkv_train.models.base import RWKV
 
 DAMPING = 0.03  # of the mean eigenvalue: trust in a curvature that was measured on little text
 LANES = 32  # rows measured at once

@@ -6,8 +6,8 @@ from itertools import groupby
 import torch
 
 from rwkv_train.data.templates import Template
-from rwkv_train.models.common import RWKV
-from rwkv_train.state import State
+from rwkv_train.models.base import RWKV
+from rwkv_train.models.state import State
 from rwkv_train.tokenizer import Tokenizer
 
 DECODED = 48  # most tokens of a reply, unless told otherwise

@@ -17,13 +17,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rwkv_train.checkpoints.weightfile import read_weights, write_safetensors
 from rwkv_train.feedback.curvature import Curvature
 from rwkv_train.feedback.decode import DECODED, Form, decode, greedy
 from rwkv_train.feedback.steps import localised_names, upper_names
 from rwkv_train.feedback.texts import predictions
 from rwkv_train.files import replace_file
-from rwkv_train.models.common import RWKV
-from rwkv_train.weightfile import read_weights, write_safetensors
+from rwkv_train.models.base import RWKV
 
 VERSION = 2  # of the file
 LONGEST = 32  # tokens of a sampled question, and of a sampled answer

@@ -19,7 +19,7 @@ from rwkv_train.feedback.snapshots import Snapshots, weights_hash
 from rwkv_train.feedback.steps import Diverged, FeedbackConfig, Lesson, between, changed, follow, learn
 from rwkv_train.feedback.texts import Row, answer_loss, divergence
 from rwkv_train.files import replace_file
-from rwkv_train.models.common import RWKV
+from rwkv_train.models.base import RWKV
 from rwkv_train.tokenizer import Tokenizer
 
 FORMS = 20  # in which questions about a correction's subject are made up

@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from rwkv_train.checkpoints.weightfile import read_weights, write_safetensors
 from rwkv_train.feedback.steps import changed, with_weights
 from rwkv_train.files import replace_file
-from rwkv_train.models.common import RWKV
-from rwkv_train.weightfile import read_weights, write_safetensors
+from rwkv_train.models.base import RWKV
 
 KEPT = 8  # the newest; older ones are replayed from the journal
 

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 from rwkv_train.bptt import chunked_loss
 from rwkv_train.feedback.curvature import Curvature
 from rwkv_train.feedback.texts import CHUNK, Batch, Row, Scope, batches, kept, quickly, with_children
-from rwkv_train.models.common import RWKV
+from rwkv_train.models.base import RWKV
 
 RANK = 8  # of the factors of scope lora
 FOLLOWED = 128  # tokens of one step of /learn

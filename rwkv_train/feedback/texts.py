@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from rwkv_train.bptt import chunked_loss
 from rwkv_train.generate import prefill
-from rwkv_train.loss import IGNORE
-from rwkv_train.models.common import RWKV
-from rwkv_train.state import State
+from rwkv_train.models.base import RWKV
+from rwkv_train.models.loss import IGNORE
+from rwkv_train.models.state import State
 
 CHUNK = 512  # tokens of a correction whose activations are in memory at once
 WIDTHS = range(1, 5)  # of lanes, in lengths of the longest text: the one that wastes least is taken

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from rwkv_train.models.common import RWKV, Linear, orthogonal_
-from rwkv_train.state import State
-from rwkv_train.wkv import gate, shift_mix, squared_relu, wkv4
+from rwkv_train.models.base import RWKV, Linear, orthogonal_
+from rwkv_train.models.state import State
+from rwkv_train.ops.elementwise import gate, shift_mix, squared_relu
+from rwkv_train.ops.wkv4 import wkv4
 
 
 @dataclass(frozen=True)

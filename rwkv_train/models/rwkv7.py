@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rwkv_train.models.common import RWKV, Linear, orthogonal_
-from rwkv_train.wkv import shift_mix, squared_relu, wkv7
+from rwkv_train.models.base import RWKV, Linear, orthogonal_
+from rwkv_train.ops.elementwise import shift_mix, squared_relu
+from rwkv_train.ops.wkv7 import wkv7
 
 FASTEST = math.exp(-0.5)  # of all log decays per token, the largest in size
 RANK_FACTORS = {"w": 2.5, "a": 2.5, "v": 1.7, "g": 5.0}  # ranks of fresh models are these times sqrt(n_embd)

@@ -1,0 +1,1 @@
+"""Talking with a model: a dialogue, the terminal, the live room, and the commands typed there."""

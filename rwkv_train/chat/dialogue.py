@@ -1,0 +1,272 @@
+"""A conversation with a model, without any terminal.
+
+A dialogue is one document, written as chats are in training: the end-of-document token, then turn by turn the
+question with the template's marks, and the reply. The state is carried from turn to turn, so nothing is read twice;
+every turn keeps the state after it, so going back is exact and costs nothing.
+"""
+
+import codecs
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from rwkv_train.checkpoints.weightfile import read_weights, write_pth
+from rwkv_train.data.templates import Template
+from rwkv_train.files import replace_file
+from rwkv_train.generate import Sampling, prefill, steps
+from rwkv_train.models.base import RWKV
+from rwkv_train.models.state import State
+from rwkv_train.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A question and the reply to it.
+
+    user: the question; system: the system message put before it, if any
+    prompt: ids read for it, up to where the reply begins ("...Assistant:")
+    state: after prompt and ids, one lane
+    reply: the text that was shown
+    ids: the reply's tokens, which hold exactly that text and, if the model wrote it (`ended`), the end of the turn
+    version: of the model that wrote it
+    """
+
+    user: str
+    system: str | None
+    prompt: list[int]
+    state: State
+    reply: str = ""
+    ids: list[int] = field(default_factory=list)
+    ended: bool = False
+    version: str = ""
+
+
+class Dialogue:
+    """Turns of a conversation, and how the next one is sampled.
+
+    sampling and template may be changed between turns; most: tokens of a reply. One thread at a time.
+    Raises ValueError for a template without users and assistants, or a tokenizer of another model.
+    """
+
+    def __init__(
+        self,
+        model: RWKV,
+        tokenizer: Tokenizer,
+        template: Template | None = None,
+        sampling: Sampling | None = None,
+        seed: int = 0,
+        most: int = 500,
+    ):
+        if tokenizer.vocab_size > model.config.vocab_size:
+            sizes = f"{tokenizer.vocab_size:,} tokens, the model {model.config.vocab_size:,}"
+            raise ValueError(f"the tokenizer knows {sizes}; give the one it was trained with by --tokenizer")
+        self.model, self.version, self.tokenizer = model, "", tokenizer
+        self.template, self.sampling = template or Template(), sampling or Sampling()
+        self.template.prompt([{"role": "user", "content": "-"}])  # has both roles, or says so now
+        self.reseed(seed)
+        self.limit(most)
+        self.turns: list[Turn] = []
+        self.pending: str | None = None  # a system message that goes before the next question
+        self._running: Iterator[str] | None = None
+
+    @property
+    def ids(self) -> list[int]:
+        """Every token of the conversation, from the end-of-document token on."""
+        return _ids(self.turns)
+
+    @property
+    def state(self) -> State | None:
+        """The state after the last turn; None before the first."""
+        return self.turns[-1].state if self.turns else None
+
+    def say(self, text: str) -> Iterator[str]:
+        """The reply to a message, piece by piece, never breaking a character.
+
+        Nothing happens before the first piece is asked for. The reply ends at the template's end of turn, at an end
+        of document, or after `most` tokens; closing the iterator breaks it off. Either way the state then holds
+        exactly what was shown. Raises ValueError for a message without text.
+        """
+        self.stop()
+        messages = [{"role": "system", "content": self.pending}] if self.pending else []
+        messages.append({"role": "user", "content": text})
+        pieces = self.template.prompt(messages)
+        prompt = self._opening(self.turns) + [i for piece in pieces for i in self.tokenizer.encode(piece)]
+        return self._start(self._reply(self.turns, text, self.pending, prompt))
+
+    def retry(self) -> Iterator[str]:
+        """Another reply to the last message, in place of the last one; only that message is read again."""
+        self.stop()
+        last = self.last()
+        return self._start(self._reply(self.turns[:-1], last.user, last.system, last.prompt))
+
+    def back(self, count: int = 1) -> None:
+        """Unsay the last `count` turns. A system message among them waits for the next question again."""
+        self.stop()
+        if not 1 <= count <= len(self.turns):
+            raise ValueError(f"there are {len(self.turns)} turns to go back, not {count}")
+        self.pending = self.pending or self.turns[-count].system
+        self.turns = self.turns[:-count]
+
+    def system(self, text: str) -> None:
+        """Put a system message before the next question; "" for none. ValueError if the template has no such role."""
+        self.tokenizer.encode(self._system(text))
+        self.pending = text or None
+
+    def reseed(self, seed: int) -> None:
+        """Draw from the beginning of another row of random numbers."""
+        self.rng = torch.Generator().manual_seed(seed % 2**63)
+
+    def limit(self, most: int) -> None:
+        """Let replies have up to `most` tokens."""
+        if most < 1:
+            raise ValueError(f"a reply must be allowed at least 1 token, found {most}")
+        self.most = most
+
+    def stop(self) -> None:
+        """Break off a reply that is not finished, as every other method does first."""
+        if self._running is not None:
+            self._running.close()
+
+    def last(self) -> Turn:
+        """The last turn. Raises ValueError if there is none."""
+        if not self.turns:
+            raise ValueError("nothing has been said yet")
+        return self.turns[-1]
+
+    def prompt_of_last(self) -> list[int]:
+        """The exact ids that the last reply answers, from the end-of-document token on."""
+        self.stop()
+        return [*_ids(self.turns[:-1]), *self.last().prompt]
+
+    def context_of_last(self) -> list[int]:
+        """Ids of what stands before the last question, without the end-of-document token; a `Correction`'s context."""
+        self.stop()
+        earlier, system = self.turns[:-1], self._system(self.last().system or "")
+        return [*_ids(earlier), *self._opening(earlier), *self.tokenizer.encode(system)][1:]
+
+    def reread(self, model: RWKV, version: str = "") -> None:
+        """Go on with another model of the same tokenizer: it reads the transcript, so every turn's state is its own."""
+        self.stop()
+        turns: list[Turn] = []
+        for turn in self.turns:
+            state = prefill(model, turn.prompt + turn.ids, turns[-1].state if turns else None)[1]
+            turns.append(replace(turn, state=state))
+        self.model, self.version, self.turns = model, version, turns
+
+    def save(self, path: str | Path) -> None:
+        """Write transcript, states and the place in the random numbers to a file that `load` reads, or keep the old."""
+        self.stop()
+        self.last()
+        turns = [{k: v for k, v in vars(t).items() if k != "state"} for t in self.turns]
+        content = {"tokenizer": self.tokenizer.fingerprint, "pending": self.pending, "turns": turns}
+        lanes = State(*(torch.cat(parts).cpu() for parts in zip(*(t.state for t in self.turns), strict=True)))
+        found = {"dialogue": json.dumps(content), "rng": self.rng.get_state(), **lanes._asdict()}
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, lambda temporary: write_pth(found, temporary))
+
+    def load(self, path: str | Path) -> None:
+        """Go on where a saved dialogue was. Raises ValueError, changing nothing, for a file that does not fit."""
+        self.stop()
+        found = read_weights(Path(path))
+        rng = torch.Generator()
+        try:
+            content = json.loads(found.pop("dialogue"))
+            rng.set_state(found.pop("rng"))
+            lanes = State(**found)
+            turns = [Turn(**turn, state=lanes.select(i)) for i, turn in enumerate(content["turns"])]
+            fingerprint, pending, state = content["tokenizer"], content["pending"], turns[-1].state
+        except (KeyError, TypeError, ValueError, RuntimeError, IndexError):
+            raise ValueError(f"{path} is no saved dialogue; name one that was saved from a chat") from None
+        fresh = self.model.empty_state(1)
+        fits = all(ours.shape == theirs.shape for ours, theirs in zip(fresh, state, strict=True))
+        if fingerprint != self.tokenizer.fingerprint or not fits:
+            raise ValueError(f"{path} was held with a model of another size or tokenizer; open it with that one")
+        self.turns = [replace(t, state=t.state.to(fresh.wkv)) for t in turns]
+        self.rng, self.pending = rng, pending
+
+    def _start(self, reply: Iterator[str]) -> Iterator[str]:
+        self._running = reply
+        return reply
+
+    def _reply(self, turns: list[Turn], user: str, system: str | None, prompt: list[int]) -> Iterator[str]:
+        """Ask `prompt` after `turns`, which then are the dialogue's, and stream the reply."""
+        model = self.model
+        logits, state = prefill(model, prompt, turns[-1].state if turns else None)
+        asked = Turn(user, system, prompt, state, version=self.version)
+        self.turns, self.pending = [*turns, asked], None
+        reply = _Reply(self.tokenizer, self._end(), state)
+        stop = frozenset([self.tokenizer.eod])
+        try:
+            for token, after in steps(model, logits, state, self.sampling, self.most, stop, self.rng):
+                if piece := reply.push(token, after):
+                    yield piece
+                if reply.ended:
+                    break
+        finally:
+            ids, rest, state = reply.settle()
+            if rest := self.tokenizer.encode(rest):
+                state = prefill(model, rest, state)[1]
+            self.turns[-1] = replace(asked, state=state, reply=reply.shown, ids=ids + rest, ended=reply.ended)
+
+    def _end(self) -> str:
+        """What the template writes after a reply."""
+        return self.template.roles["assistant"].split("{content}")[1]
+
+    def _opening(self, turns: list[Turn]) -> list[int]:
+        """What comes before a question: the end of the document before, or of a reply that did not end itself."""
+        if not turns:
+            return [self.tokenizer.eod]
+        return [] if turns[-1].ended else self.tokenizer.encode(self._end())
+
+    def _system(self, text: str) -> str:
+        """A system message as the template writes it; nothing for none, also where there is no such role."""
+        messages = [{"role": "system", "content": text}] if text else []
+        return "".join(part for part, _ in self.template.segments(messages))
+
+
+def _ids(turns: list[Turn]) -> list[int]:
+    return [i for turn in turns for i in (*turn.prompt, *turn.ids)]
+
+
+class _Reply:
+    """A reply as its tokens come in: what of it can be shown, and the tokens and state that hold just that.
+
+    White space at both ends is never shown, and held back until something follows it, as is what may become the
+    end of the turn, or a character some of whose bytes are missing.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, end: str, state: State):
+        self._tokenizer, self._end = tokenizer, end
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._text, self._ids = "", []
+        self._length = 0  # characters of the text that belong to the reply as far as it is shown
+        self._kept = (0, 0, state)  # tokens and characters, and the state after them, nothing of them held back
+        self.shown, self.ended = "", False
+
+    def push(self, token: int, state: State) -> str:
+        """The piece of text that can be shown now that `token` is there; state: after that token."""
+        self._ids.append(token)
+        self._text += self._utf8.decode(self._tokenizer.decode_bytes([token]))
+        at = self._text.find(self._end) if self._end else -1
+        self.ended = at >= 0
+        shown = at if self.ended else self._complete()
+        self._length = at + len(self._end) if self.ended else shown
+        if self._length == len(self._text) and not self._utf8.getstate()[0]:
+            self._kept = (len(self._ids), self._length, state)
+        before, self.shown = len(self.shown), self._text[:shown].strip()
+        return self.shown[before:]
+
+    def settle(self) -> tuple[list[int], str, State]:
+        """(ids whose every character belongs to the reply, the text that belongs to it beyond them, state between)."""
+        count, characters, state = self._kept
+        return self._ids[:count], self._text[characters : self._length], state
+
+    def _complete(self) -> int:
+        """How many characters are sure to be text of the reply."""
+        longest = min(len(self._end) - 1, len(self._text)) if self._end else 0
+        held = next(n for n in range(longest, -1, -1) if self._text.endswith(self._end[:n]))
+        return len(self._text[: len(self._text) - held].rstrip())

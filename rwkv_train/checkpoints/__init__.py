@@ -1,0 +1,4 @@
+"""Models in and out of files: weight files, Hugging Face folders, the checkpoints of a run.
+
+What a file holds is decided here; what a model computes is not.
+"""

@@ -1,0 +1,290 @@
+"""Models in and out: BlinkDL `.pth` and `.safetensors`, Hugging Face directories, our own runs.
+
+The layout is told by a file's keys, sizes are read off the shapes.
+"""
+
+import os
+import re
+from dataclasses import dataclass
+from functools import reduce
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from rwkv_train.checkpoints.hf import from_hf_name, hf_files, hf_generation, save_hf, to_hf_name, turned
+from rwkv_train.checkpoints.run_checkpoint import TRAINER, WEIGHTS, newest_good
+from rwkv_train.checkpoints.weightfile import read_weights, write_pth, write_safetensors
+from rwkv_train.files import replace_file
+from rwkv_train.models.adapters import is_adapter, put_on
+from rwkv_train.models.base import RWKV
+from rwkv_train.models.rwkv4 import RWKV4, RWKV4Config
+from rwkv_train.models.rwkv7 import RWKV7, RWKV7Config
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def load_model(path: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> RWKV:
+    """Open a model, in eval mode, with weights that no longer depend on the file.
+
+    path: a `.pth` or `.safetensors` file with BlinkDL's or Hugging Face's names, a Hugging Face directory,
+    a run directory (its newest checkpoint), or one checkpoint of a run. "BASE+ADAPTER" puts an adapter (see tuning.py)
+    on a model; that of a run comes with the run.
+    dtype: None keeps the file's; if it mixes several, all get the widest.
+    Raises FileNotFoundError if there is nothing at path, ValueError if there is no RWKV-4 or RWKV-7.
+    """
+    _check_dtype(dtype)
+    path, *others = parts_of(path)
+    found = _read(path)
+    adapters = [(path, found.take_adapter())]
+    for other in others:
+        adapters.append((other, _read(other).take_adapter()))
+        if not adapters[-1][1]:
+            raise ValueError(f"{other} holds no adapter: no low-rank factors, and no state to begin in")
+    with torch.device("meta"), _NoInit():  # no memory, no initialisation: every weight is assigned
+        model = found.generation(_sizes(found))
+    tensors = {name: found.fitted(name, t.shape) for name, t in model.state_dict().items()}
+    if extra := [key for name, key in found.keys.items() if name not in tensors]:
+        raise ValueError(
+            f"{found.source} holds {len(extra)} keys that no {model.name} of {model.config.n_layer} layers has, "
+            f"unexpected: {', '.join(extra[:3])}; load the file of an {model.name} alone"
+        )
+    found.tensors.clear()
+    dtype = dtype or reduce(torch.promote_types, (t.dtype for t in tensors.values()))
+    model.load_state_dict(_own(tensors, dtype, device), assign=True)
+    for source, adapter in adapters:
+        put_on(model, adapter, source)
+    return model.eval()
+
+
+def parts_of(path: str | Path) -> list[Path]:
+    """The model and the adapters that a path names: BASE, or BASE+ADAPTER where there is no file of that name."""
+    whole = Path(path).expanduser()
+    return [whole] if whole.exists() else [Path(part).expanduser() for part in str(path).split("+")]
+
+
+def save_adapter(path: str | Path, target: str | Path) -> None:
+    """Write the adapter that a run trained, and nothing else, to a `.pth` or `.safetensors` file."""
+    adapter, target = _read(Path(path).expanduser()).take_adapter(), Path(target).expanduser().resolve()
+    if not adapter:
+        raise ValueError(f"{path} holds no adapter; a run with model.tune has one")
+    if target.suffix not in (".pth", ".safetensors"):
+        raise ValueError(f"{target}: an adapter is written to a .pth or .safetensors file")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write = write_pth if target.suffix == ".pth" else write_safetensors
+    replace_file(target, lambda temporary: write(_own(adapter, None, "cpu"), temporary))
+
+
+def model_sizes(path: str | Path) -> RWKV4Config | RWKV7Config:
+    """The sizes of the model at path, from its shapes: its weights stay on the disk. Raises as `load_model` does."""
+    return _sizes(_read(Path(path).expanduser(), shapes_only=True))
+
+
+def save_model(model: RWKV, path: str | Path, dtype: torch.dtype | None = None, tokenizer=None) -> None:
+    """Write a model's weights: `.pth`, `.safetensors`, or a Hugging Face directory (no suffix, or "name/").
+
+    dtype: None keeps the model's. tokenizer: its `save` writes tokenizer.json into a Hugging Face directory.
+    A crash leaves the old file or the new one, complete. In an existing Hugging Face directory of an RWKV,
+    weights and config are replaced and other files stay; any other directory with something in it is refused.
+    Raises ValueError for a path that cannot be meant.
+    """
+    _check_dtype(dtype)
+    target = Path(path).expanduser().resolve()  # resolved: to replace what a link points at, not the link
+    slash = os.fspath(path).endswith(("/", os.sep))
+    is_file = target.suffix in (".pth", ".safetensors") and not slash
+    if not (is_file or slash or not target.suffix or target.is_dir()):
+        raise ValueError(f'{path}: unknown suffix; use .pth or .safetensors, or "{path}/" for a directory')
+    if target.exists() and is_file == target.is_dir():
+        kinds = ("a directory", "a file") if target.is_dir() else ("a file", "a directory")
+        raise ValueError(f"{path} is {kinds[0]}, expected {kinds[1]} or nothing there; choose another name")
+    if tokenizer is not None and is_file:
+        raise ValueError(f"{path}: a tokenizer is saved only into a Hugging Face directory, not a file")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    tensors = _own(dict(model.state_dict()), dtype, "cpu")
+    if is_file:
+        write = write_pth if target.suffix == ".pth" else write_safetensors
+        replace_file(target, lambda temporary: write(tensors, temporary))
+    else:
+        save_hf(tensors, model, target, tokenizer)
+
+
+def _read(path: Path, shapes_only: bool = False) -> "_Found":
+    """The tensors of what path names; shapes_only: without their contents."""
+    files = _weight_files(path)
+    content: dict[str, object] = {}
+    for file in files:
+        content |= read_weights(file, shapes_only)
+    return _sort_keys(files[0] if len(files) == 1 else path, content)
+
+
+def _weight_files(path: Path) -> list[Path]:
+    """The file, or the shards, that hold the weights of what path names."""
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        hint = "check the name" if path.suffix else "a model on the Hugging Face hub must be downloaded first"
+        raise FileNotFoundError(f"{path}: no such file or directory; {hint}")
+    if (path / "config.json").is_file():
+        return hf_files(path)
+    if newest := newest_good(path):
+        return _weight_files(newest)
+    for name in (WEIGHTS, TRAINER):  # of one checkpoint
+        if (path / name).is_file():
+            return [path / name]
+    others = sorted(p.name for p in path.iterdir() if p.suffix in (".pth", ".safetensors", ".ckpt"))
+    hint = f"name the file to load ({', '.join(others[:3])})" if others else "check the name"
+    raise ValueError(
+        f"{path} holds no model: found neither config.json (a Hugging Face directory) "
+        f"nor a sound checkpoints/step=N (a run); {hint}"
+    )
+
+
+@dataclass
+class _Found:
+    """A file's tensors under our names, and how the file itself spells those."""
+
+    source: Path
+    tensors: dict[str, Tensor]
+    keys: dict[str, str]
+    hf: type[RWKV] | None  # whose Hugging Face layout it has
+
+    @property
+    def generation(self) -> type[RWKV]:
+        return RWKV7 if self.hf is RWKV7 or any(".att.r_k" in name for name in self.keys) else RWKV4
+
+    def key(self, name: str) -> str:
+        """What the file calls, or would call, our parameter `name`."""
+        return self.keys.get(name) or (to_hf_name(self.hf, name) if self.hf else name)
+
+    def get(self, name: str) -> Tensor:
+        if name not in self.tensors:
+            some, kind = ", ".join(list(self.keys.values())[:3]) or "none", self.generation.name
+            raise ValueError(
+                f"{self.source}: {self.key(name)} is missing, expected in every {kind} "
+                f"(the file's {len(self.keys)} keys: {some}, ...); is it complete, and an {kind}?"
+            )
+        return self.tensors[name]
+
+    def take_adapter(self) -> dict[str, Tensor]:
+        """The tensors of an adapter, which this then no longer has."""
+        names = list(filter(is_adapter, self.tensors))
+        for name in names:
+            del self.keys[name]
+        return {name: self.tensors.pop(name) for name in names}
+
+    def matrix(self, name: str) -> torch.Size:
+        """The shape of what has to be a matrix."""
+        t = self.get(name)
+        if t.ndim != 2 or not t.numel():
+            raise ValueError(f"{self.source}: {self.key(name)} has shape {list(t.shape)}, expected a matrix")
+        return t.shape
+
+    @property
+    def n_layer(self) -> int:
+        """Blocks counted, not the highest number: a damaged name must not ask for a million of them."""
+        return len({match[1] for name in self.tensors if (match := re.match(r"blocks\.([0-9]+)\.", name))})
+
+    def fitted(self, name: str, shape: torch.Size) -> Tensor:
+        """The tensor in the model's shape; between programs only vectors differ, in axes of size 1."""
+        t = self.get(name)
+        is_vector = max(t.shape, default=1) == t.numel() == shape.numel() == max(shape)
+        if t.shape != shape and not is_vector:
+            raise ValueError(
+                f"{self.source}: {self.key(name)} has shape {list(t.shape)}, expected {list(shape)}, going "
+                f"by the file's other tensors; load an unconverted {self.generation.name}"
+            )
+        return t.reshape(shape)
+
+
+def _sort_keys(source: Path, content: dict[str, object]) -> _Found:
+    """Rename to our names, and refuse what is not a plain tensor of floats."""
+    _refuse_other_models(source, [key for key in content if key.isprintable()])
+    hf = hf_generation(list(content))
+    found = _Found(source, {}, {}, hf)
+    for key, value in content.items():
+        if not key.isprintable():  # nothing a message should repeat
+            raise ValueError(f"{source} is damaged: it names a tensor {key!r}; download or save it again")
+        name = from_hf_name(hf, key) if hf else key
+        if name in found.keys:
+            raise ValueError(f"{source} holds both {found.keys[name]} and {key}, the same weight; remove one")
+        if not isinstance(value, Tensor):
+            raise ValueError(
+                f"{source}: {key} is of type {type(value).__name__}, expected a tensor; if the file was "
+                "converted for another program, load the original"
+            )
+        if value.dtype not in DTYPES or value.layout != torch.strided or value.device.type != "cpu":
+            what = ", ".join(str(part) for part in (value.dtype, value.layout, value.device))
+            raise ValueError(
+                f"{source}: {key} is {what}, expected dense float16, bfloat16, float32 or float64; "
+                "load the original, not quantised, file"
+            )
+        value = value.detach().t() if hf and turned(name) and value.ndim == 2 else value.detach()
+        found.tensors[name], found.keys[name] = value, key
+    return found
+
+
+def _refuse_other_models(source: Path, keys: list[str]) -> None:
+    """Tell of files that are sound but hold something else than an RWKV-4 or RWKV-7."""
+    for key in keys:
+        if "lora_" in key.lower():
+            raise ValueError(f"{source} holds a LoRA ({key}); merge it into its base model and load the result")
+    marks = {".time_maa_": "RWKV-6", ".time_faaaa": "RWKV-5 or 6"}
+    if not any(".r_k" in key for key in keys):  # RWKV-7 has an ln_x too
+        marks[".ln_x."] = "RWKV-5 or 6"
+    for mark, other in marks.items():
+        for key in keys:
+            if mark in key:
+                raise ValueError(f"{source} ({key}): {other} is not supported; load an RWKV-4 or RWKV-7")
+
+
+def _sizes(found: _Found) -> RWKV4Config | RWKV7Config:
+    return _rwkv7_config(found) if found.generation is RWKV7 else _rwkv4_config(found)
+
+
+def _rwkv4_config(found: _Found) -> RWKV4Config:
+    names = ("emb.weight", "blocks.0.att.key.weight", "blocks.0.ffn.key.weight")
+    (vocab_size, n_embd), (n_att, _), (n_ffn, _) = map(found.matrix, names)
+    return RWKV4Config(vocab_size, n_embd, found.n_layer, n_att=n_att, n_ffn=n_ffn)
+
+
+def _rwkv7_config(found: _Found) -> RWKV7Config:
+    """Head size and ranks from the shapes, too: released files do not follow one formula."""
+    vocab_size, n_embd = found.matrix("emb.weight")
+    n_head, head_size = found.matrix("blocks.0.att.r_k")
+    if n_head * head_size != n_embd:
+        shape = f"{found.key('blocks.0.att.r_k')} has shape {[n_head, head_size]}"
+        raise ValueError(f"{found.source}: {shape}, expected heads and channels of a head, together {n_embd}")
+    n_ffn, _ = found.matrix("blocks.0.ffn.key.weight")
+    ranks = {f"rank_{x}": found.matrix(f"blocks.0.att.{x}1")[1] for x in "wag"}
+    first_v = "blocks.0.att.v1" in found.tensors
+    if found.n_layer > 1 or first_v:
+        ranks["rank_v"] = found.matrix(f"blocks.{int(found.n_layer > 1)}.att.v1")[1]
+    return RWKV7Config(vocab_size, n_embd, found.n_layer, head_size, n_ffn, first_v=first_v, **ranks)
+
+
+class _NoInit(TorchFunctionMode):
+    """Passes over torch.nn.init: initialising meta tensors has no effect but importing the compiler, a second."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
+
+
+def _own(tensors: dict[str, Tensor], dtype: torch.dtype | None, device) -> dict[str, Tensor]:
+    """The tensors, contiguous, each in memory of its own (files may tie or slice them); empties `tensors`."""
+    owned, seen = {}, set()
+    for name in list(tensors):
+        t = tensors.pop(name).detach()
+        storage = t.untyped_storage()
+        shared = storage.data_ptr() in seen or storage.nbytes() != t.numel() * t.element_size()
+        seen.add(storage.data_ptr())
+        owned[name] = t.to(device, dtype or t.dtype, copy=shared).contiguous()
+    return owned
+
+
+def _check_dtype(dtype: torch.dtype | None) -> None:
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}, expected torch.float16, bfloat16, float32 or float64, or None")

@@ -1,0 +1,1 @@
+"""Texts that installed packages carry, and the facts that the starter model is trained on."""

@@ -1,0 +1,52 @@
+"""The recurrent state: a value that goes into a model call and comes out of it.
+
+Nothing remembers a state but the caller. Tensors are float32 (float64 in a float64 model), whatever the weights are.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor
+
+from rwkv_train.checkpoints.weightfile import read_weights, write_pth
+from rwkv_train.files import replace_file
+
+
+class State(NamedTuple):
+    """What a model carries from one token to the next.
+
+    shift: [B, L, 2, C]  last input of each layer's time mix (0) and channel mix (1), for the token shift
+    wkv:   [B, L, 3, A]  RWKV-4: numerator, denominator and largest exponent of each attention channel
+           [B, L, H, N, N]  RWKV-7: a matrix of each head, indexed [value, key]
+    """
+
+    shift: Tensor
+    wkv: Tensor
+
+    def detach(self) -> "State":
+        """The same numbers, with no gradient path to where they came from."""
+        return State(*(t.detach() for t in self))
+
+    def select(self, lanes) -> "State":
+        """The state of some lanes: an index, slice, list or tensor over B (an int keeps the axis)."""
+        lanes = [lanes] if isinstance(lanes, int) else lanes
+        return State(*(t[lanes] for t in self))
+
+    def to(self, *args, **kwargs) -> "State":
+        """Moved to another device; see `torch.Tensor.to`."""
+        return State(*(t.to(*args, **kwargs) for t in self))
+
+    def save(self, path: str | Path) -> None:
+        """Write to a file that `State.load` reads; a crash leaves the old file or the new one."""
+        tensors = dict(zip(self._fields, self.to("cpu"), strict=True))
+        replace_file(Path(path), lambda temporary: write_pth(tensors, temporary))
+
+    @classmethod
+    def load(cls, path: str | Path) -> "State":
+        """Read what `save` wrote. Raises ValueError for a file that is something else."""
+        found = read_weights(Path(path))
+        if found.keys() != set(cls._fields):
+            raise ValueError(
+                f"{path} is no saved state: it holds {', '.join(found)}, expected {', '.join(cls._fields)}"
+            )
+        return cls(**found)

@@ -1,0 +1,79 @@
+"""WKV-7 by the C++ kernel that build_cpu.py builds."""
+
+import ctypes
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+from rwkv_train.ops.build_cpu import address, demand, run
+
+CHUNK = 16  # tokens whose states the backward holds at a time; of each chunk the forward keeps one
+_LANES = 16  # the kernel takes heads of a multiple of this size
+
+_SEQUENCES = ("r", "w", "k", "v", "a", "b")
+
+
+class _Inputs(ctypes.Structure):  # this and the next two as in wkv7_cpu.cpp
+    _fields_ = [(n, ctypes.c_int64) for n in ("B", "T", "H", "N", "chunk")] + [
+        (n, ctypes.c_void_p) for n in ("r", "decay", "k", "v", "a", "b", "state", "reset")
+    ]
+
+
+class _Results(ctypes.Structure):
+    _fields_ = [(n, ctypes.c_void_p) for n in ("y", "state", "saved")]
+
+
+class _Gradients(ctypes.Structure):
+    _fields_ = [(n, ctypes.c_void_p) for n in ("gy", "gstate", "saved", *_SEQUENCES, "initial")]
+
+
+def wkv7(r, w, k, v, a, b, state, reset=None):
+    """WKV-7 by the C++ kernel; see `rwkv_train.wkv.wkv7`. CPU tensors, all float32 or all float64."""
+    demand("wkv7")
+    N = r.shape[-1]
+    if missing := -N % _LANES:  # channels of zeros, which read and change nothing
+        r, w, k, v, a, b = (F.pad(x, (0, missing)) for x in (r, w, k, v, a, b))
+        state = F.pad(state, (0, missing, 0, missing))
+    inputs = (r, w, k, v, a, b, state)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+        y, state = _WKV7.apply(*inputs, reset)
+    else:
+        y, state, *_ = _forward(*inputs, reset, save=False)
+    return (y[..., :N], state[..., :N, :N]) if missing else (y, state)
+
+
+def _inputs(r, decay, k, v, a, b, state, reset) -> _Inputs:
+    return _Inputs(*r.shape, CHUNK, *map(address, (r, decay, k, v, a, b, state, reset)))
+
+
+def _forward(r, w, k, v, a, b, state, reset, save: bool):
+    """y, the state, and what the backward needs: the kernel's inputs, and with `save` the states before each chunk."""
+    inputs = [x.contiguous() for x in (r, w.exp(), k, v, a, b, state)] + [None if reset is None else reset.contiguous()]
+    r, state = inputs[0], inputs[-2]
+    y, out = torch.empty_like(r), torch.empty_like(state)
+    (B, T, H, N), saved = r.shape, None
+    if save:
+        saved = r.new_empty(B, H, -(-T // CHUNK), N, N)
+    run("wkv7_forward", r.dtype, _inputs(*inputs), _Results(*map(address, (y, out, saved))))
+    return y, out, inputs, saved
+
+
+class _WKV7(torch.autograd.Function):
+    """The kernel with its hand-written gradient, from the formulas in wkv7.h."""
+
+    @staticmethod
+    def forward(ctx, r, w, k, v, a, b, state, reset):
+        y, out, inputs, saved = _forward(r, w, k, v, a, b, state, reset, save=True)
+        ctx.save_for_backward(*inputs, saved)
+        return y, out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gy, gstate):
+        *inputs, saved = ctx.saved_tensors
+        gy, gstate = gy.contiguous(), gstate.contiguous()
+        gradients = [torch.empty_like(x) for x in inputs[:-1]]
+        pointers = _Gradients(*map(address, (gy, gstate, saved, *gradients)))
+        run("wkv7_backward", gy.dtype, _inputs(*inputs), pointers)
+        return *gradients, None

@@ -1,0 +1,1 @@
+"""What a run would take, worked out before it begins: memory, operations, exchange, time."""

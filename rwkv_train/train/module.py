@@ -1,0 +1,208 @@
+"""The LightningModule: lanes in, one loss a step, the detached state carried on."""
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+
+from rwkv_train.bptt import chunked_loss, rng_states, set_rng_states
+from rwkv_train.config import FitConfig
+from rwkv_train.data.lanes import LaneBatches
+from rwkv_train.evaluate import Score, Scorer
+from rwkv_train.models.base import RWKV
+from rwkv_train.models.state import State
+from rwkv_train.train.optim import make_optimizer
+from rwkv_train.train.strategies import is_deepspeed, shard
+
+
+class OnlineTrainer(L.LightningModule):
+    """Training step n reads horizon * chunk_len tokens of every lane and starts from where step n-1 stopped.
+
+    The lane state is a plain attribute: as a buffer, DDP would overwrite every rank's with rank 0's.
+    """
+
+    def __init__(self, model: RWKV, config: FitConfig, train: LaneBatches, val: LaneBatches | None, byte_lengths=None):
+        super().__init__()
+        self.model, self.config = model, config
+        self.train_batches, self.val_batches, self.byte_lengths = train, val, byte_lengths
+        self.lane_state: State | None = None
+        self.batches_done = 0
+        self.grad_norm = torch.zeros(())
+        self.skipped = self.skipped_in_a_row = 0  # optimizer steps whose loss or gradient was no finite number
+        self._resumed_rng: list[Tensor] | None = None
+        self.reset_sums()
+
+    def setup(self, stage: str) -> None:
+        """Take this rank's share of the lanes."""
+        for batches in (self.train_batches, self.val_batches):
+            if batches is not None:
+                batches.take(self.global_rank, self.trainer.world_size)
+
+    def configure_model(self) -> None:
+        shard(self.model, self.trainer.strategy)
+
+    def reset_sums(self) -> None:
+        """Start a new mean of the training loss: self.sums = nats and trained tokens of this rank."""
+        self.sums = torch.zeros(2, dtype=torch.float64)
+
+    def training_step(self, batch: dict[str, Tensor], _) -> Tensor:
+        data = self.config.data
+        loss, tokens, state = chunked_loss(
+            self.model,
+            batch["tokens"],
+            batch["targets"],
+            self.lane_state,
+            batch["reset"],
+            data.chunk_len,
+            z_loss=self.config.optim.z_loss,
+            recompute_blocks=self.config.recompute,
+        )
+        self.lane_state = state.detach()
+        self.batches_done += 1
+        sums = torch.stack([loss.detach().double(), tokens.double()])
+        self.sums = self.sums.to(loss.device) + torch.where(sums.isfinite().all(), sums, 0.0)
+        # Lightning divides by `accumulate` and the strategy by the number of ranks: what is left is the mean over
+        # all trained tokens of the optimizer step, however they are spread over batches and ranks.
+        share = self.trainer.world_size * self.trainer.accumulate_grad_batches
+        if is_deepspeed(self.trainer.strategy):  # divides by `accumulate` once more
+            share *= self.trainer.accumulate_grad_batches
+        return loss * share / batch["step_tokens"].clamp(min=1)
+
+    def configure_optimizers(self):
+        optimizer, scheduler = make_optimizer(self.model, self.config.optim, self.trainer.max_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
+        """Clip, keep the norm before it, and drop gradients that are no finite numbers.
+
+        (Lightning's own clipping refuses fused optimizers under bfloat16; DeepSpeed clips by itself.)
+        """
+        if is_deepspeed(self.trainer.strategy):
+            return
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if gradient_clip_val:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters(), gradient_clip_val, norm)
+        self.grad_norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        if self.grad_norm.isfinite():
+            self.skipped_in_a_row = 0
+        else:
+            self._skip()
+
+    def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None) -> None:
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        if self.config.model.tune == "state":
+            self.model.repair_initial_state()
+        if is_deepspeed(self.trainer.strategy):
+            self.grad_norm = torch.tensor(self.trainer.model.get_global_grad_norm() or 0.0)
+            if not self.grad_norm.isfinite():
+                raise ValueError(self._broken("", "DeepSpeed has taken it; resume from the last checkpoint with"))
+
+    def _skip(self) -> None:
+        """Leave the weights as they are, and no lane with a state that is no number; give up after too many."""
+        for p in self.parameters():
+            p.grad = None
+        self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
+        sound = torch.stack([part.flatten(1).isfinite().all(1) for part in self.lane_state]).all(0)
+        empty = self.model.zero_state(len(sound))
+        parts = zip(self.lane_state, empty, strict=True)
+        self.lane_state = State(*(torch.where(sound.view(-1, *[1] * (s.ndim - 1)), s, e) for s, e in parts))
+        if self.skipped_in_a_row >= self.config.train.max_skips:
+            went = f"{self.skipped_in_a_row} steps in a row, which changed nothing; the last is"
+            raise ValueError(self._broken(went, "the last checkpoint is sound: --resume it with"))
+
+    def _broken(self, which: str, then: str) -> str:
+        """What to tell of steps without a finite gradient."""
+        step = self.batches_done // self.trainer.accumulate_grad_batches
+        documents = ", ".join(map(str, self.train_batches.documents_in(self.batches_done - 1)[:20]))
+        look = f"python train.py inspect --run {self.trainer.default_root_dir} --step {step}"
+        return (
+            f"the loss or its gradient was no finite number in {which} step {step}, with documents {documents} "
+            f"(`{look}` shows it); {then} a lower optim.lr"
+        )
+
+    def train_dataloader(self) -> DataLoader:
+        return _loader(self.train_batches, sampler=_From(self.batches_done, len(self.train_batches)))
+
+    def on_train_start(self) -> None:
+        if self._resumed_rng is not None:
+            set_rng_states(self._resumed_rng, self.device)
+        elif self.global_rank:  # every rank its own dropout
+            torch.manual_seed(self.config.seed + self.global_rank)
+
+    def forward(self, scorer: Scorer, batch: dict[str, Tensor]) -> None:
+        """Score a batch. A forward of the module, so that strategies that keep weights in pieces collect them."""
+        scorer.add(batch)
+
+    @torch.no_grad()
+    def validate(self) -> Score:
+        """Score the held-out text, all ranks together."""
+        self.model.eval()
+        scorer = Scorer(self.model, self.byte_lengths)
+        with self.trainer.precision_plugin.forward_context():
+            for batch in _loader(self.val_batches):
+                self.trainer.model(scorer, {name: x.to(self.device) for name, x in batch.items()})
+        self.model.train()
+        return scorer.score(self.add_over_ranks)
+
+    def add_over_ranks(self, x: Tensor) -> Tensor:
+        return self.trainer.strategy.reduce(x.to(self.device), reduce_op="sum")
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        """Lane states and random state of all ranks go with the weights; only rank 0's dict is written."""
+        checkpoint["rwkv_train"] = {
+            "order": self._order(),
+            "batches_done": self.batches_done,
+            "lane_state": None if self.lane_state is None else [self._gather(s) for s in self.lane_state],
+            "rng": [self._gather(s[None].to(self.device)) for s in rng_states(self.device)],
+            "skipped": [self.skipped, self.skipped_in_a_row],
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        saved = checkpoint["rwkv_train"]
+        for name, value in self._order().items():
+            if value != (then := saved["order"][name]):
+                raise ValueError(
+                    f"{name} is {value}, and was {then} when the checkpoint was written, so its batches were others; "
+                    "resume with the old value, or start a new run with model.init"
+                )
+        self.batches_done = saved["batches_done"]
+        self.skipped, self.skipped_in_a_row = saved["skipped"]
+        if saved["lane_state"] is not None:
+            rows = slice(self.train_batches.first, self.train_batches.first + self.train_batches.lanes)
+            self.lane_state = State(*saved["lane_state"]).select(rows).to(self.device)
+        kinds = saved["rng"][: len(rng_states(self.device))]
+        self._resumed_rng = [states[min(self.global_rank, len(states) - 1)].cpu() for states in kinds]
+
+    def _order(self) -> dict[str, int]:
+        """The settings that decide what batch n is."""
+        data, train = self.config.data, self.train_batches
+        return {
+            "seed": self.config.seed,
+            "data.lanes": data.lanes,
+            "data.chunk_len * data.horizon": train.width,
+            "the number of training documents": len(train.documents),
+            "the number of training tokens": train.documents.tokens,
+        }
+
+    def _gather(self, x: Tensor) -> Tensor:
+        """Rows of all ranks, in order, on the CPU."""
+        return self.all_gather(x).flatten(0, 1).cpu() if self.trainer.world_size > 1 else x.cpu()
+
+
+def _loader(batches: LaneBatches, **kwargs) -> DataLoader:
+    """A loader with random numbers of its own: it draws some, and a validation must not change the dropout after it."""
+    return DataLoader(batches, batch_size=None, generator=torch.Generator(), **kwargs)
+
+
+class _From(Sampler):
+    """Indices start, ..., total - 1. Its length is the whole run's: Lightning counts resumed batches as fetched."""
+
+    def __init__(self, start: int, total: int):
+        self.start, self.total = start, total
+
+    def __iter__(self):
+        return iter(range(self.start, self.total))
+
+    def __len__(self) -> int:
+        return self.total

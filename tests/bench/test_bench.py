@@ -1,0 +1,276 @@
+"""The benchmarks at toy sizes: they run, write what they found, and print no speed for what is wrong."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from bench_toys import TOY, TOY_GPU
+from helpers import run
+from torch.utils.flop_counter import FlopCounterMode
+
+from rwkv_train.bench import gpu, measure, memory, models
+from rwkv_train.bench.apart import Apart, apart, peak_mb
+from rwkv_train.bench.limits import matrices_of, matrix_products
+from rwkv_train.bench.settings import GpuBench
+from rwkv_train.ops.wkv4 import WAYS
+
+COLUMNS = {
+    "bench wkv": ["wkv4", "wkv7", "cpu", "torch", "reference", "transformers", "1x33x8", "bf16", "share of a copy"],
+    "bench train": ["ours fp32", "ours bf16", "transformers fp32", "products bf16", "WKV's share", "over truncated"],
+    "bench memory": [
+        "ours, exact",
+        "ours, truncated",
+        "transformers RWKV-4",
+        "transformers GPT-NeoX",
+        "exact over",
+        "rwkv7-16x2x31: training low-rank factors over inference",
+    ],
+    "bench generate": ["ours", "package rwkv", "transformers", "with sampling", "matrix-vector", "over the package"],
+}
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", COLUMNS)
+def test_a_benchmark_prints_a_table_and_writes_json(name, here, capsys):
+    pytest.importorskip("transformers")
+    pytest.importorskip("rwkv")
+    more = ["--peers=true", "--plot=m.svg"] if name == "bench memory" else []
+    code, out, err = run(*name.split(), *TOY[name], "--json=f.json", *more, capsys=capsys)
+    assert code == 0, err
+    assert all(column in out for column in COLUMNS[name]), out
+    assert not any(word in out for word in ("refused", "disagrees", "failed", "not run")), out
+    found = json.loads((here / "f.json").read_text())
+    assert found["benchmark"] == name.split()[1] and found["results"] and found["settings"]
+    assert found["machine"]["cores"] and found["machine"]["packages"]["torch"]
+    if more:
+        assert "<svg" in (here / "m.svg").read_text()
+
+
+def test_an_rwkv7_generates_beside_the_package(monkeypatch, capsys):
+    pytest.importorskip("rwkv")
+    monkeypatch.delitem(sys.modules, "rwkv.model", raising=False)  # it is of one generation, chosen as it is imported
+    code, out, err = run("bench", "generate", *TOY["bench generate"], "--size=rwkv7-64x2x31", capsys=capsys)
+    assert code == 0 and "over the package rwkv" in out and "refused" not in out, out + err
+
+
+def off_by_a_tenth(w, u, k, v, state, reset=None):
+    y, state = fallback_wkv4(w, u, k, v, state, reset)
+    return y * 1.1, state
+
+
+def without_the_states_gradient(w, u, k, v, state, reset=None):
+    return fallback_wkv4(w, u, k, v, state.detach() + 0 * state, reset)
+
+
+fallback_wkv4 = WAYS["torch"]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"), [(off_by_a_tenth, "is off by 1.0e-01"), (without_the_states_gradient, "gradient of state")]
+)
+def test_a_wrong_backend_gets_no_speed(wrong, told, here, monkeypatch, capsys):
+    monkeypatch.setitem(WAYS, "torch", wrong)
+    code, out, _ = run(
+        "bench", "wkv", *TOY["bench wkv"], "--operators=[wkv4]", "--dtypes=[fp32]", "--json=f.json", capsys=capsys
+    )
+    assert code == 1 and told in out
+    rows = json.loads((here / "f.json").read_text())["results"]["rows"]
+    assert {row["backend"]: "forward" in row for row in rows}["torch"] is False
+    assert [row for row in rows if row["backend"] == "reference" and "forward" in row]
+    refused = [line for line in out.splitlines() if "| torch" in line]
+    assert len(refused) == 2 and all("refused" in line and " ms" not in line for line in refused)
+
+
+def test_a_wrong_step_and_wrong_logits_get_no_speed(here, monkeypatch, capsys):
+    monkeypatch.setattr("rwkv_train.ops.build_cpu.available", lambda: False)
+    monkeypatch.setitem(WAYS, "torch", off_by_a_tenth)
+    for name in ("bench train", "bench generate"):
+        code, out, _ = run(*name.split(), *TOY[name], "--peers=false", capsys=capsys)
+        ours = [line for line in out.splitlines() if "| ours" in line and "sampling" not in line]
+        assert code == 1 and ours
+        assert any("disagrees" in line and "refused" in line for line in ours), out
+
+
+def test_a_failing_peer_is_told_and_the_rest_is_measured(here, monkeypatch, capsys):
+    def broken(*args, **kwargs):
+        raise TypeError("not today")
+
+    monkeypatch.setattr("rwkv_train.bench.wkv._transformers", broken)
+    monkeypatch.setattr("rwkv_train.bench.wkv.installed", lambda package: "1")
+    code, out, _ = run("bench", "wkv", *TOY["bench wkv"], "--dtypes=[fp32]", capsys=capsys)
+    (line, _) = [line for line in out.splitlines() if "| transformers" in line]
+    assert code == 0 and "failed: TypeError: not today" in line and "refused" in line
+
+
+@pytest.mark.parametrize("size", ["16x2x31", "rwkv7-16x2x31"])
+def test_the_bare_products_are_those_of_the_step(size):
+    model = models.random_model(models.size_of(size))
+    tokens, _ = models.random_text(model.config, 2, 12)
+    text = tokens, tokens  # every token has a target: a row without one is no row of the head's products
+    counted = []
+    for call in (models.training_step(model, text), matrix_products(model, 24)):
+        with FlopCounterMode(display=False) as counter:
+            call()
+        counted.append(counter.get_total_flops())
+    assert counted[0] == counted[1] == 6 * 24 * sum(w.numel() for w in matrices_of(model)) > 0
+
+
+def test_exact_and_truncated_steps_are_what_they_say():
+    """One chunk: the same gradients. Several: the truncated ones are others, the exact ones those of one chunk."""
+    model = models.random_model(models.size_of("16x2x31")).double()
+    text = models.random_text(model.config, 1, 24)
+    whole = models.gradients(models.training_step(model, text), model)
+
+    def difference(step):
+        step()
+        name = "blocks.0.att.key.weight"
+        return measure.relative_error(dict(model.named_parameters())[name].grad, whole[name])
+
+    assert difference(models.training_step(model, text, chunk_len=8)) < 1e-12
+    assert difference(models.truncated_step(model, text, 24)) < 1e-12
+    assert difference(models.truncated_step(model, text, 8)) > 1e-3
+
+
+def test_gpu_sections_run_on_a_cpu_too(here, capsys):
+    code = gpu.gpu(GpuBench(**TOY_GPU, json="f.json", deepspeed_steps=4), device="cpu")
+    out = capsys.readouterr().out
+    assert code == 0, out
+    short = out.split("\n\n")[-1]
+    for what in (
+        "a copy",
+        "all agree",
+        "16x2x31, 2 x 16",
+        "rwkv7-64x2x31, 2 x 16",
+        "exact: peak MB",
+        "generation 16x2x31",
+        "generation rwkv7-64x2x31",
+        "fit with deepspeed",
+    ):
+        assert what in short
+    assert len(json.loads((here / "f.json").read_text())["results"]["sections"]) == 7
+
+
+def test_a_failing_gpu_section_does_not_take_the_others_with_it(here, monkeypatch, capsys):
+    def broken(config, device, results):
+        raise RuntimeError("the card is on fire")
+
+    for section in ("kernels", "training", "flat_memory", "generation", "deepspeed"):
+        monkeypatch.setattr(gpu, section, broken)
+    broken.__name__ = "training"
+    code = gpu.gpu(GpuBench(**TOY_GPU), device="cpu")
+    out = capsys.readouterr().out
+    assert code == 1 and "failed: RuntimeError: the card is on fire" in out and "all agree" in out
+    assert gpu.gpu(GpuBench(**TOY_GPU, minutes=0, json="f.json"), device="cpu") == 0
+    assert "left out: 0 minutes are over" in capsys.readouterr().out
+    assert "left out: 0 minutes are over" in (here / "f.json").read_text()
+
+
+def test_the_static_step_of_a_graph_is_generation():
+    model = models.random_model(models.size_of("16x2x31")).double().eval()
+    state = model.zero_state(1)
+    step = gpu.GraphedStep(model, state)
+    for count in (5, 2):
+        assert torch.equal(gpu.replayed(step, state, count), gpu.eager(model, state, count))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("name", ["gpu", "wkv", "train"])
+def test_without_a_gpu_one_line_says_so(name, capsys):
+    flags = [] if name == "gpu" else ["--device=cuda"]
+    code, out, err = run("bench", name, *flags, capsys=capsys)
+    assert code == 1 and "no GPU" in err and err.count("\n") == 1 and not out
+
+
+@pytest.fixture
+def this_module(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+
+
+def test_bench_gpu_needs_nothing_but_torch():
+    """On a bare machine: flags are read, everything is imported, and the sections run that need no time."""
+    banned = "jsonargparse platformdirs lightning datasets filelock yaml tokenizers pyrwkv_tokenizer safetensors tqdm"
+    flags = [*TOY["bench gpu"], "--lengths", "[16]", "--json=x.json"]
+    code = f"""
+import sys
+sys.modules |= dict.fromkeys({banned.split()})
+from rwkv_train import cli
+from rwkv_train.bench import gpu
+from rwkv_train.ops import build_cpu
+assert "platformdirs" not in build_cpu.load()[1]
+config, _ = cli.parse("bench gpu", {flags})
+assert (config.lengths, config.square, config.json) == ([16], 32, "x.json")
+rows, short, good = gpu.training(config, "cpu", {{}})
+assert good, rows
+try:
+    cli.main(["bench", "gpu", "--nonsense=1"])
+except SystemExit as stop:
+    assert stop.code == 2
+cli.main(["fit", "--name=x"])
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    last = done.stderr.splitlines()[-2:]
+    assert done.returncode == 1 and "--nonsense=1" in last[0] and "fit: this command needs packages" in last[1], last
+
+
+def hold(megabytes: int) -> int:
+    return len(bytes(megabytes * 10**6).replace(b"\0", b"\1"))
+
+
+def test_a_process_of_its_own_has_its_own_peak(this_module):
+    here = peak_mb()
+    ballast = torch.ones(300 * 250_000)  # held by this process, and not by those that it starts
+    little, much = (apart("test_bench:hold", 10, 300, megabytes=m) for m in (1, 200))
+    assert little.result == 10**6 and 150 < much.peak_mb - little.peak_mb < 250
+    assert little.peak_mb < here + ballast.nbytes / 1e6
+
+
+def test_limits_end_a_process(this_module):
+    assert apart("test_bench:hold", 10, 0, megabytes=1).why_not == "over 0 s"
+    assert apart("test_bench:hold", 0.01, 300, megabytes=100).why_not == "over 0.01 GB"
+    assert "unexpected keyword argument" in apart("test_bench:hold", 10, 300, gigabytes=1).why_not
+
+
+def test_a_peer_over_its_limit_is_told_and_longer_texts_are_not_tried(here, monkeypatch, capsys):
+    tried = []
+
+    def fake(function, limit_gb, limit_s, *, kind, length, **rest):
+        tried.append((kind, length))
+        if kind == memory.EXACT:
+            assert limit_gb == limit_s == math.inf
+        elif length > 16 and kind in memory.PEERS:
+            return Apart(why_not=f"over {limit_gb:g} GB")
+        return Apart({"seconds": 1.0, "loaded_mb": 90.0}, 100.0 + length)
+
+    monkeypatch.setattr(memory, "apart", fake)
+    flags = ["--lengths=[64,16,32]", "--lora-size=", "--limit-gb=3", "--peers=true", "--plot=m.svg"]
+    code, out, _ = run("bench", "memory", *TOY["bench memory"], *flags, capsys=capsys)
+    assert code == 0 and out.count("not run: over 3 GB") == 4 and out.count("116 MB, 1 s") == 4
+    assert "ours, exact: peak at 64 over 16 tokens" in out
+    assert len(tried) == 4 * 2 + 2 and "over 3 GB at 32" in (here / "m.svg").read_text()
+
+
+def test_turns_and_agreement():
+    called = []
+    calls = {name: lambda name=name: called.append(name) for name in "abc"}
+    found = measure.race(calls, 3, least=0)
+    assert called == [*"aabbcc", *"abc", *"bca", *"cab"] and all(len(t.seconds) == 3 for t in found.values())
+    assert [len(t.seconds) for t in measure.race(calls, 3, budget=0).values()] == [1, 1, 1]
+    one = torch.ones(3)
+    assert measure.relative_error(one * 1.5, one) == 0.5
+    assert all(math.isinf(measure.relative_error(x, one)) for x in (one * math.nan, one[:2], one * math.inf))
+    assert measure.agreement(lambda: {"x": one}, {"x": one, "z": one}, 1).where == "z"
+
+
+def test_sizes():
+    assert (models.size_of("169M").n_embd, models.size_of("8x3").vocab_size) == (768, 1024)
+    with pytest.raises(ValueError, match="there is no size '170M'; write 256x4"):
+        models.size_of("170M")

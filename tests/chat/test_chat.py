@@ -1,0 +1,279 @@
+"""The chat command: scripts through a pipe, a terminal with typed keys, and who is answered in a live room."""
+
+import io
+import sys
+import threading
+from collections import Counter
+
+import pytest
+from helpers import random_model, run
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rwkv_train import save_model
+from rwkv_train.chat import terminal as chats
+from rwkv_train.chat.dialogue import Dialogue
+from rwkv_train.chat.room import MINUTE, Message, Room
+from rwkv_train.chat.terminal import Chat, Command, in_terminal
+from rwkv_train.cli import ChatConfig, parse
+from rwkv_train.generate import Sampling
+from rwkv_train.tokenizer import load_tokenizer
+
+BYTES = load_tokenizer("bytes")
+
+
+@pytest.fixture
+def model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_model(random_model(vocab_size=257), "starter/model.pth")
+    BYTES.save("starter/tokenizer.json")
+    monkeypatch.setattr(chats, "STARTER", tmp_path / "starter" / "model.pth")
+
+
+def talk(text, *argv, capsys, monkeypatch) -> list[str]:
+    """The blocks that `chat` prints for this input."""
+    data = text if isinstance(text, bytes) else text.encode()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding="utf-8"))
+    code, out, err = run("chat", "--folder=kept", "--tokens=20", *argv, capsys=capsys)
+    assert (code, err) == (0, "")
+    assert out == "" or out.endswith("\n\n")
+    return out.split("\n\n")[:-1]
+
+
+@pytest.fixture
+def say(model, capsys, monkeypatch):
+    return lambda text, *argv: talk(text, *argv, capsys=capsys, monkeypatch=monkeypatch)
+
+
+def as_library(lines, **kwargs) -> list[str]:
+    """The replies that a dialogue without the command gives."""
+    d = Dialogue(random_model(vocab_size=257), BYTES, **{"sampling": Sampling(0.8, 0.5), "most": 20} | kwargs)
+    for line in lines:
+        list(d.say(line))
+    return [turn.reply or "(empty reply)" for turn in d.turns]
+
+
+def test_a_script_of_turns_is_the_library_without_the_terminal(say):
+    lines = ["Hello", "你好", "two\\nlines"]
+    answers = say("\n\n".join(lines))  # blank lines are no turns
+    assert answers == as_library(line.replace("\\n", "\n") for line in lines)
+    assert answers == say("\r\n".join(lines)) == say("\n".join(lines), "--plain", "--model=starter")
+    assert answers == say("\n".join(lines), "--model=starter/model.pth", "--plain=true")
+    assert answers != say("\n".join(lines), "--seed=1")
+    assert say("") == []
+
+
+def test_commands(say):
+    straight = say("a\nb\nc", "--temperature=0")
+    detour = "a|/settings|/state save one|x|y|/back 2|b|/retry|wrong|/back|c|/state load one|b|/quit|never"
+    blocks = say(detour.replace("|", "\n"), "--temperature=0")
+    a, listed, saved, _, _, back, b, retried, _, back_at, c, loaded, again, bye = blocks
+    assert [a, b, c] == straight and b == retried == again
+    names = [line.split()[0] for line in listed.split("\n")]
+    assert "temperature         0.0" in listed and {"seed", "tokens", "scope", "rate", "budget"} < set(names)
+    assert saved == "saved 1 turns as one" and loaded.startswith("loaded 1 turns") and bye == "bye"
+    assert back.startswith("back at: ") and back_at.startswith("back at: ")
+    assert "/state save" in say("/help")[0] and set(chats.COMMANDS) < {
+        line.split()[0][1:] for line in say("/help")[0].split("\n")
+    }
+
+
+def test_settings_and_system_are_those_of_the_flags(say):
+    flags = say("a\nb", "--temperature=0", "--tokens=7", "--system=S")
+    assert flags == say("/settings temperature 0\n/settings tokens 7\n/system S\na\nb")[3:]
+    assert say("a", "--seed=5") == say("/settings seed 5\na")[1:]
+    assert say("/settings top_k 2\n/settings top_k")[1] == "top_k 2"
+    with_template = "roles:\n  user: 'Q: {content}\n\n    '\n  assistant: 'A: {content}\n\n    '\n"
+    with open("starter/template.yaml", "w") as f:
+        f.write(with_template)
+    assert say("/system x\na\nb", "--temperature=0")[0].startswith("role 'system' is unknown")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("/hlep", "/help"),
+        ("/back", "0 turns"),
+        ("/back x", "whole number, found 'x'"),
+        ("/retry", "nothing has been said"),
+        ("/state", "/state save NAME"),
+        ("/state save ../x", "letters, digits"),
+        ("/state save x", "nothing has been said"),
+        ("/state load x", "there are: none"),
+        ("/settings top_p 2", "top_p must be above 0"),
+        ("/settings temperature hot", "a number, found 'hot'"),
+        ("/settings tokens 0", "at least 1"),
+        ("/settings loudness", "there are: temperature"),
+        (b"a\xffb", "surrogate"),
+    ],
+)
+def test_a_mistake_is_one_line_and_the_chat_goes_on(line, message, say):
+    line = line if isinstance(line, bytes) else line.encode()
+    wrong, reply = say(line + b"\nHello")
+    assert message in wrong and "\n" not in wrong
+    assert [reply] == as_library(["Hello"])
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "--model"),
+        (["--model=nothing.pth"], "nothing.pth"),
+        (["--temperature=-1"], "temperature"),
+        (["--room", "--queue=0"], "queue"),
+    ],
+)
+def test_a_chat_that_cannot_begin(argv, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(chats, "STARTER", tmp_path / "nothing")
+    code, out, err = run("chat", *argv, capsys=capsys)
+    assert code == 1 and message in err and err.count("\n") == 1 and not out
+
+
+def test_switches_stand_alone():
+    for argv, wanted in (
+        (["--plain"], (True, False)),
+        (["--room", "--plain"], (True, True)),
+        (["--plain", "false", "--room", "--seed=1"], (False, True)),
+    ):
+        config, _ = parse("chat", argv)
+        assert isinstance(config, ChatConfig) and (config.plain, config.room) == wanted
+
+
+def chat_of(tmp_path, **kwargs) -> Chat:
+    model = random_model(vocab_size=257)
+    return Chat(Dialogue(model, BYTES, **{"sampling": Sampling(0), "most": 8} | kwargs), tmp_path)
+
+
+def test_typed_in_a_terminal(tmp_path, capsys):
+    from prompt_toolkit.application import create_app_session
+    from prompt_toolkit.input import create_pipe_input
+    from prompt_toolkit.output import DummyOutput
+
+    chat = chat_of(tmp_path)
+    with create_pipe_input() as keys, create_app_session(input=keys, output=DummyOutput()):
+        keys.send_text("wrong\x03")  # Ctrl-C clears the line
+        keys.send_text("Helo\x02l\r\r")  # Ctrl-B goes left: Hello, then an empty line
+        keys.send_text("/back\rone\\ntwo\r\x04never\r")  # Ctrl-D leaves
+        in_terminal(chat)
+    assert [turn.user for turn in chat.dialogue.turns] == ["one\ntwo"]
+    assert chat.dialogue.last().reply in capsys.readouterr().out
+    assert "+Hello\n" in (tmp_path / "history").read_text()
+
+
+def test_ctrl_c_stops_the_reply_and_not_the_chat(tmp_path, capsys, monkeypatch):
+    chat = chat_of(tmp_path, sampling=iter_sampling(" abcdef\n\n" * 3))
+    printed = []
+
+    def write(text):
+        if len(printed) == 3:
+            printed.append("^C")
+            raise KeyboardInterrupt
+        printed.append(text)
+
+    monkeypatch.setattr(chats, "_write", write)
+    for line in ("a", "/retry"):
+        printed.clear()
+        chat.show(line)
+        assert "".join(printed) == "abc^C [stopped]\n\n"
+        assert chat.dialogue.turns[-1].reply == "abcd"
+        chat.dialogue.sampling = iter_sampling(" abcdef\n\n")
+    printed.clear()
+    with pytest.raises(KeyboardInterrupt):  # a script is stopped as a whole
+        for line in "bcde":
+            chat.show(line, plain=True)
+
+
+def iter_sampling(text):
+    tokens = iter(BYTES.encode(text))
+    return lambda logits, rng, used: next(tokens, BYTES.eod)
+
+
+def test_what_others_may_add(tmp_path, capsys):
+    """A command, a call between replies, something told by another thread, and something to end."""
+    chat, order = chat_of(tmp_path), []
+    chat.commands["shout"] = Command("/shout TEXT", "say it loudly", lambda chat, rest: [rest.upper(), "!"])
+    chat.before_answer.append(lambda: order.append(len(chat.dialogue.turns)))
+    chat.closing.callback(order.append, "closed")
+    with chat.closing:
+        for line in ("/shout hey", "a", "b"):
+            chat.show(line)
+        thread = threading.Thread(target=chat.tell, args=["learnt"])
+        thread.start()
+        thread.join()
+    blocks = capsys.readouterr().out.split("\n\n")
+    assert blocks[0] == "HEY!" and blocks[-2] == "learnt" and order == [0, 0, 1, "closed"]
+
+
+def test_a_room(say):
+    chat = "ann: !Hello\nbob: not for the model\nno message\nbob: !/quit\neve: !你好\nann: !/settings top_k 1\n"
+    blocks = say(chat, "--room", "--operators=ann, cyd", "--temperature=0")
+    answers = dict(block.split("\n", 1) for block in blocks)
+    assert answers.keys() == {"ann: Hello", "eve: 你好", "ann: /settings top_k 1"}
+    assert answers["ann: /settings top_k 1"] == "top_k 1"
+    hello, hi = as_library(["Hello", "你好"], sampling=Sampling(0))
+    assert (answers["ann: Hello"], answers["eve: 你好"]) == (hello, hi)
+    assert say("ann: !/quit\n", "--room", "--operators=ann") == ["ann: /quit\nbye"]
+    assert say("", "--room") == []
+
+
+def test_which_lines_are_for_the_room():
+    room = Room(longest=5, operators=frozenset({"op"}))
+    wanted = {
+        "a: !hi": "taken",
+        " a b :  ! hi ": "taken",
+        "a: hi": "not for us",
+        "hi": "not for us",
+        ": !hi": "not for us",
+        "a: !": "empty",
+        "a: !123456": "too long",
+        "a: !/fix": "not an operator",
+        "a: !\x1b[2J\udcff:\t)": "too long",
+        "c: !\x1b:\t)\udcff": "taken",
+        "op: !/fix": "taken",
+    }
+    assert {line: room.offer(line, 0.0) for line in wanted} == wanted
+    picked = [room.pick() for _ in range(5)]
+    assert picked[0] == Message("op", "/fix", command=True)  # operators' commands go first
+    assert picked[1:] == [Message("a", "hi"), Message("a b", "hi"), Message("c", ": )"), None]
+
+
+EVENTS = st.lists(st.one_of(st.none(), st.tuples(st.sampled_from("abc"), st.integers(0, 40))), max_size=60)
+
+
+@settings(max_examples=100, deadline=None)
+@given(EVENTS, st.sampled_from(["fifo", "random", "newest"]), *[st.integers(1, 4)] * 3)
+def test_room_policies(events, policy, queue, per_user, rate):
+    """Against a list of all that happened: None picks, (user, seconds since the last) offers."""
+    room = Room("", policy, queue=queue, per_user=per_user, rate=rate)
+    waiting, taken, now = [], [], 0.0
+    for number, event in enumerate(events):
+        if event is None:
+            found = room.pick()
+            assert (found is None) == (not waiting)
+            if found:
+                place = waiting.index((found.user, found.text))
+                assert {"fifo": place == 0, "newest": place == len(waiting) - 1, "random": True}[policy]
+                waiting.pop(place)
+            continue
+        user, now = event[0], now + event[1]
+        theirs = [w for w in waiting if w[0] == user]
+        recent = [t for t, u in taken if u == user and now - t < MINUTE]
+        full = len(waiting) == queue
+        expected = len(recent) < rate and len(theirs) < per_user and (policy == "newest" or not full)
+        assert (room.offer(f"{user}: {number}", now) == "taken") == expected
+        if expected:
+            waiting = [*waiting[full:], (user, str(number))]
+            taken.append((now, user))
+        assert len(room) == len(waiting)
+
+
+def test_random_picks_everybody_and_a_seed_repeats_it():
+    def order(seed):
+        room = Room("", "random", seed=seed)
+        for user in "abcdef":
+            room.offer(f"{user}: x", 0.0)
+        return "".join(room.pick().user for _ in range(6))
+
+    orders = Counter(order(seed) for seed in range(30))
+    assert len(orders) > 20 and all(sorted(o) == list("abcdef") for o in orders)
+    assert order(1) == order(1) and len({o[0] for o in orders}) == 6

@@ -1,0 +1,211 @@
+"""Corrections through the commands people type: in the chat, from a file, and measured."""
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from feedback_toys import CONFIG
+from helpers import random_model, run
+
+import rwkv_train.feedback.learner as learner_module
+from rwkv_train import save_model
+from rwkv_train.bench.correction_cases import fact_cases, small_talk, strangers_talk
+from rwkv_train.bench.corrections import TARGETS, load_cases
+from rwkv_train.data.corpora.facts import facts
+from rwkv_train.feedback import FeedbackConfig
+from rwkv_train.feedback.decode import Form, greedy
+from rwkv_train.generate import prefill
+from rwkv_train.tokenizer import load_tokenizer
+
+BYTES = load_tokenizer("bytes")
+
+
+@pytest.fixture
+def model(tmp_path, monkeypatch):
+    """A model of random weights in a folder of its own, and a recipe that such a model can learn with."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(learner_module, "FeedbackConfig", lambda **k: FeedbackConfig(**(vars(CONFIG) | k)))
+    save_model(random_model(n_embd=48, vocab_size=257), "model.pth")
+    BYTES.save("tokenizer.json")
+    return "model.pth"
+
+
+def chat(model, *lines, capsys, monkeypatch) -> list[str]:
+    """The answers of a scripted conversation, one block each."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO("".join(line + "\n" for line in lines)))
+    argv = ["--model", model, "--plain", "--temperature=0", "--tokens=8", "--folder=home"]
+    code, out, err = run("chat", *argv, capsys=capsys)
+    assert code == 0, err
+    blocks = out.rstrip("\n").split("\n\n")
+    assert len(blocks) == len(lines)
+    return blocks
+
+
+def test_a_scripted_conversation(model, tmp_path, capsys, monkeypatch, generation):
+    if generation == "rwkv7":
+        remembers = random_model(n_embd=64, vocab_size=257, seed=1, generation=generation, head_size=16)
+        for block in remembers.blocks:
+            block.att.w0.data -= 4  # or what was asked is forgotten before the reply begins
+        save_model(remembers, model)
+    say = {"capsys": capsys, "monkeypatch": monkeypatch}
+    wrong, fixed, right, taught, history = chat(
+        model, "sun?", "/fix hot", "/teach ice? => cold", "/teach nothing", "/history", **say
+    )
+    assert wrong not in ("hot", "cold")
+    assert "received as correction 2" in fixed and "learnt (" in fixed and "after:  hot" in fixed
+    assert "after:  cold" in right and "write /teach" in taught
+    assert history == "2: sun? => hot\n4: ice? => cold"
+
+    after = chat(
+        model, "ice?", "/export out.jsonl", "/undo", "/history", "/undo 2", "/undo", "/undo", **say
+    )  # restarted
+    assert after[0] == "cold" and "wrote 2 corrections" in after[1] and "forgot 4" in after[2]
+    assert after[3] == "2: sun? => hot"
+    assert "1 corrections to undo, not 2" in after[4] and "forgot 2" in after[5] and "0 corrections" in after[6]
+    assert chat(model, "sun?", **say) == [wrong]
+    (pair,) = map(json.loads, (tmp_path / "out.jsonl.pairs.jsonl").read_text().splitlines())
+    assert (pair["chosen"], pair["rejected"]) == ("hot", wrong)
+
+
+def test_settings_scopes_wrong_replies_and_readings_in_a_chat(model, tmp_path, capsys, monkeypatch):
+    say = {"capsys": capsys, "monkeypatch": monkeypatch}
+    (tmp_path / "text.txt").write_text("to and fro " * 50)
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    blocks = chat(
+        model, "/teach sun? => hot", "sun?", "/bad", "/back", "sun?", "/diff", "/settings scope lora",
+        "/settings scope all", "/settings steps many",
+        "/learn text.txt", "/learn latin.txt", "/learn", "/learn none.txt", "/history", "/undo 3", "/diff", **say,
+    )  # fmt: skip
+    _, hot, bad, _, other, diff, scope, unknown, many, read, latin, empty, none, history, undone, same = blocks
+    assert hot == "hot" != other and "learnt (" in bad and "before: hot" in bad
+    assert "2 corrections, the last reply is by version" in diff and "ffn.value.weight" in diff
+    assert scope == "scope lora" and "scope must be one of" in unknown and "expected a whole number" in many
+    assert "learnt (" in read and "not UTF-8 at byte 3" in latin and empty == "write /learn FILE"
+    assert "No such file" in none
+    assert "\n4: sun? => anything but: hot" in history and "read to and fro to" in history
+    assert "weights are as before" in undone and "0 corrections" in same and "ffn" not in same
+    assert "scope               lora" in chat(model, "/settings", **say)[0]  # kept
+
+
+def test_bad_corrections_are_told_in_one_line(model, capsys, monkeypatch):
+    first, empty, long, history = chat(
+        model, "/fix x", "/teach a =>", f"/teach a => {'x' * 3000}", "/history", capsys=capsys, monkeypatch=monkeypatch
+    )
+    assert first == "nothing has been said yet" and "answer is empty" in empty and "3,000 characters" in long
+    assert history == "nothing was learnt yet"
+
+
+def test_feedback_from_a_file(model, tmp_path, capsys):
+    (tmp_path / "c.jsonl").write_text(
+        '{"question": "sun?", "answer": "hot"}\n\n{"question": "ice?", "answer": "cold"}\n'
+    )
+    code, out, _ = run("feedback", "--model", model, "--file=c.jsonl", "--folder=home", capsys=capsys)
+    assert code == 0 and "2 of 2 learnt" in out and "cold" in out
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"question": "sun?"}', "c.jsonl:3: expected"),
+        (b'{"question": "sun?", "answer": 3}', "c.jsonl:3: expected"),
+        (b'{"question": "sun?", "answer": "\\ud800"}', "c.jsonl:3: the answer is not valid Unicode"),
+        (b'{"question": "sun?", "answer": " "}', "c.jsonl:3: the answer is empty"),
+        (b'{"question": "sun?", "answer": "%s"}' % (b"x" * 3000), "c.jsonl:3: the answer has 3,000 characters"),
+        (b'{"question": "sun?", "answer": "caf\xe9"}', "c.jsonl is not UTF-8 at byte 75"),
+    ],
+)
+def test_one_bad_line_of_a_file_is_told_before_any_is_learnt(model, tmp_path, capsys, line, message):
+    (tmp_path / "c.jsonl").write_bytes(b'{"question": "ice?", "answer": "cold"}\n\n' + line)
+    code, out, err = run("feedback", "--model", model, "--file=c.jsonl", "--folder=home", capsys=capsys)
+    assert code == 1 and message in err and err.count("\n") == 1 and not out
+    assert all(path.read_text().count("\n") == 1 for path in (tmp_path / "home").rglob("journal.jsonl"))  # the base
+
+
+def test_bytes_that_are_no_text_are_refused_in_a_chat(model, tmp_path):
+    """From a pipe, as a terminal would not let them through."""
+    program = Path(__file__).parents[2] / "train.py"
+    argv = [sys.executable, program, "chat", f"--model={model}", "--plain", "--tokens=4", "--folder=home"]
+    done = subprocess.run(argv, input=b"sun?\n/fix caf\xe9\n/history\n", capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    _, refused, history, _ = done.stdout.decode(errors="replace").rsplit("\n\n", 3)
+    assert "not valid Unicode" in refused and "nothing was learnt yet" in history
+
+
+def test_an_answer_of_which_nothing_is_trained_is_refused(model, tmp_path, capsys):
+    (tmp_path / "t.yaml").write_text("train_roles: [user]\n")
+    (tmp_path / "c.jsonl").write_text('{"question": "ice?", "answer": "cold"}\n')
+    argv = ["--file=c.jsonl", "--folder=home", "--template=t.yaml"]
+    code, _, err = run("feedback", "--model", model, *argv, capsys=capsys)
+    assert code == 1 and "c.jsonl:1: the answer has no tokens that can be trained" in err
+
+
+def test_bench_feedback_short(model, tmp_path, capsys, monkeypatch):
+    """The whole protocol, on two cases and a model that knows nothing."""
+    monkeypatch.setattr("rwkv_train.bench.feedback.SINGLES", 1)
+    cases = [
+        {"question": f"{q}?", "answer": a, "neighbours": [{"question": q}]} for q, a in (("sun", "hot"), ("ice", "no"))
+    ]
+    (tmp_path / "cases.jsonl").write_text("\n".join(map(json.dumps, cases)))
+    (tmp_path / "q.txt").write_text("who?\nwhat?\nwhen?\n")
+    (tmp_path / "text.txt").write_text("some text that stays as it is. " * 20)
+    argv = [
+        "--cases=cases.jsonl",
+        "--unrelated=q.txt",
+        "--heldout=text.txt",
+        "--counts=[1,2]",
+        "--controls=[2]",
+        "--seeds=1",
+        "--json=r.json",
+        "--plot=r.svg",
+    ]
+    code, out, err = run("bench", "feedback", "--model", model, *argv, capsys=capsys)
+    assert code == 0, err
+    assert all(name in out for name in [*TARGETS, "N=2", "rate 0, N=2", "naive, N=2", "state only, N=2", "busy over"])
+    results = json.loads((tmp_path / "r.json").read_text())["recipes"]
+    assert "<svg" in (tmp_path / "r.svg").read_text()
+    still = {name: value["mean"] for name, value in results["rate 0, N=2"].items()}
+    assert still["all retained"] == 0 and still["unrelated identical"] == 1 and still["neighbours changed"] == 0
+    assert still["perplexity rise"] == pytest.approx(0, abs=1e-6)
+    assert results["N=1"]["newest, empty state"] == results["N=1"]["all retained"]
+    (tmp_path / "cases.jsonl").write_text("{}\n")
+    with pytest.raises(ValueError, match=r"cases.jsonl:1: no case"):
+        load_cases(tmp_path / "cases.jsonl")
+
+
+def test_batched_greedy_is_greedy_one_by_one():
+    model = random_model(n_embd=24, vocab_size=257)
+    prompts = [[0, *BYTES.encode(text)] for text in ("a", "bc", "d", "efg")]
+    state = prefill(model, BYTES.encode("before"))[1]
+    for start in (None, state):
+        together = greedy(model, Form(BYTES), prompts, start, most=9)
+        for prompt, reply in zip(prompts, together, strict=True):
+            logits, s = prefill(model, prompt, start)
+            ids = []
+            while len(ids) < 9 and "\n\n" not in BYTES.decode(ids) and int(torch.argmax(logits)):
+                ids.append(int(torch.argmax(logits)))
+                logits, s = prefill(model, ids[-1:], s)
+            assert reply == ids
+
+
+def test_own_cases_are_false_facts_that_spare_what_they_watch():
+    cases = fact_cases()
+    assert cases == fact_cases() and len(cases) > 100
+    true = {f.questions()[0]: f.answer for f in facts()}
+    taught = {c.question for c in cases}
+    for case in cases:
+        assert case.answer != true[case.question] and len(case.paraphrases) == 4 and case.same_subject
+        for watched in (*case.neighbours, *case.same_subject):
+            assert watched["answer"] == true[watched["question"]] and watched["question"] not in taught
+    assert len(set(small_talk())) == 200
+    assert sum(len(text) for talk in strangers_talk(count=10) for text, spoken in talk if spoken) > 10_000
+
+
+def test_the_conversation_in_the_readme_is_a_real_one(tmp_path):
+    from transcript import ROOT, transcript, without_figures
+
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"```\n{without_figures(transcript(str(tmp_path)))}```" in without_figures(readme)

@@ -1,0 +1,278 @@
+"""Corrections: learnt means decoded, replayed = learnt, undone = before, nothing acknowledged is lost."""
+
+import json
+import random
+import re
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from feedback_toys import BYTES, CONFIG, QUICK, learner, upper_matrices
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rwkv_train.data.prepare import PrepareConfig, prepare
+from rwkv_train.feedback import Correction, FeedbackConfig, Reading
+from rwkv_train.feedback.journal import Journal
+from rwkv_train.feedback.steps import changed, localised_names
+
+
+def test_corrections_are_learnt_kept_and_undone_exactly(tmp_path, generation):
+    it = learner(tmp_path, generation=generation)
+    before, seen = it.weights, []
+    hashes = []
+    for correction in QUICK:
+        outcome = it.learn(correction, received=seen.append, tick=lambda step, loss: seen.append(loss))
+        assert outcome.accepted, outcome.why
+        assert outcome.answer_after == correction.answer != outcome.answer_before
+        assert outcome.loss_after < outcome.loss_before
+        assert outcome.weights == it.weights
+        hashes.append(outcome.weights)
+    assert [it.answer(c.question) for c in QUICK] == ["hot", "cold", "wet"]  # the earlier ones as well
+    assert seen[0] == it.active()[0]["id"] and len(seen) > 3
+    it.close()
+
+    again = learner(tmp_path, generation=generation)  # after a restart, from a snapshot
+    assert again.weights == hashes[-1]
+    for file in (tmp_path / "profile" / "snapshots").iterdir():  # and from the journal alone, past a damaged snapshot
+        file.write_bytes(file.read_bytes()[:-1])
+    assert again.replay() == hashes[-1]
+
+    assert again.undo() == [again.journal.records[-1]["of"][0]]
+    assert again.weights == hashes[1]
+    first = again.active()[0]["id"]
+    again.forget([first])
+    only_second = again.weights
+    assert len(again.active()) == 1 and again.answer("ice?") == "cold"
+    again.undo()
+    assert again.weights == before
+    with pytest.raises(ValueError, match="0 corrections to undo"):
+        again.undo()
+    with pytest.raises(ValueError, match="no active correction has the number 99"):
+        again.forget([99])
+    again.close()
+    assert only_second not in hashes
+
+
+def test_base_model_and_serving_model_are_never_written_to(tmp_path):
+    it = learner(tmp_path)
+    base = {k: v.clone() for k, v in it.base.state_dict().items()}
+    serving = it.model
+    it.learn(QUICK[0])
+    assert it.model is not serving and serving is it.base
+    assert all(torch.equal(v, base[k]) for k, v in it.base.state_dict().items())
+    shared = [p is q for p, q in zip(it.model.parameters(), it.base.parameters(), strict=True)]
+    assert sum(not s for s in shared) == 1  # two layers: one matrix is its own, the rest costs nothing
+    it.close()
+
+
+def test_context_of_the_dialogue_is_trained_too(tmp_path, generation):
+    it = learner(tmp_path, generation=generation)
+    context = tuple(BYTES.encode("User: something long before\n\nAssistant: yes\n\n"))
+    outcome = it.learn(Correction("sun?", "hot", context))
+    assert outcome.accepted, outcome.why
+    it.close()
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"budget": 0.0}, "would drift"),
+        ({"steps": 1}, "decoding still gives"),
+        ({"rate": 1e30}, "became (nan|inf)"),
+    ],
+)
+def test_what_does_not_pass_the_gate_changes_nothing(tmp_path, changes, why):
+    it = learner(tmp_path, FeedbackConfig(**(vars(CONFIG) | changes)))
+    outcome = it.learn(QUICK[0])
+    assert not outcome.accepted and it.active() == []
+    assert re.search(why, outcome.why), outcome.why
+    assert outcome.answer_after == outcome.answer_before and it.model is it.base
+    it.close()
+
+
+@pytest.mark.parametrize(
+    ("correction", "message"),
+    [
+        (Correction("q", " \n"), "answer is empty"),
+        (Correction("", "a"), "question is empty"),
+        (Correction("q", "a" * 3000), "3,000 characters"),
+        (Correction("q", "\ud800"), "not valid Unicode"),
+    ],
+)
+def test_bad_input_is_refused_before_it_is_recorded(tmp_path, correction, message):
+    it = learner(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        it.learn(correction)
+    assert len(it.journal.records) == 1  # the base
+    it.close()
+
+
+def test_a_profile_has_one_base_and_one_process(tmp_path):
+    it = learner(tmp_path)
+    with pytest.raises(ValueError, match="in use by another process"):
+        learner(tmp_path)
+    it.close()
+    with pytest.raises(ValueError, match="begun with another model"):
+        learner(tmp_path, seed=1)
+
+
+def test_export_is_training_data(tmp_path):
+    it = learner(tmp_path)
+    it.learn(Correction("sun?", "hot", rejected="cold"))
+    assert it.export(tmp_path / "out.jsonl") == 1
+    it.close()
+    store = prepare(PrepareConfig([str(tmp_path / "out.jsonl")], str(tmp_path / "store"), tokenizer="bytes"))
+    trained = [int(t) for t, m in zip(store.tokens, store.mask, strict=True) if m]
+    assert BYTES.decode(trained) == " hot\n\n"
+    (pair,) = map(json.loads, (tmp_path / "out.jsonl.pairs.jsonl").read_text().splitlines())
+    assert pair == {"prompt": "User: sun?\n\nAssistant:", "chosen": "hot", "rejected": "cold"}
+
+
+def test_killed_at_random_moments_nothing_is_lost(tmp_path):
+    """More of them: python tests/tools/kill_learner.py 100"""
+    from kill_learner import kill
+
+    rng = random.Random(0)
+    for _ in range(2):
+        kill(tmp_path, rng)
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+from feedback_toys import QUICK, learner
+it = learner(Path(sys.argv[2]))
+it.learn(QUICK[0])
+steps = []
+
+def tick(step, loss):
+    steps.append(step)
+    if len(steps) == int(sys.argv[3]):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+for correction in QUICK[1:]:
+    it.learn(correction, received=lambda number: print(number, flush=True), tick=tick)
+"""
+
+
+def test_a_process_killed_between_steps_loses_nothing_it_acknowledged(tmp_path):
+    for name in ("killed", "whole"):
+        (tmp_path / name).mkdir()
+    argv = [sys.executable, "-c", KILLED, str(Path(__file__).parents[1] / "tools"), str(tmp_path / "killed"), "7"]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=120)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    acknowledged = len(done.stdout.split())
+    it, whole = learner(tmp_path / "killed"), learner(tmp_path / "whole")
+    for correction in QUICK[: 1 + acknowledged]:
+        whole.learn(correction)
+    assert [r["question"] for r in it.active()] == [c.question for c in QUICK[: 1 + acknowledged]]
+    assert it.weights == whole.weights
+    it.close()
+    whole.close()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.text(max_size=5), min_size=1, max_size=4), st.booleans(), st.data())
+def test_a_damaged_journal_is_told_and_an_unfinished_end_is_dropped(tmp_path_factory, texts, cut, data):
+    path = tmp_path_factory.mktemp("journal") / "journal.jsonl"
+    journal = Journal(path)
+    for text in texts:
+        journal.append("received", text=text)
+    journal.close()
+    whole = path.read_bytes()
+    at = data.draw(st.integers(0, len(whole) - 1))
+    path.write_bytes(whole[:at] if cut else whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :])
+    if not cut and at < len(whole) - 1:
+        with pytest.raises(ValueError, match="is damaged"):
+            Journal(path)
+        return
+    found = Journal(path)
+    assert found.records == journal.records[: whole[:at].count(b"\n")]
+    found.append("received", text="after")
+    found.close()
+    assert Journal(path).records == found.records
+
+
+@pytest.mark.parametrize("scope", ["upper", "lora", "full"])
+def test_every_scope_learns_and_changes_what_it_says(tmp_path, scope, generation):
+    it = learner(tmp_path, replace(CONFIG, scope=scope, steps=300), generation=generation)
+    outcome = it.learn(QUICK[0])
+    assert outcome.accepted and it.answer("sun?") == "hot", outcome
+    ours, base = changed(it.model, it.base), dict(it.base.named_parameters())
+    if scope == "lora":
+        assert list(ours) == localised_names(it.base)
+        assert all(torch.linalg.matrix_rank(w - base[n], rtol=1e-4) <= 8 for n, w in ours.items())
+    else:
+        assert set(ours) == set(base if scope == "full" else upper_matrices(it.base, 1))
+    hashed = it.weights
+    it.close()
+    again = learner(tmp_path, generation=generation)  # from the snapshot
+    assert again.weights == hashed and again.answer("sun?") == "hot"
+    again.undo()
+    assert again.model is again.base
+    again.close()
+
+
+def test_a_wrong_reply_is_left_and_other_answers_are_kept(tmp_path):
+    it = learner(tmp_path)
+    it.learn(QUICK[0])
+    outcome = it.learn(Correction("sun?", None, rejected="hot"))
+    assert outcome.accepted and outcome.answer_before == "hot" != outcome.answer_after
+    with pytest.raises(ValueError, match="neither a right answer nor a wrong one"):
+        it.learn(Correction("sun?", None))
+    assert it.export(tmp_path / "out.jsonl") == 1
+    it.close()
+
+
+def test_the_last_word_on_a_question_counts(tmp_path, generation):
+    it = learner(tmp_path, generation=generation)
+    for answer in ("hot", "cold", "hot", "wet"):
+        outcome = it.learn(Correction("sun?", answer))
+        assert outcome.accepted and it.answer("sun?") == answer, outcome
+    assert it.learn(QUICK[1]).accepted and it.answer("sun?") == "wet"
+    it.close()
+
+
+def test_reading_gets_used_to_a_text_and_is_undone_and_replayed(tmp_path, generation):
+    it = learner(tmp_path, replace(CONFIG, learn_rate=0.01), generation=generation)
+    losses = []
+    outcome = it.learn(Reading("to and fro " * 100), tick=lambda step, loss: losses.append(loss))
+    assert outcome.accepted and outcome.steps == len(losses) == 9 and losses[-1] < losses[0]
+    assert outcome.loss_after < outcome.loss_before
+    it.learn(QUICK[0])
+    hashed = it.weights
+    for file in (tmp_path / "profile" / "snapshots").iterdir():
+        file.unlink()
+    assert it.replay() == hashed
+    assert it.undo(2) and it.model is it.base
+    assert it.learn(Reading("to and fro " * 100)).weights == outcome.weights
+    with pytest.raises(ValueError, match="text is empty"):
+        it.learn(Reading("\n"))
+    it.close()
+
+
+def test_a_change_that_moves_too_much_is_scaled_down(tmp_path):
+    whole = learner(tmp_path)
+    moved = whole.learn(QUICK[0]).drift
+    whole.undo()
+    whole.configure(budget=0.8 * moved, extra=2)
+    outcome = whole.learn(QUICK[0])
+    assert outcome.accepted and outcome.share < 1 and outcome.drift <= 0.8 * moved
+    assert whole.answer("sun?") == "hot"
+    whole.close()
+    again = learner(tmp_path)  # settings are kept, and a replay scales as well
+    assert again.config.budget == 0.8 * moved and again.weights == outcome.weights
+    for file in (tmp_path / "profile" / "snapshots").iterdir():
+        file.unlink()
+    assert again.replay() == outcome.weights
+    with pytest.raises(ValueError, match="must not be negative"):
+        again.configure(rate=-1.0)
+    with pytest.raises(ValueError, match="scope must be one of"):
+        again.configure(scope="all")
+    again.close()

@@ -1,0 +1,162 @@
+"""Low-rank factors and initial states: only they change, and the model with them is what was trained."""
+
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+from helpers import assert_close_rel, random_model
+from runs import config_of, metrics
+
+from rwkv_train import load_model, save_model
+from rwkv_train.bptt import chunked_loss
+from rwkv_train.checkpoints.modelfile import save_adapter
+from rwkv_train.config import ModelConfig, TrainConfig
+from rwkv_train.models.adapters import is_adapter, tune
+from rwkv_train.train.fit import fit, make_model
+
+
+def tuned(generation, what, **kwargs):
+    """A model whose factors or state are no longer what they begin as."""
+    model = random_model(generation=generation, dtype=torch.float64, **kwargs)
+    tune(model, what, rank=3)
+    rng = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p += 0.1 * torch.randn(p.shape, generator=rng, dtype=p.dtype)
+    if what == "state":
+        model.repair_initial_state()
+    return model
+
+
+@pytest.mark.parametrize("what", ["lora", "state"])
+def test_nothing_changes_until_it_is_trained_and_then_only_the_little(generation, what):
+    tokens, plain = torch.arange(20)[None], random_model(generation=generation, dtype=torch.float64)
+    model = random_model(generation=generation, dtype=torch.float64)
+    tune(model, what, rank=3)
+    assert_close_rel(model(tokens)[0], plain(tokens)[0], 1e-12)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == set(filter(is_adapter, model.state_dict()))
+    matrices = 7 if generation == "rwkv4" else 6  # of a block
+    assert len(trained) == (2 if what == "state" else 2 * 2 * matrices)
+    model = tuned(generation, what)
+    chunked_loss(model, tokens, tokens, None, None, chunk_len=7)[0].backward()
+    assert {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()} == trained
+
+
+def test_packed_documents_begin_in_the_trained_state(generation):
+    """Losses and gradients, with document starts that differ between the lanes and a state carried in."""
+    model = tuned(generation, "state")
+    rng = torch.Generator().manual_seed(0)
+    tokens, targets = (torch.randint(0, 31, (2, 23), generator=rng) for _ in range(2))
+    reset = torch.zeros(2, 23, dtype=torch.bool)
+    reset[0, [5, 6]] = reset[1, 11] = reset[1, 0] = True
+    carried = model(tokens[:, :4])[1]
+    carried = type(carried)(*(part.detach() for part in carried))
+    loss, _, end = chunked_loss(model, tokens, targets, carried, reset, chunk_len=8)
+    packed = torch.autograd.grad(loss, [model.initial_shift, model.initial_wkv])
+    single, ends = 0, []
+    for lane, cuts in enumerate([(0, 5, 6, 23), (0, 11, 23)]):
+        state = carried.select(0) if lane == 0 else None
+        for start, stop in pairwise(cuts):
+            piece = slice(start, stop)
+            part, _, state = chunked_loss(
+                model, tokens[lane : lane + 1, piece], targets[lane : lane + 1, piece], state, None, chunk_len=99
+            )
+            single, last, state = single + part, state, None
+        ends.append(last)
+    assert_close_rel(loss, single, 1e-10, "loss")
+    for i, part in enumerate(end):
+        assert_close_rel(part, torch.cat([e[i] for e in ends]), 1e-10, "state")
+    for a, b in zip(packed, torch.autograd.grad(single, [model.initial_shift, model.initial_wkv]), strict=True):
+        assert_close_rel(a, b, 1e-10, "gradient of the initial state")
+
+
+@pytest.mark.parametrize("what", ["lora", "state"])
+def test_a_run_trains_the_adapter_alone_and_it_can_be_kept_apart(finished_of, store, tmp_path, generation, what):
+    base = tmp_path / "base.pth"
+    save_model(load_model(finished_of(generation)), base)
+    config = config_of(
+        store,
+        tmp_path,
+        model=ModelConfig(init=str(base), tune=what),
+        train=TrainConfig(steps=12, val_every=12, save_every=5, log_every=1, device="cpu"),
+    )
+    assert config.recompute and not replace(config, train=replace(config.train, recompute=False)).recompute
+    assert fit(replace(config, optim=replace(config.optim, lr=3e-2))) == 0
+    losses = [r["val_loss"] for r in metrics(tmp_path / "run") if "val_loss" in r]
+    assert losses[-1] < losses[0]
+    whole, before = load_model(tmp_path / "run"), load_model(base)
+    save_adapter(tmp_path / "run", tmp_path / "adapter.safetensors")
+    assert (tmp_path / "adapter.safetensors").stat().st_size < base.stat().st_size
+    on_top = load_model(f"{base}+{tmp_path}/adapter.safetensors")
+    save_model(whole, tmp_path / "merged.pth")
+    unmerged = make_model(config.model, None)
+    weights = torch.load(next((tmp_path / "run/checkpoints/step=00000012").glob("*.ckpt")), weights_only=True)
+    unmerged.load_state_dict({k.removeprefix("model."): v for k, v in weights["state_dict"].items()})
+    for name, p in unmerged.state_dict().items():
+        assert is_adapter(name) or torch.equal(p, before.state_dict()[name]), name
+    tokens = torch.arange(40)[None]
+    expected = unmerged.eval()(tokens)[0]
+    assert not torch.allclose(expected, before(tokens)[0])
+    for model in (whole, on_top, load_model(tmp_path / "merged.pth")):
+        assert_close_rel(model(tokens)[0], expected, 1e-4)
+    if what == "state":
+        with pytest.raises(ValueError, match="no place for the state"):
+            save_model(whole, tmp_path / "hf")
+
+
+def test_matrices_in_8_bits(finished_of, store, tmp_path, generation):
+    """They compute as what a state dict says they are, take a byte a number, and a run resumes to the bit."""
+    base, tokens = tmp_path / "base.pth", torch.arange(40)[None]
+    save_model(load_model(finished_of(generation)), base)
+    config = ModelConfig(init=str(base), tune="lora", base="int8")
+    model, plain = make_model(config, None), make_model(replace(config, base="float"), None)
+    weight = model.blocks[0].ffn.key.weight
+    numbers = [getattr(weight, name) for name in weight.__tensor_flatten__()[0]]
+    assert sum(t.nbytes for t in numbers) <= weight.numel() + 8 * len(weight)  # and of each row its scale
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.normal_(std=0.1)
+    plain.load_state_dict(model.state_dict())
+    gradients = []
+    for m in (model, plain):
+        loss = chunked_loss(m, tokens, tokens, None, None, chunk_len=7)[0]
+        gradients.append(torch.autograd.grad(loss, [p for p in m.parameters() if p.requires_grad]))
+    for a, b in zip(*gradients, strict=True):
+        assert_close_rel(a, b, 1e-4)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_close_rel(model(tokens)[0], plain(tokens)[0], 5e-2)
+    model.load_state_dict(model.state_dict())
+    with pytest.raises(ValueError, match=r"not that of model.init in 8 bits"):
+        model.load_state_dict(make_model(replace(config, base="float"), None).state_dict())
+    runs = {}
+    for name, steps in (("whole", [12]), ("resumed", [7, 12])):
+        for last in steps:
+            train = TrainConfig(steps=last, val_every=12, save_every=5, log_every=1, device="cpu")
+            run = replace(config_of(store, tmp_path, model=config, train=train), name=name)
+            run = replace(run, optim=replace(run.optim, lr=3e-2, schedule="constant"))
+            assert fit(run, "newest" if last != steps[0] else None) == 0
+        runs[name] = load_model(tmp_path / name).state_dict()
+    assert all(torch.equal(runs["whole"][k], runs["resumed"][k]) for k in runs["whole"])
+    losses = [r["val_loss"] for r in metrics(tmp_path / "whole") if "val_loss" in r]
+    assert losses[-1] < losses[0]
+
+
+def test_misfits_are_named(tmp_path, generation):
+    model = tuned(generation, "lora")
+    torch.save({k: v for k, v in model.state_dict().items() if is_adapter(k)}, tmp_path / "lora.pth")
+    torch.save(random_model(generation=generation).state_dict(), tmp_path / "base.pth")
+    torch.save(random_model(n_embd=8, generation=generation).state_dict(), tmp_path / "small.pth")
+    load_model(f"{tmp_path}/base.pth+{tmp_path}/lora.pth")
+    with pytest.raises(ValueError, match=r"lora.pth: blocks.0.att.key does not fit"):
+        load_model(f"{tmp_path}/small.pth+{tmp_path}/lora.pth")
+    with pytest.raises(ValueError, match=r"base.pth holds no adapter"):
+        load_model(f"{tmp_path}/small.pth+{tmp_path}/base.pth")
+    with pytest.raises(ValueError, match=r"small.pth holds no adapter"):
+        save_adapter(tmp_path / "small.pth", tmp_path / "out.pth")
+    for settings, message in (({"tune": "lora", "n_layer": 1}, "needs model.init"), ({"rank": 4}, "model.rank")):
+        with pytest.raises(ValueError, match=message):
+            ModelConfig(**{"init": None if "n_layer" in settings else "x.pth"} | settings)

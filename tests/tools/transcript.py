@@ -1,0 +1,38 @@
+"""Print a conversation with the starter model, as it stands in the README: python tests/tools/transcript.py"""
+
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+LINES = [
+    "What is the capital of Scotland?",
+    "/fix The capital of Scotland is Edinburgh.",
+    "What is the capital of Scotland?",
+    "Tell me the capital of Scotland.",
+    "What is the capital of South Korea?",
+    "Who are you?",
+    "/history",
+    "/undo",
+    "What is the capital of Scotland?",
+]
+
+
+def transcript(folder: str) -> str:
+    """Each line as typed, and the answer to it."""
+    argv = [sys.executable, "train.py", "chat", "--plain", "--temperature=0", f"--folder={folder}"]
+    done = subprocess.run(argv, cwd=ROOT, input="\n".join(LINES) + "\n", capture_output=True, text=True, check=True)
+    blocks = done.stdout.rstrip("\n").split("\n\n")
+    return "\n".join(f"> {line}\n{block}\n" for line, block in zip(LINES, blocks, strict=True))
+
+
+def without_figures(text: str) -> str:
+    """For comparing: figures may differ from machine to machine."""
+    return re.sub(r"\d+(\.\d+)?", "0", text)
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as folder:
+        print(transcript(folder), end="")
