@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rwkv_train.models.base import RWKV
-from rwkv_train.models.loss import IGNORE, head_loss
+from rwkv_train.models.loss import IGNORE_INDEX, head_loss
 from rwkv_train.models.state import State
 
 
@@ -22,14 +22,14 @@ def chunked_loss(
     recompute: bool = True,
     *,
     z_loss: float = 0.0,
-    recompute_blocks: bool = False,
+    checkpoint_blocks: bool = False,
 ) -> tuple[Tensor, Tensor, State]:
     """Summed cross entropy of a text read in chunks of `chunk_len` tokens; exact gradients through all chunks.
 
     tokens [B,T] int64; targets [B,T] int64, -100 = not trained; state of B lanes or None (empty);
     reset [B,T] bool or None, True where a token opens a document.
     recompute: run each chunk's forward again in the backward, so that activations of one chunk live at a time.
-    recompute_blocks: the same for each block inside a chunk: less memory, one more forward.
+    checkpoint_blocks: the same for each block inside a chunk: less memory, one more forward.
     Returns (loss_sum in nats, trained tokens int64, state after the last token, attached to the graph).
     The gradient to an incoming state flows too. Double backward is not supported.
     """
@@ -39,11 +39,11 @@ def chunked_loss(
         shapes = [list(t.shape) for t in (tokens, targets, reset) if t is not None]
         raise ValueError(f"tokens, targets and reset must have one shape [B,T], found {shapes}")
     state = model.empty_state(tokens.shape[0]) if state is None else state
-    chunk = _ChunkLoss(model, z_loss, recompute_blocks)
-    n_tokens = (targets != IGNORE).sum()
+    chunk = _ChunkLoss(model, z_loss, checkpoint_blocks)
+    n_tokens = (targets != IGNORE_INDEX).sum()
     cuts = [slice(i, i + chunk_len) for i in range(0, tokens.shape[1], chunk_len)]
     again = recompute and len(cuts) > 1 and torch.is_grad_enabled()
-    if again and not in_pieces(model):
+    if again and not is_sharded(model):
         trained = [p for p in model.parameters() if p.requires_grad]
         loss, *state = _Sweep.apply(chunk, cuts, tokens, targets, reset, *state, *trained)
         return loss, n_tokens, State(*state)
@@ -62,12 +62,12 @@ def _cut(cut: slice, *tensors: Tensor | None) -> list[Tensor | None]:
 class _ChunkLoss(nn.Module):
     """One chunk as a module, so that `functional_call` can swap its parameters."""
 
-    def __init__(self, model: RWKV, z_loss: float, recompute_blocks: bool):
+    def __init__(self, model: RWKV, z_loss: float, checkpoint_blocks: bool):
         super().__init__()
-        self.model, self.z_loss, self.recompute_blocks = model, z_loss, recompute_blocks
+        self.model, self.z_loss, self.checkpoint_blocks = model, z_loss, checkpoint_blocks
 
     def forward(self, tokens, targets, reset, *state):
-        x, state = self.model.hidden(tokens, State(*state), reset, recompute=self.recompute_blocks)
+        x, state = self.model.hidden(tokens, State(*state), reset, checkpoint_blocks=self.checkpoint_blocks)
         return head_loss(x, self.model.head.weight, targets, self.z_loss), *state
 
 
@@ -125,7 +125,7 @@ class _Sweep(torch.autograd.Function):
         return None, None, None, None, None, *g_state, *[p.grad for p in leaves]
 
 
-def in_pieces(model: nn.Module) -> bool:
+def is_sharded(model: nn.Module) -> bool:
     """Whether a strategy keeps each weight in pieces on several ranks (FSDP, ZeRO-3): the sweep cannot alias those."""
     return any(hasattr(p, "device_mesh") or hasattr(p, "ds_id") for p in model.parameters())
 

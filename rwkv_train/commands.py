@@ -15,7 +15,7 @@ from rwkv_train.data.lanes import LaneBatches, split
 from rwkv_train.data.store import Store
 from rwkv_train.evaluate import Score, Scorer, byte_lengths, position_table
 from rwkv_train.generate import Sampling, generate_text
-from rwkv_train.models.loss import IGNORE
+from rwkv_train.models.loss import IGNORE_INDEX
 from rwkv_train.tokenizer import Tokenizer, load_tokenizer
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -109,7 +109,7 @@ def inspect(config: InspectConfig) -> None:
         targets = batches[n]["targets"]
         for lane in range(batches.all_lanes):
             for at, start, offset, count in batches.stretches(lane, n):
-                trained = int((targets[lane, at : at + count] != IGNORE).sum())
+                trained = int((targets[lane, at : at + count] != IGNORE_INDEX).sum())
                 ids = store.tokens[start : start + min(count, config.tokens)].tolist()
                 text = repr(tokenizer.decode(ids)) if tokenizer else ids
                 batch = f"batch {n - first + 1}, " if accumulate > 1 else ""

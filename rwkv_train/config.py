@@ -161,8 +161,8 @@ class TrainConfig:
         epochs: times the training text is read; give this or steps
         accumulate: batches whose gradients make one optimizer step
         precision: fp32, or bf16 for matrix products in bfloat16 with float32 weights
-        recompute: keep no activations inside blocks and run their forward again in the backward: less memory, slower;
-            if not given, where model.tune leaves the weights as they are
+        checkpoint_blocks: keep no activations inside blocks and run their forward again in the backward: less
+            memory, slower; if not given, where model.tune leaves the weights as they are
         device: where to train; auto takes a GPU if there is one
         devices: number of devices of a machine, each with its share of the lanes
         nodes: number of machines; start each with torchrun (see configs/multinode.yaml)
@@ -182,7 +182,7 @@ class TrainConfig:
     epochs: float | None = None
     accumulate: int = 1
     precision: Literal["fp32", "bf16"] = "fp32"
-    recompute: bool | None = None
+    checkpoint_blocks: bool | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     devices: int = 1
     nodes: int = 1
@@ -288,9 +288,9 @@ class FitConfig:
             )
 
     @property
-    def recompute(self) -> bool:
+    def checkpoint_blocks(self) -> bool:
         """Whether blocks keep no activations: an adapter is trained where there is little memory."""
-        return self.model.tune != "all" if self.train.recompute is None else self.train.recompute
+        return self.model.tune != "all" if self.train.checkpoint_blocks is None else self.train.checkpoint_blocks
 
     def steps(self, tokens: int) -> int:
         """Optimizer steps of the run, with so many tokens to train on."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rwkv_train.models.base import RWKV
-from rwkv_train.models.loss import IGNORE, token_nll
+from rwkv_train.models.loss import IGNORE_INDEX, token_nll
 from rwkv_train.models.state import State
 from rwkv_train.tokenizer import Tokenizer
 
@@ -87,7 +87,7 @@ class Scorer:
         state = None if self.forget else self.state
         x, self.state = self.model.hidden(batch["tokens"], state, batch["reset"])
         targets = batch["targets"]
-        trained = targets != IGNORE
+        trained = targets != IGNORE_INDEX
         nll = token_nll(x, self.model.head.weight, targets).double()
         position = batch["position"][trained]
         bucket = (torch.log2((position // FIRST).clamp(min=1).double()).floor().long() + 1) * (position >= FIRST)

@@ -73,21 +73,21 @@ def prefill(model: RWKV, tokens: list[int], state: State | None = None) -> tuple
     return model.head(x[0, -1]), state
 
 
-def steps(
+def stream_tokens(
     model: RWKV,
     logits: Tensor,
     state: State,
     sampling: Sampling,
-    most: int,
+    max_new_tokens: int,
     stop: frozenset[int] = frozenset(),
     rng: torch.Generator | None = None,
 ) -> Iterator[tuple[int, State]]:
-    """Up to `most` tokens sampled from `logits` and what follows, each with the state after it.
+    """Up to `max_new_tokens` tokens sampled from `logits` and what follows, each with the state after it.
 
     Ends before a token in `stop`. The penalties count the tokens of this call.
     """
     used: Counter[int] = Counter()
-    for _ in range(most):
+    for _ in range(max_new_tokens):
         token = sampling(logits, rng, used)
         if token in stop:
             return
@@ -97,7 +97,7 @@ def steps(
 
 
 def generate_text(
-    model: RWKV, tokenizer: Tokenizer, prompt: str, sampling: Sampling, most: int, seed: int = 0
+    model: RWKV, tokenizer: Tokenizer, prompt: str, sampling: Sampling, max_new_tokens: int, seed: int = 0
 ) -> Iterator[str]:
     """The continuation of a prompt, piece by piece, never breaking inside a character; ends at a document's end.
 
@@ -105,7 +105,7 @@ def generate_text(
     """
     logits, state = prefill(model, [tokenizer.eod, *tokenizer.encode(prompt)])
     rng, decoder = torch.Generator().manual_seed(seed), StreamDecoder(tokenizer)
-    for token, _ in steps(model, logits, state, sampling, most, frozenset([tokenizer.eod]), rng):
+    for token, _ in stream_tokens(model, logits, state, sampling, max_new_tokens, frozenset([tokenizer.eod]), rng):
         if piece := decoder.push(token):
             yield piece
     if piece := decoder.flush():

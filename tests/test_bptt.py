@@ -80,7 +80,7 @@ def test_recompute_blocks_changes_nothing(generation):
     model = random_model(dtype=torch.float64, generation=generation)
     data = text(model)
     for chunk_len in (T, 8):
-        ours = gradients(model, data, chunk_len=chunk_len, recompute_blocks=True)
+        ours = gradients(model, data, chunk_len=chunk_len, checkpoint_blocks=True)
         assert_same(ours, gradients(model, data, chunk_len=chunk_len), 1e-12)
 
 

@@ -23,9 +23,9 @@ from rwkv_train.feedback.decode import Form, greedy
 from rwkv_train.feedback.guards import Guards
 from rwkv_train.feedback.learner import Learner
 from rwkv_train.feedback.steps import FeedbackConfig
-from rwkv_train.generate import Sampling, prefill, steps
+from rwkv_train.generate import Sampling, prefill, stream_tokens
 from rwkv_train.models.base import RWKV
-from rwkv_train.models.loss import IGNORE, token_nll
+from rwkv_train.models.loss import IGNORE_INDEX, token_nll
 from rwkv_train.models.state import State
 
 # measure: (whether more is better, target at N = 1, 10, 100); None where a measure makes no sense
@@ -162,7 +162,7 @@ class Protocol:
         while going(len(gaps)):
             logits, state = prefill(self.base, [self.form.tokenizer.eod])
             last = time.perf_counter()
-            for _ in steps(self.base, logits, state, Sampling(), 100, rng=torch.Generator().manual_seed(0)):
+            for _ in stream_tokens(self.base, logits, state, Sampling(), 100, rng=torch.Generator().manual_seed(0)):
                 now = time.perf_counter()
                 gaps.append(now - last)
                 last = now
@@ -227,7 +227,7 @@ def _counted(form: Form, document: Document) -> tuple[list[int], list[int]]:
     for text, counts in document:
         part = form.tokenizer.encode(text)
         ids += part
-        targets += part if counts else [IGNORE] * len(part)
+        targets += part if counts else [IGNORE_INDEX] * len(part)
     return ids[:-1], targets
 
 

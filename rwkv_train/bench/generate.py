@@ -17,7 +17,7 @@ from rwkv_train.bench.measure import about, agreement, installed, machine, race,
 from rwkv_train.bench.models import in_transformers, plain_recurrence, random_model, random_text, size_of
 from rwkv_train.bench.settings import GenerateBench
 from rwkv_train.checkpoints.modelfile import save_model
-from rwkv_train.generate import Sampling, prefill, steps
+from rwkv_train.generate import Sampling, prefill, stream_tokens
 from rwkv_train.models.base import RWKV
 from rwkv_train.models.rwkv4 import RWKV4
 
@@ -100,7 +100,7 @@ def _sampling(model: RWKV, prompt: list[int], count: int) -> Callable[[], None]:
 
     def run() -> None:
         rng = torch.Generator().manual_seed(0)
-        for _ in steps(model, logits, state, Sampling(0.8, 0.5), count, rng=rng):
+        for _ in stream_tokens(model, logits, state, Sampling(0.8, 0.5), count, rng=rng):
             pass
 
     logits, state = prefill(model, prompt)

@@ -85,7 +85,7 @@ def step(kind: str, length: int, size: str, chunk_len: int, threads: int) -> dic
             EXACT: training_step(model, text, "fp32", chunk_len),
             INFERENCE: lambda: _read(model, text[0], chunk_len),
         }
-        run = runs.get(kind) or truncated_step(model, text, chunk_len, recompute=kind == LORA)
+        run = runs.get(kind) or truncated_step(model, text, chunk_len, checkpoint_blocks=kind == LORA)
     loaded, begun = peak_mb(), time.perf_counter()
     run()
     return {"seconds": time.perf_counter() - begun, "loaded_mb": loaded}

@@ -17,7 +17,7 @@ from rwkv_train.checkpoints.modelfile import save_model
 from rwkv_train.models import rwkv4, rwkv7
 from rwkv_train.models.adapters import quiet_torchao
 from rwkv_train.models.base import RWKV
-from rwkv_train.models.loss import IGNORE
+from rwkv_train.models.loss import IGNORE_INDEX
 from rwkv_train.models.rwkv4 import RWKV4, RWKV4Config
 from rwkv_train.models.rwkv7 import RWKV7, RWKV7Config
 from rwkv_train.ops.wkv4 import wkv4
@@ -70,7 +70,7 @@ def random_text(
 ) -> tuple[Tensor, Tensor]:
     """(tokens, targets) [B,T]; the last token of each lane has no target, as in transformers' loss."""
     text = torch.randint(config.vocab_size, (lanes, tokens), generator=torch.Generator().manual_seed(1))
-    targets = torch.cat([text[:, 1:], torch.full((lanes, 1), IGNORE)], 1)
+    targets = torch.cat([text[:, 1:], torch.full((lanes, 1), IGNORE_INDEX)], 1)
     return text.to(device), targets.to(device)
 
 
@@ -91,11 +91,11 @@ def training_step(
 
 
 def truncated_step(
-    model: RWKV, text: tuple[Tensor, Tensor], chunk_len: int, precision: str = "fp32", recompute: bool = False
+    model: RWKV, text: tuple[Tensor, Tensor], chunk_len: int, precision: str = "fp32", checkpoint_blocks: bool = False
 ) -> Callable[[], None]:
     """The same text chunk by chunk, the state detached between them: classic truncated backpropagation.
 
-    recompute: blocks keep no activations.
+    checkpoint_blocks: blocks keep no activations.
     """
 
     def step() -> None:
@@ -104,7 +104,7 @@ def truncated_step(
         for tokens, targets in zip(*(t.split(chunk_len, 1) for t in text), strict=True):
             with torch.autocast(tokens.device.type, torch.bfloat16, enabled=precision == "bf16"):
                 loss, n, state = chunked_loss(
-                    model, tokens, targets, state, None, chunk_len, recompute_blocks=recompute
+                    model, tokens, targets, state, None, chunk_len, checkpoint_blocks=checkpoint_blocks
                 )
             (loss / n).backward()
             state = state.detach()

@@ -32,7 +32,7 @@ from rwkv_train.bench.models import (
 from rwkv_train.bench.settings import TrainBench
 from rwkv_train.bench.wkv import OPERATORS, Case, backwards_of, forwards_of
 from rwkv_train.models.base import RWKV
-from rwkv_train.models.loss import IGNORE
+from rwkv_train.models.loss import IGNORE_INDEX
 from rwkv_train.models.rwkv4 import RWKV4
 from rwkv_train.models.rwkv7 import RWKV7
 
@@ -77,7 +77,7 @@ def check(model: RWKV, peer, config: TrainBench) -> dict[str, Agreement]:
     """How far the loss and gradients of each contestant are from the specification's in float64, on a short text."""
     text = random_text(model.config, config.lanes, CHECKED, config.device)
     if isinstance(model, RWKV7):  # its first tokens read a nearly empty state through a norm, which magnifies rounding
-        text[1][:, : CHECKED // 3] = IGNORE
+        text[1][:, : CHECKED // 3] = IGNORE_INDEX
     expected = reference_gradients(model, text)
     found = {}
     for precision in config.precisions:

@@ -16,7 +16,7 @@ import torch
 from rwkv_train.checkpoints.weightfile import read_weights, write_pth
 from rwkv_train.data.templates import Template
 from rwkv_train.files import replace_file
-from rwkv_train.generate import Sampling, prefill, steps
+from rwkv_train.generate import Sampling, prefill, stream_tokens
 from rwkv_train.models.base import RWKV
 from rwkv_train.models.state import State
 from rwkv_train.tokenizer import Tokenizer
@@ -47,7 +47,7 @@ class Turn:
 class Dialogue:
     """Turns of a conversation, and how the next one is sampled.
 
-    sampling and template may be changed between turns; most: tokens of a reply. One thread at a time.
+    sampling and template may be changed between turns; max_new_tokens: tokens of a reply. One thread at a time.
     Raises ValueError for a template without users and assistants, or a tokenizer of another model.
     """
 
@@ -58,7 +58,7 @@ class Dialogue:
         template: Template | None = None,
         sampling: Sampling | None = None,
         seed: int = 0,
-        most: int = 500,
+        max_new_tokens: int = 500,
     ):
         if tokenizer.vocab_size > model.config.vocab_size:
             sizes = f"{tokenizer.vocab_size:,} tokens, the model {model.config.vocab_size:,}"
@@ -67,7 +67,7 @@ class Dialogue:
         self.template, self.sampling = template or Template(), sampling or Sampling()
         self.template.prompt([{"role": "user", "content": "-"}])  # has both roles, or says so now
         self.reseed(seed)
-        self.limit(most)
+        self.limit(max_new_tokens)
         self.turns: list[Turn] = []
         self.pending: str | None = None  # a system message that goes before the next question
         self._running: Iterator[str] | None = None
@@ -86,8 +86,8 @@ class Dialogue:
         """The reply to a message, piece by piece, never breaking a character.
 
         Nothing happens before the first piece is asked for. The reply ends at the template's end of turn, at an end
-        of document, or after `most` tokens; closing the iterator breaks it off. Either way the state then holds
-        exactly what was shown. Raises ValueError for a message without text.
+        of document, or after `max_new_tokens` tokens; closing the iterator breaks it off. Either way the state then
+        holds exactly what was shown. Raises ValueError for a message without text.
         """
         self.stop()
         messages = [{"role": "system", "content": self.pending}] if self.pending else []
@@ -119,11 +119,11 @@ class Dialogue:
         """Draw from the beginning of another row of random numbers."""
         self.rng = torch.Generator().manual_seed(seed % 2**63)
 
-    def limit(self, most: int) -> None:
-        """Let replies have up to `most` tokens."""
-        if most < 1:
-            raise ValueError(f"a reply must be allowed at least 1 token, found {most}")
-        self.most = most
+    def limit(self, max_new_tokens: int) -> None:
+        """Let replies have up to `max_new_tokens` tokens."""
+        if max_new_tokens < 1:
+            raise ValueError(f"a reply must be allowed at least 1 token, found {max_new_tokens}")
+        self.max_new_tokens = max_new_tokens
 
     def stop(self) -> None:
         """Break off a reply that is not finished, as every other method does first."""
@@ -201,7 +201,7 @@ class Dialogue:
         reply = _Reply(self.tokenizer, self._end(), state)
         stop = frozenset([self.tokenizer.eod])
         try:
-            for token, after in steps(model, logits, state, self.sampling, self.most, stop, self.rng):
+            for token, after in stream_tokens(model, logits, state, self.sampling, self.max_new_tokens, stop, self.rng):
                 if piece := reply.push(token, after):
                     yield piece
                 if reply.ended:

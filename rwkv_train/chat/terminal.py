@@ -181,7 +181,7 @@ def _settings(dialogue: Dialogue) -> dict[str, Setting]:
 
     found = {f.name: sampled(f.name, f.type) for f in fields(Sampling)}
     found["seed"] = Setting(lambda: dialogue.rng.initial_seed(), lambda value: dialogue.reseed(number(value, int)))
-    found["tokens"] = Setting(lambda: dialogue.most, lambda value: dialogue.limit(number(value, int)))
+    found["tokens"] = Setting(lambda: dialogue.max_new_tokens, lambda value: dialogue.limit(number(value, int)))
     return found
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from rwkv_train.checkpoints.hf import from_hf_name, hf_files, hf_generation, save_hf, to_hf_name, turned
-from rwkv_train.checkpoints.run_checkpoint import TRAINER, WEIGHTS, newest_good
+from rwkv_train.checkpoints.run_checkpoint import TRAINER, WEIGHTS, newest_sound
 from rwkv_train.checkpoints.weightfile import read_weights, write_pth, write_safetensors
 from rwkv_train.files import replace_file
 from rwkv_train.models.adapters import is_adapter, put_on
@@ -127,7 +127,7 @@ def _weight_files(path: Path) -> list[Path]:
         raise FileNotFoundError(f"{path}: no such file or directory; {hint}")
     if (path / "config.json").is_file():
         return hf_files(path)
-    if newest := newest_good(path):
+    if newest := newest_sound(path):
         return _weight_files(newest)
     for name in (WEIGHTS, TRAINER):  # of one checkpoint
         if (path / name).is_file():

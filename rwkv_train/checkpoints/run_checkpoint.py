@@ -19,17 +19,17 @@ WEIGHTS = "model.safetensors"
 MANIFEST = "manifest.json"
 
 
-def savepoint(run: Path, step: int) -> Path:
+def checkpoint_folder(run: Path, step: int) -> Path:
     """Where the checkpoint of a step lies."""
     return run / "checkpoints" / f"step={step:08d}"
 
 
 def draft(target: Path) -> Path:
-    """A folder to write a checkpoint into, which `seal` gives its name. The same on all ranks."""
+    """A folder to write a checkpoint into, which `commit` gives its name. The same on all ranks."""
     return target.with_name(f".{target.name}.tmp")
 
 
-def seal(target: Path, **facts) -> None:
+def commit(target: Path, **facts) -> None:
     """Put the draft of a checkpoint in its place, complete and on the disk. facts: go into its manifest."""
     folder = draft(target)
     files = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -43,7 +43,7 @@ def seal(target: Path, **facts) -> None:
     sync(target.parent)
 
 
-def damage(path: Path) -> str | None:
+def verify(path: Path) -> str | None:
     """What is wrong with a checkpoint, in a few words; None if all of it is as it was written."""
     try:
         files = _manifest(path)["files"]
@@ -57,17 +57,17 @@ def damage(path: Path) -> str | None:
         return f"{MANIFEST} cannot be read ({type(error).__name__})"
 
 
-def savepoints(run: str | Path) -> list[Path]:
+def run_checkpoints(run: str | Path) -> list[Path]:
     """A run's checkpoints, sound or not, oldest first."""
     folders = Path(run).expanduser().glob("checkpoints/step=*")
     steps = {int(match[1]): path for path in folders if (match := re.fullmatch(r"step=([0-9]+)", path.name))}
     return [path for _, path in sorted(steps.items()) if path.is_dir()]
 
 
-def newest_good(run: str | Path) -> Path | None:
+def newest_sound(run: str | Path) -> Path | None:
     """A run's newest sound checkpoint, None if it has none; each that is passed over is told on standard error."""
-    for path in reversed(savepoints(run)):
-        wrong = damage(path)
+    for path in reversed(run_checkpoints(run)):
+        wrong = verify(path)
         if wrong is None:
             return path
         print(f"{path} is damaged ({wrong}); looking for the one before", file=sys.stderr)
@@ -76,7 +76,7 @@ def newest_good(run: str | Path) -> Path | None:
 
 def prune(run: Path, keep: int, best: int) -> None:
     """Delete all but the `keep` newest checkpoints and the `best` ones with the lowest validation loss."""
-    found = savepoints(run)
+    found = run_checkpoints(run)
     scores = {path: score for path in found if (score := _score(path)) is not None}
     kept = {*found[-keep:], *sorted(scores, key=scores.get)[:best]}
     for path in found:
@@ -86,7 +86,7 @@ def prune(run: Path, keep: int, best: int) -> None:
 
 def is_best(run: Path, score: float, best: int) -> bool:
     """Whether a validation loss is among the `best` lowest of the checkpoints kept so far."""
-    scores = sorted(s for path in savepoints(run) if (s := _score(path)) is not None)
+    scores = sorted(s for path in run_checkpoints(run) if (s := _score(path)) is not None)
     return best > 0 and (len(scores) < best or score < scores[best - 1])
 
 

@@ -6,7 +6,7 @@ from rwkv_train.data.store import Store
 
 
 def make_batches(config: FitConfig, store: Store, vocab_size: int | None) -> tuple[LaneBatches, LaneBatches | None]:
-    """Training and validation batches for all lanes; `OnlineTrainer.setup` takes each rank's rows."""
+    """Training and validation batches for all lanes; `OnlineTrainingModule.setup` takes each rank's rows."""
     data = config.data
     train, val = split(store, 0 if data.val else data.val_share)
     if len(train) < data.lanes:

@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import Dataset
 
 from rwkv_train.data.store import Store
-from rwkv_train.models.loss import IGNORE
+from rwkv_train.models.loss import IGNORE_INDEX
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ class LaneBatches(Dataset):
             raise IndexError(n)
         shape = (self.lanes, self.width)
         tokens = np.full(shape, self.store.eod, np.int64)
-        targets = np.full(shape, IGNORE, np.int64)
+        targets = np.full(shape, IGNORE_INDEX, np.int64)
         position = np.zeros(shape, np.int64)
         for row in range(self.lanes):
             for at, start, offset, count in self.stretches(self.first + row, n):
@@ -181,7 +181,7 @@ class LaneBatches(Dataset):
                 targets[row, here] = text
                 position[row, here] = np.arange(offset, offset + count)
                 if self.store.mask is not None:
-                    targets[row, here][self.store.mask[start : start + count] == 0] = IGNORE
+                    targets[row, here][self.store.mask[start : start + count] == 0] = IGNORE_INDEX
         batch = {"tokens": tokens, "targets": targets, "position": position, "reset": position == 0}
         return {k: torch.from_numpy(v) for k, v in batch.items()} | {"step_tokens": torch.tensor(self._trained(n))}
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from rwkv_train.bptt import chunked_loss
 from rwkv_train.generate import prefill
 from rwkv_train.models.base import RWKV
-from rwkv_train.models.loss import IGNORE
+from rwkv_train.models.loss import IGNORE_INDEX
 from rwkv_train.models.state import State
 
 CHUNK = 512  # tokens of a correction whose activations are in memory at once
@@ -104,7 +104,7 @@ class Batch:
     @torch.no_grad()
     def right(self) -> bool:
         """Whether greedy decoding would write every answer, or not write the one to be avoided."""
-        trained = self.targets != IGNORE
+        trained = self.targets != IGNORE_INDEX
         best = self.model.head(self.model.hidden(self.tokens, self.state, self.reset)[0][trained]).argmax(-1)
         return bool((best == self.targets[trained]).all()) != self.bad
 
@@ -123,8 +123,10 @@ def batch(model: RWKV, rows: list[Row], scope: Scope, reach: int) -> Batch:
     texts = [row.ids[cut:-1] for row, cut in zip(rows, cuts, strict=True)]
     packed = pack(texts, [bool(before) or model.initial_wkv is not None for before in befores], model.device)
     state = State(*(torch.cat(parts) for parts in zip(*(states[befores[i]] for i in packed.firsts), strict=True)))
-    wanted = [[IGNORE] * (len(t) - row.answer) + row.ids[-row.answer :] for t, row in zip(texts, rows, strict=True)]
-    targets = torch.full_like(packed.tokens, IGNORE)
+    wanted = [
+        [IGNORE_INDEX] * (len(t) - row.answer) + row.ids[-row.answer :] for t, row in zip(texts, rows, strict=True)
+    ]
+    targets = torch.full_like(packed.tokens, IGNORE_INDEX)
     targets.view(-1)[packed.places] = torch.tensor([target for row in wanted for target in row], device=model.device)
     upper, tokens, state = _upper(model, packed, state, scope, _entered(model, packed, state, scope))
     if scope == "state":

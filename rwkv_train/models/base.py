@@ -126,11 +126,11 @@ class RWKV(nn.Module):
         return self.head(x), state
 
     def hidden(
-        self, tokens: Tensor, state: State | None = None, reset: Tensor | None = None, recompute: bool = False
+        self, tokens: Tensor, state: State | None = None, reset: Tensor | None = None, checkpoint_blocks: bool = False
     ) -> tuple[Tensor, State]:
         """As `forward`, but stops before the head: (x [B,T,C], state). The loss needs logits only piecewise.
 
-        recompute: keep no activations inside a block; the backward runs each block's forward a second time.
+        checkpoint_blocks: keep no activations inside a block; the backward runs each block's forward a second time.
         """
         if tokens.ndim != 2 or tokens.shape[1] == 0:
             raise ValueError(f"tokens must be [B,T] with T >= 1, found {list(tokens.shape)}")
@@ -138,11 +138,11 @@ class RWKV(nn.Module):
         if state.shift.shape[0] != tokens.shape[0]:
             raise ValueError(f"state has {state.shift.shape[0]} lanes and tokens {tokens.shape[0]}; they must agree")
         if reset is not None and self.initial_wkv is not None:
-            return self._hidden_from_initial(tokens, state, reset, recompute)
+            return self._hidden_from_initial(tokens, state, reset, checkpoint_blocks)
         x, carry = self.enter(tokens)
         shifts, wkvs = [], []
         for block, shift, wkv in zip(self.blocks, state.shift.unbind(1), state.wkv.unbind(1), strict=True):
-            if recompute and torch.is_grad_enabled():
+            if checkpoint_blocks and torch.is_grad_enabled():
                 x, shift, wkv, carry = checkpoint(block, x, shift, wkv, reset, carry, use_reentrant=False)
             else:
                 x, shift, wkv, carry = block(x, shift, wkv, reset, carry)
@@ -150,14 +150,16 @@ class RWKV(nn.Module):
             wkvs.append(wkv)
         return self.ln_out(x), State(torch.stack(shifts, 1), torch.stack(wkvs, 1))
 
-    def _hidden_from_initial(self, tokens, state: State, reset: Tensor, recompute: bool) -> tuple[Tensor, State]:
+    def _hidden_from_initial(
+        self, tokens, state: State, reset: Tensor, checkpoint_blocks: bool
+    ) -> tuple[Tensor, State]:
         """Blocks reset to nothing. Where documents begin otherwise, they are read from one beginning to the next."""
         cuts, xs = sorted({0, *reset.any(0).nonzero().flatten().tolist()}), []
         for start, end in pairwise([*cuts, tokens.shape[1]]):
             begins, initial = reset[:, start], self.empty_state(len(tokens))
             pairs = zip(initial, state, strict=True)
             state = State(*(torch.where(begins.view(-1, *[1] * (s.ndim - 1)), i, s) for i, s in pairs))
-            x, state = self.hidden(tokens[:, start:end], state, None, recompute)
+            x, state = self.hidden(tokens[:, start:end], state, None, checkpoint_blocks)
             xs.append(x)
         return torch.cat(xs, 1), state
 

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from rwkv_train.ops.elementwise import cross_entropy_, products_dtype
 
-IGNORE = -100  # a target that is not trained
+IGNORE_INDEX = -100  # a target that is not trained
 SLICE = 1 << 25  # logits held at once
 
 
@@ -32,7 +32,7 @@ def token_nll(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 def _trained(x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     x, targets = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
-    keep = targets != IGNORE
+    keep = targets != IGNORE_INDEX
     return (x, targets) if bool(keep.all()) else (x[keep], targets[keep])
 
 

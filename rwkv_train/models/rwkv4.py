@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from rwkv_train.models.base import RWKV, Linear, orthogonal_
 from rwkv_train.models.state import State
-from rwkv_train.ops.elementwise import gate, shift_mix, squared_relu
+from rwkv_train.ops.elementwise import gate, squared_relu, token_shift_mix
 from rwkv_train.ops.wkv4 import wkv4
 
 
@@ -47,7 +47,7 @@ class TimeMix(nn.Module):
         self.output = Linear(c.n_att, c.n_embd)
 
     def forward(self, x: Tensor, last: Tensor, wkv: Tensor, reset: Tensor | None, carry: None):
-        xk, xv, xr, last = shift_mix(x, last, reset, self.time_mix_k, self.time_mix_v, self.time_mix_r)
+        xk, xv, xr, last = token_shift_mix(x, last, reset, self.time_mix_k, self.time_mix_v, self.time_mix_r)
         k, v, r = self.key(xk), self.value(xv), self.receptance(xr)
         w, u = -torch.exp(self.time_decay.to(wkv.dtype)), self.time_first.to(wkv.dtype)
         y, wkv = wkv4(w, u, k, v, wkv, reset)
@@ -66,7 +66,7 @@ class ChannelMix(nn.Module):
         self.value = Linear(c.n_ffn, c.n_embd)
 
     def forward(self, x: Tensor, last: Tensor, reset: Tensor | None):
-        xk, xr, last = shift_mix(x, last, reset, self.time_mix_k, self.time_mix_r)
+        xk, xr, last = token_shift_mix(x, last, reset, self.time_mix_k, self.time_mix_r)
         return gate(self.receptance(xr), self.value(squared_relu(self.key(xk)))), last
 
 

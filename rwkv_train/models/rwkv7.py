@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rwkv_train.models.base import RWKV, Linear, orthogonal_
-from rwkv_train.ops.elementwise import shift_mix, squared_relu
+from rwkv_train.ops.elementwise import squared_relu, token_shift_mix
 from rwkv_train.ops.wkv7 import wkv7
 
 FASTEST = math.exp(-0.5)  # of all log decays per token, the largest in size
@@ -87,7 +87,7 @@ class TimeMix(nn.Module):
 
     def forward(self, x: Tensor, last: Tensor, wkv: Tensor, reset: Tensor | None, v_first: Tensor | None):
         mixes = (1 - getattr(self, f"x_{letter}") for letter in "rwkvag")
-        xr, xw, xk, xv, xa, xg, last = shift_mix(x, last, reset, *mixes)
+        xr, xw, xk, xv, xa, xg, last = token_shift_mix(x, last, reset, *mixes)
         r, k, v = self.receptance(xr), self.key(xk), self.value(xv)
         w = -FASTEST * torch.sigmoid((self.w0 + torch.tanh(xw @ self.w1) @ self.w2).to(wkv.dtype))
         a = torch.sigmoid(self.a0 + xa @ self.a1 @ self.a2)
@@ -117,7 +117,7 @@ class ChannelMix(nn.Module):
         self.value = Linear(c.n_ffn, c.n_embd)
 
     def forward(self, x: Tensor, last: Tensor, reset: Tensor | None):
-        xk, last = shift_mix(x, last, reset, 1 - self.x_k)
+        xk, last = token_shift_mix(x, last, reset, 1 - self.x_k)
         return self.value(squared_relu(self.key(xk))), last
 
 

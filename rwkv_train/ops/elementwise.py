@@ -26,7 +26,7 @@ class _MixBack(ctypes.Structure):
     _fields_ = [("g", ctypes.c_void_p * MOST)] + [(n, ctypes.c_void_p) for n in ("glast", "x", "last", "m")]
 
 
-def shift_mix(x: Tensor, last: Tensor, reset: Tensor | None, *mixes: Tensor) -> tuple[Tensor, ...]:
+def token_shift_mix(x: Tensor, last: Tensor, reset: Tensor | None, *mixes: Tensor) -> tuple[Tensor, ...]:
     """The token shift: each token mixed with the one before it, in several ways at once.
 
         y_i[t] = x[t-1] + mixes_i * (x[t] - x[t-1])

@@ -7,7 +7,7 @@ from rwkv_train.ops import reference, wkv4_cpu, wkv4_cuda, wkv4_torch
 from rwkv_train.ops.arguments import cast, check
 from rwkv_train.ops.backends import pick
 
-WAYS = {"reference": reference.wkv4, "cpu": wkv4_cpu.wkv4, "torch": wkv4_torch.wkv4, "cuda": wkv4_cuda.wkv4}
+BACKENDS = {"reference": reference.wkv4, "cpu": wkv4_cpu.wkv4, "torch": wkv4_torch.wkv4, "cuda": wkv4_cuda.wkv4}
 HALVES = {
     wkv4_cpu.wkv4: (torch.bfloat16,),
     wkv4_cuda.wkv4: (torch.bfloat16, torch.float16),
@@ -59,7 +59,7 @@ def wkv4(
     appendix D (the shifted exponent).
     """
     dtype = _check(w, u, k, v, state, reset)
-    run = pick("wkv4", WAYS, backend, k.device)
+    run = pick("wkv4", BACKENDS, backend, k.device)
     halves = k.dtype == v.dtype and k.dtype in HALVES.get(run, ()) and dtype == torch.float32
     stored = k.dtype if halves else dtype
     w, u, state = (cast(x, dtype) for x in (w, u, state))

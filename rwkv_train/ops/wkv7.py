@@ -7,7 +7,7 @@ from rwkv_train.ops import build_cuda, reference, wkv7_cpu, wkv7_cuda, wkv7_fla,
 from rwkv_train.ops.arguments import cast, check
 from rwkv_train.ops.backends import pick
 
-WAYS = {
+BACKENDS = {
     "reference": reference.wkv7,
     "cpu": wkv7_cpu.wkv7,
     "torch": wkv7_torch.wkv7,
@@ -58,7 +58,7 @@ def wkv7(
     (B, _, H, N), sequences = r.shape, {"r": r, "w": w, "k": k, "v": v, "a": a, "b": b}
     arguments = {name: (x, "[B, T, H, N]", tuple(r.shape)) for name, x in sequences.items()}
     dtype = check("wkv7", "r", arguments | {"state": (state, "[B, H, N, N]", (B, H, N, N))}, reset)
-    run = pick("wkv7", WAYS, backend, r.device)
+    run = pick("wkv7", BACKENDS, backend, r.device)
     halves = run in HALVES and r.dtype == k.dtype == v.dtype and r.dtype in build_cuda.TYPES and dtype == torch.float32
     stored = r.dtype if halves else dtype
     with torch.autocast(r.device.type, enabled=False):

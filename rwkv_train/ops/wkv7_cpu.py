@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 from rwkv_train.ops.build_cpu import address, demand, run
 
 CHUNK = 16  # tokens whose states the backward holds at a time; of each chunk the forward keeps one
-_LANES = 16  # the kernel takes heads of a multiple of this size
+_WIDTH = 16  # the kernel takes heads of a multiple of this size
 
 _SEQUENCES = ("r", "w", "k", "v", "a", "b")
 
@@ -32,7 +32,7 @@ def wkv7(r, w, k, v, a, b, state, reset=None):
     """WKV-7 by the C++ kernel; see `rwkv_train.wkv.wkv7`. CPU tensors, all float32 or all float64."""
     demand("wkv7")
     N = r.shape[-1]
-    if missing := -N % _LANES:  # channels of zeros, which read and change nothing
+    if missing := -N % _WIDTH:  # channels of zeros, which read and change nothing
         r, w, k, v, a, b = (F.pad(x, (0, missing)) for x in (r, w, k, v, a, b))
         state = F.pad(state, (0, missing, 0, missing))
     inputs = (r, w, k, v, a, b, state)

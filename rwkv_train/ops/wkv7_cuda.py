@@ -10,7 +10,7 @@ from torch import Tensor
 from rwkv_train.ops import build_cuda
 
 SOURCE = build_cuda.NATIVE / "wkv7.cu"
-LANES, ANCHOR = 4, 64  # as in wkv7.cu
+SHARE, ANCHOR = 4, 64  # as in wkv7.cu
 LARGEST = 512  # head size that the kernels' shared memory holds
 MANY = 1 << 15  # lanes x channels that keep a GPU busy with two rows a thread; for a later look at the clock
 
@@ -43,7 +43,7 @@ class Variant(NamedTuple):
         """One of the kernels: each has some blocks for each head."""
         B, T, H, N = r.shape
         pieces = 1 if N % (32 * self.rows) else N // (32 * self.rows)
-        block = (N // pieces * LANES // self.rows, 1)
+        block = (N // pieces * SHARE // self.rows, 1)
         build_cuda.call(name, self, B * H * pieces, block, (T, H), (r, *others))
 
 

@@ -50,7 +50,7 @@ def plan(config: PlanConfig, gpus: list[int] | None = None) -> None:
     print(
         f"{t.precision}, {d.lanes} lanes, chunks of {d.chunk_len} tokens, horizon {d.horizon}"
         + f", accumulate {t.accumulate}" * (t.accumulate > 1)
-        + ", recompute" * config.recompute
+        + ", checkpoint_blocks" * config.checkpoint_blocks
     )
     if config.model.tune != "all":
         print(f"An upper bound: training all weights is counted, model.tune: {config.model.tune} trains fewer.")
@@ -155,8 +155,8 @@ def _knobs(config: PlanConfig, machine: Machine) -> list[tuple[str, PlanConfig]]
             flags.append(f"--{section}.{name} {str(value).lower()}")
         knobs.append((" ".join(flags), replace(config, **parts)))
 
-    if not config.recompute:
-        turn(recompute=True)
+    if not config.checkpoint_blocks:
+        turn(checkpoint_blocks=True)
     if train.precision == "fp32":
         turn(precision="bf16")
     if data.chunk_len >= 64:

@@ -98,11 +98,11 @@ class Step:
     def activations(self) -> tuple[float, float]:
         """Of one chunk, at the end of its forward and in the backward of its last block.
 
-        r nC of the embedding, and what the blocks keep. With recompute their inputs, L r nC, and in the backward one
-        block. The sweep's autocast caches casts to the forward's end: with recompute all blocks'.
+        r nC of the embedding, and what the blocks keep. With checkpoint_blocks their inputs, L r nC, and in the
+        backward one block. The sweep's autocast caches casts to the forward's end: with checkpoint_blocks all blocks'.
         """
         x, count = self.r * self.n * self.sizes.n_embd, self.sizes.n_layer
-        if self.config.recompute:
+        if self.config.checkpoint_blocks:
             return count * (x + self.casts() * self.sweep), count * x + self.block_saved()
         return (x + count * self.block_saved(),) * 2
 
@@ -147,12 +147,12 @@ class Step:
         """What the C library's heap wastes on a CPU: measured on Linux, not derived.
 
         Gradients, which stay, are laid between activations, which go, so freed blocks do not join: 0.35 of all that
-        comes and goes in a step (0.2 to 0.5 in the cases of tests/tools/plan_check.py); with recompute about 0.5 of
-        what it saves, which varies from run to run. Blocks of 32 MB and more lie outside the heap.
+        comes and goes in a step (0.2 to 0.5 in the cases of tests/tools/plan_check.py); with checkpoint_blocks about
+        0.5 of what it saves, which varies from run to run. Blocks of 32 MB and more lie outside the heap.
         """
         if self.device != "cpu" or self.r * self.n * self.sizes.n_embd >= 2**25:
             return 0
-        return 0.5 * self.sizes.n_layer * self.block_saved() if self.config.recompute else 0.35 * temporary
+        return 0.5 * self.sizes.n_layer * self.block_saved() if self.config.checkpoint_blocks else 0.35 * temporary
 
 
 def memory(config: FitConfig, sizes: Sizes, device: str, kernel: bool = True) -> dict[str, float]:
@@ -190,15 +190,15 @@ def operations(config: FitConfig, sizes: Sizes) -> float:
     """Floating-point operations of matrix products a trained token: M = matrices of all blocks, VC = the head.
 
     Forward 2 (M + VC), backward 4 (M + VC). Once more forward: 2 (M + VC) with a horizon of several chunks, where
-    weights in pieces make the head's gradients twice too, 4 VC; 2 M with recompute, in RWKV-7 without each block's
-    last product.
+    weights in pieces make the head's gradients twice too, 4 VC; 2 M with checkpoint_blocks, in RWKV-7 without
+    each block's last product.
     """
     data, train = config.data, config.train
     total = 6 * (sizes.products + sizes.table)
     if data.horizon > 1:
         pieces = train.strategy == "fsdp" or train.strategy.startswith("deepspeed_stage_3")
         total += 2 * (sizes.products + sizes.table) + 4 * sizes.table * pieces
-    return total + 2 * sizes.repeated * config.recompute
+    return total + 2 * sizes.repeated * config.checkpoint_blocks
 
 
 def exchanged(config: FitConfig, sizes: Sizes) -> float:

@@ -40,7 +40,7 @@ class Sizes:
 
     @property
     def repeated(self) -> int:
-        """Those of the products that recompute does again."""
+        """Those of the products that checkpoint_blocks does again."""
         return self.products
 
     @property

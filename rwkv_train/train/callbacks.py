@@ -13,11 +13,11 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from rwkv_train.checkpoints.run_checkpoint import TRAINER, WEIGHTS, draft, is_best, prune, savepoint, seal
+from rwkv_train.checkpoints.run_checkpoint import TRAINER, WEIGHTS, checkpoint_folder, commit, draft, is_best, prune
 from rwkv_train.checkpoints.weightfile import write_safetensors
 from rwkv_train.config import FitConfig
 from rwkv_train.evaluate import Score, perplexity
-from rwkv_train.train.module import OnlineTrainer
+from rwkv_train.train.module import OnlineTrainingModule
 from rwkv_train.train.runlog import RunLog, peak_memory_mb
 from rwkv_train.train.strategies import is_deepspeed, whole_weights
 
@@ -31,7 +31,7 @@ class BetweenSteps(L.Callback):
         if (n + 1) % trainer.accumulate_grad_batches == 0:
             self.after_step(trainer, module)
 
-    def after_step(self, trainer: L.Trainer, module: OnlineTrainer) -> None:
+    def after_step(self, trainer: L.Trainer, module: OnlineTrainingModule) -> None:
         raise NotImplementedError
 
 
@@ -194,7 +194,7 @@ class Saver(BetweenSteps):
         self._worker.shutdown()
 
     def _save(self, trainer, module, step: int, score: float | None):
-        target = savepoint(self.run, step)
+        target = checkpoint_folder(self.run, step)
         self._agree(trainer, self._finish)
         self._agree(trainer, lambda: trainer.is_global_zero and _empty(draft(target)))
         self._agree(trainer, lambda: trainer.save_checkpoint(draft(target) / TRAINER))
@@ -208,7 +208,7 @@ class Saver(BetweenSteps):
                 torch.save(content, draft(target) / TRAINER)
             if weights is not None:
                 write_safetensors(weights, draft(target) / WEIGHTS)
-            seal(target, step=step, val_loss=score)
+            commit(target, step=step, val_loss=score)
             prune(self.run, self.config.keep, self.config.keep_best)
 
         if trainer.is_global_zero:

@@ -14,7 +14,7 @@ import lightning as L
 import torch
 
 from rwkv_train.checkpoints.modelfile import load_model
-from rwkv_train.checkpoints.run_checkpoint import TRAINER, damage, newest_good, savepoints
+from rwkv_train.checkpoints.run_checkpoint import TRAINER, newest_sound, run_checkpoints, verify
 from rwkv_train.config import FitConfig, LogConfig, ModelConfig
 from rwkv_train.data.batches import make_batches
 from rwkv_train.data.store import Store
@@ -28,7 +28,7 @@ from rwkv_train.models.rwkv4 import RWKV4
 from rwkv_train.models.rwkv7 import RWKV7
 from rwkv_train.tokenizer import Tokenizer, load_tokenizer
 from rwkv_train.train.callbacks import SIGNALS, Monitor, Saver, Stopper
-from rwkv_train.train.module import OnlineTrainer
+from rwkv_train.train.module import OnlineTrainingModule
 from rwkv_train.train.runlog import duration, new_run, write_config
 from rwkv_train.train.strategies import make_strategy
 
@@ -49,7 +49,7 @@ def fit(config: FitConfig, resume: str | None = None) -> int:
         write_config(run / "config.yaml", asdict(replace(config, name=run.name)))
         if tokenizer:
             tokenizer.save(run / "tokenizer.json")
-    module = OnlineTrainer(model, config, train, val, byte_lengths(tokenizer, model.config.vocab_size))
+    module = OnlineTrainingModule(model, config, train, val, byte_lengths(tokenizer, model.config.vocab_size))
     stopper, monitor = Stopper(), Monitor(config, run)
     saver = Saver(run, config, monitor)
     trainer = make_trainer(config, len(train) // config.train.accumulate, run, [stopper, monitor, saver])
@@ -187,8 +187,8 @@ def _checkpoint(config: FitConfig, resume: str) -> Path | None:
     """The folder of the checkpoint to go on from; None for a run that has not saved one yet."""
     run = Path(config.runs) / config.name
     if resume == "newest":
-        found = newest_good(run)
-        if found is None and (not run.is_dir() or savepoints(run)):
+        found = newest_sound(run)
+        if found is None and (not run.is_dir() or run_checkpoints(run)):
             what = "no sound checkpoint in" if run.is_dir() else "no run to resume in"
             raise ValueError(f"{what} {run}; without --resume a new run begins")
         return found
@@ -196,7 +196,7 @@ def _checkpoint(config: FitConfig, resume: str) -> Path | None:
     path = path.parent if path.name == TRAINER else path
     if not path.is_dir():
         raise ValueError(f"no checkpoint to resume from in {resume}; name a folder runs/NAME/checkpoints/step=N")
-    if wrong := damage(path):
+    if wrong := verify(path):
         raise ValueError(f"{path} is damaged ({wrong}); --resume without a path takes the newest sound checkpoint")
     return path
 

@@ -15,7 +15,7 @@ from rwkv_train.train.optim import make_optimizer
 from rwkv_train.train.strategies import is_deepspeed, shard
 
 
-class OnlineTrainer(L.LightningModule):
+class OnlineTrainingModule(L.LightningModule):
     """Training step n reads horizon * chunk_len tokens of every lane and starts from where step n-1 stopped.
 
     The lane state is a plain attribute: as a buffer, DDP would overwrite every rank's with rank 0's.
@@ -55,7 +55,7 @@ class OnlineTrainer(L.LightningModule):
             batch["reset"],
             data.chunk_len,
             z_loss=self.config.optim.z_loss,
-            recompute_blocks=self.config.recompute,
+            checkpoint_blocks=self.config.checkpoint_blocks,
         )
         self.lane_state = state.detach()
         self.batches_done += 1

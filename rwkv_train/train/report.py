@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from rwkv_train.checkpoints.run_checkpoint import damage, savepoints
+from rwkv_train.checkpoints.run_checkpoint import run_checkpoints, verify
 from rwkv_train.cli import ReportConfig
 from rwkv_train.files import replace_file
 from rwkv_train.train.runlog import duration, read_metrics
@@ -145,7 +145,7 @@ def _samples(run: Path) -> str:
 
 
 def _checkpoints(run: Path) -> str:
-    rows = [(path.name, f"damaged: {wrong}" if (wrong := damage(path)) else "sound") for path in savepoints(run)]
+    rows = [(path.name, f"damaged: {wrong}" if (wrong := verify(path)) else "sound") for path in run_checkpoints(run)]
     return "<h2>Checkpoints</h2>" + _table(rows) if rows else ""
 
 

@@ -16,7 +16,7 @@ from rwkv_train.bench import gpu, measure, memory, models
 from rwkv_train.bench.apart import Apart, apart, peak_mb
 from rwkv_train.bench.limits import matrices_of, matrix_products
 from rwkv_train.bench.settings import GpuBench
-from rwkv_train.ops.wkv4 import WAYS
+from rwkv_train.ops.wkv4 import BACKENDS
 
 COLUMNS = {
     "bench wkv": ["wkv4", "wkv7", "cpu", "torch", "reference", "transformers", "1x33x8", "bf16", "share of a copy"],
@@ -71,14 +71,14 @@ def without_the_states_gradient(w, u, k, v, state, reset=None):
     return fallback_wkv4(w, u, k, v, state.detach() + 0 * state, reset)
 
 
-fallback_wkv4 = WAYS["torch"]
+fallback_wkv4 = BACKENDS["torch"]
 
 
 @pytest.mark.parametrize(
     ("wrong", "told"), [(off_by_a_tenth, "is off by 1.0e-01"), (without_the_states_gradient, "gradient of state")]
 )
 def test_a_wrong_backend_gets_no_speed(wrong, told, here, monkeypatch, capsys):
-    monkeypatch.setitem(WAYS, "torch", wrong)
+    monkeypatch.setitem(BACKENDS, "torch", wrong)
     code, out, _ = run(
         "bench", "wkv", *TOY["bench wkv"], "--operators=[wkv4]", "--dtypes=[fp32]", "--json=f.json", capsys=capsys
     )
@@ -92,7 +92,7 @@ def test_a_wrong_backend_gets_no_speed(wrong, told, here, monkeypatch, capsys):
 
 def test_a_wrong_step_and_wrong_logits_get_no_speed(here, monkeypatch, capsys):
     monkeypatch.setattr("rwkv_train.ops.build_cpu.available", lambda: False)
-    monkeypatch.setitem(WAYS, "torch", off_by_a_tenth)
+    monkeypatch.setitem(BACKENDS, "torch", off_by_a_tenth)
     for name in ("bench train", "bench generate"):
         code, out, _ = run(*name.split(), *TOY[name], "--peers=false", capsys=capsys)
         ours = [line for line in out.splitlines() if "| ours" in line and "sampling" not in line]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from rwkv_train.chat.dialogue import Dialogue
 from rwkv_train.data.templates import Template
-from rwkv_train.generate import Sampling, prefill, steps
+from rwkv_train.generate import Sampling, prefill, stream_tokens
 from rwkv_train.tokenizer import load_tokenizer, train_bpe
 
 BYTES = load_tokenizer("bytes")
@@ -263,6 +263,6 @@ def test_penalties():
 
 def test_penalties_count_the_tokens_of_the_reply():
     start = prefill(MODELS[257], [0])
-    never_again = [t for t, _ in steps(MODELS[257], *start, replace(GREEDY, presence_penalty=1e4), 60)]
+    never_again = [t for t, _ in stream_tokens(MODELS[257], *start, replace(GREEDY, presence_penalty=1e4), 60)]
     assert len(set(never_again)) == 60
-    assert len({t for t, _ in steps(MODELS[257], *start, GREEDY, 60)}) < 60
+    assert len({t for t, _ in stream_tokens(MODELS[257], *start, GREEDY, 60)}) < 60

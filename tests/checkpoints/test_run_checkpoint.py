@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 
 from rwkv_train import load_model
 from rwkv_train.checkpoints.run_checkpoint import (
-    damage,
+    checkpoint_folder,
+    commit,
     draft,
     is_best,
-    newest_good,
+    newest_sound,
     prune,
-    savepoint,
-    savepoints,
-    seal,
+    run_checkpoints,
+    verify,
 )
 
 
@@ -38,12 +38,12 @@ def test_a_damaged_checkpoint_is_passed_over(run, tmp_path, capsys, data):
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(run, copy)
     file = data.draw(st.sampled_from(["trainer.ckpt", "manifest.json"]))
-    hurt(savepoint(copy, 10) / file, data)
+    hurt(checkpoint_folder(copy, 10) / file, data)
     # A change to the manifest's layout, or to a fact beside the files, leaves the weights as they were.
-    used = 5 if damage(savepoint(copy, 10)) else 10
+    used = 5 if verify(checkpoint_folder(copy, 10)) else 10
     assert used == 5 or file == "manifest.json"
     capsys.readouterr()  # of the example before
-    assert newest_good(copy) == savepoint(copy, used)
+    assert newest_sound(copy) == checkpoint_folder(copy, used)
     assert ("step=00000010 is damaged" in capsys.readouterr().err) == (used == 5)
     ours, theirs = load_model(copy).state_dict(), random_model(seed=used).state_dict()
     assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
@@ -51,20 +51,20 @@ def test_a_damaged_checkpoint_is_passed_over(run, tmp_path, capsys, data):
 
 def test_no_sound_checkpoint_is_a_clear_error(run, tmp_path):
     copy = shutil.copytree(run, tmp_path / "run")
-    for path in savepoints(copy):
+    for path in run_checkpoints(copy):
         (path / "trainer.ckpt").write_bytes(b"")
-    assert newest_good(copy) is None and newest_good(tmp_path / "nothing") is None
+    assert newest_sound(copy) is None and newest_sound(tmp_path / "nothing") is None
     with pytest.raises(ValueError, match="holds no model"):
         load_model(copy)
 
 
 def test_only_finished_checkpoints_count(run, tmp_path):
     copy = shutil.copytree(run, tmp_path / "run")
-    shutil.copytree(savepoint(copy, 10), draft(savepoint(copy, 20)))  # killed before its name was given
+    shutil.copytree(checkpoint_folder(copy, 10), draft(checkpoint_folder(copy, 20)))  # killed before its name was given
     for other in ("step=x", "last", "step=30.ckpt"):
         (copy / "checkpoints" / other).mkdir()
     (copy / "checkpoints" / "step=00000040").write_bytes(b"junk")
-    assert [p.name for p in savepoints(copy)] == ["step=00000005", "step=00000010"]
+    assert [p.name for p in run_checkpoints(copy)] == ["step=00000005", "step=00000010"]
 
 
 def test_the_newest_and_the_best_are_kept(run, tmp_path):
@@ -73,7 +73,7 @@ def test_the_newest_and_the_best_are_kept(run, tmp_path):
         save_point(copy, step, random_model(), val_loss=score)
     assert is_best(copy, 6.5, 3) and not is_best(copy, 6.5, 2) and not is_best(copy, 0.0, 0)
     prune(copy, keep=1, best=2)
-    assert [p.name[-2:] for p in savepoints(copy)] == ["05", "20", "25"]
+    assert [p.name[-2:] for p in run_checkpoints(copy)] == ["05", "20", "25"]
 
 
 def test_a_checkpoint_of_the_same_step_is_replaced_as_a_whole(run, tmp_path):
@@ -85,10 +85,10 @@ def test_a_checkpoint_of_the_same_step_is_replaced_as_a_whole(run, tmp_path):
 
 
 def test_folders_in_a_checkpoint_count_too(tmp_path):
-    target = savepoint(tmp_path, 1)
+    target = checkpoint_folder(tmp_path, 1)
     (draft(target) / "trainer.ckpt" / "checkpoint").mkdir(parents=True)
     (draft(target) / "trainer.ckpt" / "checkpoint" / "shard").write_bytes(b"1")
-    seal(target)
-    assert damage(target) is None
+    commit(target)
+    assert verify(target) is None
     (target / "trainer.ckpt" / "checkpoint" / "shard").write_bytes(b"2")
-    assert damage(target) == "trainer.ckpt/checkpoint/shard is not what was written"
+    assert verify(target) == "trainer.ckpt/checkpoint/shard is not what was written"

@@ -83,7 +83,8 @@ def test_a_run_trains_the_adapter_alone_and_it_can_be_kept_apart(finished_of, st
         model=ModelConfig(init=str(base), tune=what),
         train=TrainConfig(steps=12, val_every=12, save_every=5, log_every=1, device="cpu"),
     )
-    assert config.recompute and not replace(config, train=replace(config.train, recompute=False)).recompute
+    off = replace(config.train, checkpoint_blocks=False)
+    assert config.checkpoint_blocks and not replace(config, train=off).checkpoint_blocks
     assert fit(replace(config, optim=replace(config.optim, lr=3e-2))) == 0
     losses = [r["val_loss"] for r in metrics(tmp_path / "run") if "val_loss" in r]
     assert losses[-1] < losses[0]

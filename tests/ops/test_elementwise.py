@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rwkv_train.ops import build_cpu, elementwise
-from rwkv_train.ops.elementwise import cross_entropy_, gate, shift_mix, squared_relu
+from rwkv_train.ops.elementwise import cross_entropy_, gate, squared_relu, token_shift_mix
 
 pytestmark = pytest.mark.skipif(build_cpu.load()[0] is None, reason="no C++ compiler")
 
@@ -45,7 +45,7 @@ def test_shift_mix(B, T, C, mixes, seed, dtype, resets):
     draw = lambda *shape: torch.randn(shape, generator=rng, dtype=torch.float64).to(dtype)  # noqa: E731
     reset = torch.rand(B, T, generator=rng) < 0.2 if resets else None
     tensors = [draw(B, T, C), draw(B, C), *(draw(1, 1, C) for _ in range(mixes))]
-    mixed = lambda x, last, *m: shift_mix(x, last, reset, *m)  # noqa: E731
+    mixed = lambda x, last, *m: token_shift_mix(x, last, reset, *m)  # noqa: E731
     both_ways(mixed, tensors, rng, 1e-13 if dtype == torch.float64 else 2e-5)
 
 
@@ -63,8 +63,8 @@ def test_under_autocast_the_mixes_come_in_the_dtype_of_the_products(dtype):
     rng = torch.Generator().manual_seed(0)
     tensors = [torch.randn(2, 70, 9, generator=rng), torch.randn(2, 9, generator=rng), torch.rand(9, generator=rng)]
     with torch.autocast("cpu", dtype=dtype):
-        both_ways(lambda x, last, m: shift_mix(x, last, None, m), tensors, rng, 1e-2)
-        assert shift_mix(*tensors[:2], None, tensors[2])[0].dtype == dtype
+        both_ways(lambda x, last, m: token_shift_mix(x, last, None, m), tensors, rng, 1e-2)
+        assert token_shift_mix(*tensors[:2], None, tensors[2])[0].dtype == dtype
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES)

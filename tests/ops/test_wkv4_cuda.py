@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import rwkv_train.ops.wkv4
 from rwkv_train.ops import build_cuda, cache, reference, wkv4_cuda, wkv4_torch
 from rwkv_train.ops.backends import pick
-from rwkv_train.ops.wkv4 import WAYS, wkv4
+from rwkv_train.ops.wkv4 import BACKENDS, wkv4
 
 VARIANTS = [
     wkv4_cuda.Variant(backward, dtype, vector)
@@ -243,11 +243,11 @@ def hopper(monkeypatch, tmp_path):
 
 def test_without_cuda_core_auto_is_torch_and_says_why_once(hopper, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "cuda.core", None)
-    assert [pick("wkv4", WAYS, "auto", torch.device("cuda", 0)) for _ in range(2)] == [wkv4_torch.wkv4] * 2
+    assert [pick("wkv4", BACKENDS, "auto", torch.device("cuda", 0)) for _ in range(2)] == [wkv4_torch.wkv4] * 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "cuda.core" in line and "pip install 'rwkv_train[cuda]'" in line
     with pytest.raises(RuntimeError, match=r'backend "cuda" is not available: the CUDA kernels need cuda.core'):
-        pick("wkv4", WAYS, "cuda", torch.device("cuda", 0))
+        pick("wkv4", BACKENDS, "cuda", torch.device("cuda", 0))
 
 
 @needs_cuda_core
@@ -267,7 +267,7 @@ def test_builds_once_and_rebuilds_what_is_broken(hopper, capsys):
             path.write_bytes(path.read_bytes()[:1000])
         for cached in (build_cuda._why_not, build_cuda._program):
             cached.cache_clear()
-        assert pick("wkv4", WAYS, "auto", torch.device("cuda", 0)) is wkv4_cuda.wkv4
+        assert pick("wkv4", BACKENDS, "auto", torch.device("cuda", 0)) is wkv4_cuda.wkv4
         assert capsys.readouterr().err.count("building CUDA kernels") == builds
 
 

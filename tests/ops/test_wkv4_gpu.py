@@ -8,7 +8,7 @@ from test_wkv4 import assert_close, cotangents, draw, resets_at, run
 
 from rwkv_train.ops import wkv4_cuda
 from rwkv_train.ops.backends import pick
-from rwkv_train.ops.wkv4 import WAYS, wkv4
+from rwkv_train.ops.wkv4 import BACKENDS, wkv4
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -46,7 +46,7 @@ def test_equals_reference(path, dtype, shape):
 
 def test_auto_is_the_kernels():
     device = torch.device("cuda", torch.cuda.current_device())
-    assert pick("wkv4", WAYS, "auto", device) is wkv4_cuda.wkv4
+    assert pick("wkv4", BACKENDS, "auto", device) is wkv4_cuda.wkv4
     args = on(device, [x.float() for x in draw(1, 40, 6)])
     with pytest.raises(ValueError, match='backend "cpu" needs tensors on the CPU'):
         wkv4(*args, backend="cpu")

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rwkv_train.ops import build_cpu, wkv7_fla
-from rwkv_train.ops.wkv7 import WAYS, wkv7
+from rwkv_train.ops.wkv7 import BACKENDS, wkv7
 
 NAMES = ("y", "S", "gr", "gw", "gk", "gv", "ga", "gb", "gS")
 needs_compiler = pytest.mark.skipif(not build_cpu.available(), reason="no C++ compiler")
@@ -231,7 +231,7 @@ def test_fla_is_given_documents_as_sequences(monkeypatch, positions):
 
     monkeypatch.setitem(sys.modules, "fla.ops.rwkv7", SimpleNamespace(chunk_rwkv7=chunk_rwkv7))
     monkeypatch.setattr(wkv7_fla, "available", lambda: True)
-    monkeypatch.setitem(WAYS, "torch", wkv7_fla.wkv7)  # on a CPU "fla" is refused
+    monkeypatch.setitem(BACKENDS, "torch", wkv7_fla.wkv7)  # on a CPU "fla" is refused
     shape = 3, 20, 2, 4
     args, given = draw(*shape), tuple(cotangents(*shape))
     reset = None if positions is None else resets_at(3, 20, *positions)

@@ -10,7 +10,7 @@ from test_wkv7 import run as run_backend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rwkv_train.ops import build_cuda, wkv7_cuda
-from rwkv_train.ops.wkv7 import WAYS, wkv7
+from rwkv_train.ops.wkv7 import BACKENDS, wkv7
 
 pytestmark = needs_compiler
 
@@ -30,7 +30,7 @@ def run(on_cpu, monkeypatch):
 
     def run(args, reset, gy, gstate, splits=(), rows=1):
         with monkeypatch.context() as patch:
-            patch.setitem(WAYS, "torch", wkv7_cuda.wkv7)
+            patch.setitem(BACKENDS, "torch", wkv7_cuda.wkv7)
             patch.setattr(wkv7_cuda, "MANY", 0 if rows == 2 else 1 << 40)
             return run_backend("torch", args, reset, gy, gstate, splits)
 
@@ -130,7 +130,7 @@ def test_torch_compile_takes_it_whole(run, monkeypatch):
     shape = 2, 40, 2, 16
     args, given, reset = draw(*shape), tuple(cotangents(*shape)), resets_at(2, 40, 9)
     want = run_backend("reference", args, reset, *given)
-    monkeypatch.setitem(WAYS, "torch", wkv7_cuda.wkv7)
+    monkeypatch.setitem(BACKENDS, "torch", wkv7_cuda.wkv7)
     compiled = torch.compile(lambda *a: wkv7(*a, reset, backend="torch"), backend="aot_eager", fullgraph=True)
     leaves = [x.requires_grad_() for x in args]
     y, state = compiled(*leaves)

@@ -59,7 +59,7 @@ def held(config: FitConfig) -> int:
                     total, n, state = chunked_loss(
                         *(model, text[:, :-1], text[:, 1:], state, reset, d.chunk_len),
                         z_loss=1e-4,
-                        recompute_blocks=config.train.recompute,
+                        checkpoint_blocks=config.train.checkpoint_blocks,
                     )
                 (total / n).backward()
                 del total
@@ -92,7 +92,7 @@ def sizes_of(model: ModelConfig) -> Sizes:
 
 @pytest.mark.parametrize("generation", GENERATIONS)
 @pytest.mark.parametrize(
-    ("horizon", "accumulate", "precision", "recompute", "kernel"),
+    ("horizon", "accumulate", "precision", "checkpoint_blocks", "kernel"),
     [
         (1, 1, "fp32", False, True),
         (1, 1, "bf16", True, True),
@@ -105,7 +105,7 @@ def sizes_of(model: ModelConfig) -> Sizes:
     ],
 )
 def test_what_a_step_holds_is_what_the_formulas_say(
-    horizon, accumulate, precision, recompute, kernel, generation, monkeypatch
+    horizon, accumulate, precision, checkpoint_blocks, kernel, generation, monkeypatch
 ):
     monkeypatch.setattr(build_cpu, "available", lambda: kernel)
     for module in (plan, loss):
@@ -114,7 +114,7 @@ def test_what_a_step_holds_is_what_the_formulas_say(
         more = {"n_ffn": n_ffn, "dropout": 0.1 * (horizon == 1)}
         model = model_of(generation, n_embd, n_layer, vocab_size, n_att, head_size, **more)
         data = DataConfig("store", lanes=lanes, chunk_len=chunk_len, horizon=horizon)
-        train = TrainConfig(steps=2, accumulate=accumulate, precision=precision, recompute=recompute)
+        train = TrainConfig(steps=2, accumulate=accumulate, precision=precision, checkpoint_blocks=checkpoint_blocks)
         config = FitConfig("run", model, data, train)
         parts = plan.memory(config, sizes_of(model), "cpu", kernel)
         expected = sum(parts.values()) - parts["process"] - parts["heap"]
@@ -131,9 +131,9 @@ def test_parameters_are_counted(generation):
     assert planning.sizes_of(model.config).parameters == sum(p.numel() for p in model.parameters())
 
 
-@pytest.mark.parametrize(("name", "mapped"), [("one-chunk", False), ("horizon", False), ("recompute", True)])
+@pytest.mark.parametrize(("name", "mapped"), [("one-chunk", False), ("horizon", False), ("checkpoint_blocks", True)])
 def test_peaks_of_processes_are_predicted_within_a_tenth(name, mapped, tmp_path):
-    """With recompute the heap's waste varies from run to run: there only what torch holds is compared."""
+    """With checkpoint_blocks the heap's waste varies from run to run: there only what torch holds is compared."""
     config = config_of(CASES[name], tmp_path)
     parts = predicted(config)
     expected = sum(parts.values()) - parts["heap"] * mapped
@@ -142,17 +142,19 @@ def test_peaks_of_processes_are_predicted_within_a_tenth(name, mapped, tmp_path)
 
 @pytest.mark.parametrize("generation", GENERATIONS)
 def test_operations_are_those_of_the_matrix_products(generation):
-    """Counted by torch as a step runs; a horizon reads every chunk twice, recompute every block."""
+    """Counted by torch as a step runs; a horizon reads every chunk twice, checkpoint_blocks every block."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    for horizon, recompute in [(1, False), (1, True), (3, False), (3, True)]:
+    for horizon, checkpoint_blocks in [(1, False), (1, True), (3, False), (3, True)]:
         data = DataConfig("store", lanes=2, chunk_len=16, horizon=horizon)
-        train = TrainConfig(steps=1, recompute=recompute)
+        train = TrainConfig(steps=1, checkpoint_blocks=checkpoint_blocks)
         config = FitConfig("run", model_of(generation, 32, 2, 50, head_size=16), data, train)
         model = make_model(config.model, None)
         text = torch.randint(0, 50, (2, 16 * horizon + 1))
         with FlopCounterMode(display=False) as counter:
-            total, _, _ = chunked_loss(model, text[:, :-1], text[:, 1:], None, None, 16, recompute_blocks=recompute)
+            total, _, _ = chunked_loss(
+                model, text[:, :-1], text[:, 1:], None, None, 16, checkpoint_blocks=checkpoint_blocks
+            )
             total.backward()
         tokens = text[:, 1:].numel()
         assert plan.operations(config, sizes_of(config.model)) * tokens == pytest.approx(
@@ -202,7 +204,7 @@ def test_what_to_turn_is_told_with_what_it_gives(capsys):
     argv = ["--model.n_layer=32", "--model.n_embd=4096", "--train.device=cuda", "--train.devices=8", "--data.lanes=64"]
     argv = [*SMALL, *argv, "--tokens=1e9", "--speed=400", "--memory=24"]
     code, out, _ = run("plan", *argv, capsys=capsys)
-    assert code == 0 and "does NOT fit in 24.0 GB" in out and "--train.recompute true" in out
+    assert code == 0 and "does NOT fit in 24.0 GB" in out and "--train.checkpoint_blocks true" in out
     together = out.split("fits: ")[1].split()
     assert together, out
     code, out, _ = run("plan", *argv, *together, capsys=capsys)

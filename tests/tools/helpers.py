@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rwkv_train import cli, load_model
-from rwkv_train.checkpoints.run_checkpoint import TRAINER, draft, savepoint, seal
+from rwkv_train.checkpoints.run_checkpoint import TRAINER, checkpoint_folder, commit, draft
 from rwkv_train.models.base import RWKV
 from rwkv_train.models.rwkv4 import RWKV4, RWKV4Config
 from rwkv_train.models.rwkv7 import RWKV7, RWKV7Config
@@ -79,11 +79,11 @@ def small_weights(generation="rwkv4", **changes):
 
 def save_point(run, step, model, **facts):
     """A checkpoint of a run, with the weights of a model, as training writes it."""
-    target = savepoint(Path(run), step)
+    target = checkpoint_folder(Path(run), step)
     draft(target).mkdir(parents=True)
     weights = {f"model.{k}": v for k, v in model.state_dict().items()}
     torch.save({"epoch": 0, "state_dict": weights, "optimizer_states": [{}]}, draft(target) / TRAINER)
-    seal(target, step=step, **facts)
+    commit(target, step=step, **facts)
     return target
 
 

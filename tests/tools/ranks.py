@@ -28,14 +28,14 @@ class DeepSpeedOnCPU(DeepSpeedStrategy):
 
 
 def keep_first_gradient(path: str) -> None:
-    clip = module.OnlineTrainer.configure_gradient_clipping
+    clip = module.OnlineTrainingModule.configure_gradient_clipping
 
     def keep(self, *args, **kwargs):
         if self.global_rank == 0 and not os.path.exists(path):
             torch.save({name: p.grad.clone() for name, p in self.model.named_parameters()}, path)
         clip(self, *args, **kwargs)
 
-    module.OnlineTrainer.configure_gradient_clipping = keep
+    module.OnlineTrainingModule.configure_gradient_clipping = keep
 
 
 if __name__ == "__main__":

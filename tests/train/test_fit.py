@@ -115,10 +115,10 @@ def test_two_processes_are_one(store, tmp_path, generation):
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-def test_precision_and_recompute_change_the_figures_little(finished_of, store, tmp_path, generation):
+def test_precision_and_checkpoint_blocks_change_the_figures_little(finished_of, store, tmp_path, generation):
     want = [loss for _, loss in losses_of(finished_of(generation))]
     base = TrainConfig(steps=8, accumulate=2, log_every=1, device="cpu")
-    fit(config_of(store, tmp_path, generation, train=replace(base, recompute=True)))
+    fit(config_of(store, tmp_path, generation, train=replace(base, checkpoint_blocks=True)))
     assert [loss for _, loss in losses_of(tmp_path / "run")] == pytest.approx(want, rel=1e-4)
     fit(config_of(store, tmp_path, generation, name="bf16", train=replace(base, precision="bf16")))
     assert [loss for _, loss in losses_of(tmp_path / "bf16")] == pytest.approx(want, rel=5e-2)

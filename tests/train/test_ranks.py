@@ -17,7 +17,7 @@ import yaml
 from helpers import assert_close_rel
 from runs import config_of, metrics, model_of, weights
 
-from rwkv_train.checkpoints.run_checkpoint import damage, savepoint
+from rwkv_train.checkpoints.run_checkpoint import checkpoint_folder, verify
 from rwkv_train.config import DataConfig, FitConfig, OptimConfig, TrainConfig
 from rwkv_train.data.prepare import PrepareConfig, prepare
 from rwkv_train.train.fit import fit
@@ -93,8 +93,8 @@ def test_two_ranks_are_one_and_go_on_from_their_checkpoint(single_of, store, tmp
     for key in ("loss", "grad_norm"):
         ours, theirs = ([r[key] for r in metrics(folder) if key in r] for folder in (run, single))
         assert ours == pytest.approx(theirs, rel=2e-6), key
-    assert damage(savepoint(run, 4)) is None
-    shutil.rmtree(savepoint(run, 8))
+    assert verify(checkpoint_folder(run, 4)) is None
+    shutil.rmtree(checkpoint_folder(run, 8))
     on_ranks(config, tmp_path, "--resume")
     again = weights(run)
     assert all(torch.equal(again[name], whole[name]) for name in whole)
@@ -102,7 +102,7 @@ def test_two_ranks_are_one_and_go_on_from_their_checkpoint(single_of, store, tmp
 
 def test_one_rank_with_all_lanes_goes_on_as_two_with_half_of_them(single, store, tmp_path):
     shutil.copytree(single, tmp_path / "run")
-    shutil.rmtree(savepoint(tmp_path / "run", 8))
+    shutil.rmtree(checkpoint_folder(tmp_path / "run", 8))
     config = config_of(store, tmp_path, model=PLAIN, optim=OPTIM, train=replace(TRAIN, devices=2))
     on_ranks(config, tmp_path, "--resume")
     assert_close_rel(flat(weights(tmp_path / "run")), flat(weights(single)), 1e-6)
@@ -146,4 +146,4 @@ def test_a_signal_to_any_rank_ends_all_of_them_saved(store, tmp_path, hit):
     assert first.returncode == 143
     assert not second[0].is_running() or second[0].status() == psutil.STATUS_ZOMBIE  # which nobody asked about
     step = int(out.split("Stopped at step ")[1].split()[0])
-    assert damage(savepoint(tmp_path / "run", step)) is None
+    assert verify(checkpoint_folder(tmp_path / "run", step)) is None

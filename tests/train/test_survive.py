@@ -16,7 +16,7 @@ from kill_fit import kill
 from runs import config_of, losses_of, metrics, weights
 
 from rwkv_train import cli, load_model
-from rwkv_train.checkpoints.run_checkpoint import damage, savepoint, savepoints
+from rwkv_train.checkpoints.run_checkpoint import checkpoint_folder, run_checkpoints, verify
 from rwkv_train.config import LogConfig, TrainConfig
 from rwkv_train.train import module
 from rwkv_train.train.fit import fit
@@ -46,7 +46,7 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again(finished, store, 
 
 def test_a_damaged_checkpoint_costs_the_steps_after_the_one_before(finished, store, tmp_path, capsys):
     shutil.copytree(finished, tmp_path / "run")
-    newest = savepoint(tmp_path / "run", 8) / "trainer.ckpt"
+    newest = checkpoint_folder(tmp_path / "run", 8) / "trainer.ckpt"
     newest.write_bytes(newest.read_bytes()[:-100])
     with pytest.raises(ValueError, match=r"trainer\.ckpt is not what was written"):
         fit(config_of(store, tmp_path), resume=str(newest))
@@ -58,9 +58,9 @@ def test_a_damaged_checkpoint_costs_the_steps_after_the_one_before(finished, sto
 def test_asynchronous_checkpoints_are_the_same(finished, store, tmp_path):
     assert fit(config_of(store, tmp_path, train=replace(TRAIN, save_async=True, save_every=1, keep=9))) == 0
     run = tmp_path / "run"
-    assert [damage(path) for path in savepoints(run)] == [None] * 8
+    assert [verify(path) for path in run_checkpoints(run)] == [None] * 8
     same(run, finished)
-    half = [load_model(savepoint(r, 5)).state_dict() for r in (run, finished)]
+    half = [load_model(checkpoint_folder(r, 5)).state_dict() for r in (run, finished)]
     assert all(torch.equal(half[0][k], half[1][k]) for k in half[1])
 
 
@@ -70,8 +70,8 @@ def test_the_best_checkpoint_is_kept(store, tmp_path):
     assert fit(replace(config, optim=replace(config.optim, lr=0.3))) == 0  # so large that the loss also rises
     scores = {r["step"]: r["val_loss"] for r in metrics(tmp_path / "run") if r.get("val_loss") and r["step"]}
     best = min(scores, key=scores.get)
-    assert best < 6 and [p.name for p in savepoints(tmp_path / "run")] == [f"step={n:08d}" for n in (best, 6)]
-    assert fit(config, resume=str(savepoint(tmp_path / "run", best))) == 0
+    assert best < 6 and [p.name for p in run_checkpoints(tmp_path / "run")] == [f"step={n:08d}" for n in (best, 6)]
+    assert fit(config, resume=str(checkpoint_folder(tmp_path / "run", best))) == 0
 
 
 def test_a_full_disk_ends_a_run_with_one_line_and_its_checkpoints_intact(store, tmp_path):
@@ -81,13 +81,13 @@ def test_a_full_disk_ends_a_run_with_one_line_and_its_checkpoints_intact(store, 
 
     def fill_the_disk(self, *args):
         if self.batches_done == 8:
-            largest.append((savepoint(tmp_path / "run", 2) / "trainer.ckpt").stat().st_size)
+            largest.append((checkpoint_folder(tmp_path / "run", 2) / "trainer.ckpt").stat().st_size)
             resource.setrlimit(resource.RLIMIT_FSIZE, (largest[0] // 2, hard))
         return step(self, *args)
 
-    step = module.OnlineTrainer.training_step
+    step = module.OnlineTrainingModule.training_step
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module.OnlineTrainer, "training_step", fill_the_disk)
+        patch.setattr(module.OnlineTrainingModule, "training_step", fill_the_disk)
         try:
             with pytest.raises(OSError, match=r"step 6 could not be saved .*make room.*--resume") as caught:
                 fit(config)
@@ -95,7 +95,7 @@ def test_a_full_disk_ends_a_run_with_one_line_and_its_checkpoints_intact(store, 
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "\n" not in str(caught.value)
     run = tmp_path / "run"
-    assert {p.name: damage(p) for p in savepoints(run)} == {"step=00000002": None, "step=00000004": None}
+    assert {p.name: verify(p) for p in run_checkpoints(run)} == {"step=00000002": None, "step=00000004": None}
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step=00000002", "step=00000004"]
     assert fit(config, resume="newest") == 0
 
@@ -103,14 +103,14 @@ def test_a_full_disk_ends_a_run_with_one_line_and_its_checkpoints_intact(store, 
 def test_a_folder_that_cannot_be_written_and_data_that_is_gone(finished, store, tmp_path):
     config = config_of(store, tmp_path)
     shutil.copytree(finished, tmp_path / "run")
-    shutil.rmtree(savepoint(tmp_path / "run", 8))
+    shutil.rmtree(checkpoint_folder(tmp_path / "run", 8))
     (tmp_path / "run" / "checkpoints" / ".step=00000008.tmp").write_text("in the way")
     with pytest.raises(OSError, match="step 8 could not be saved"):
         fit(config, resume="newest")
     gone = replace(config, data=replace(config.data, path=str(tmp_path / "gone")))
     with pytest.raises(ValueError, match="gone"):
         fit(gone, resume="newest")
-    assert damage(savepoint(tmp_path / "run", 5)) is None
+    assert verify(checkpoint_folder(tmp_path / "run", 5)) is None
 
 
 def breaks_at(batches):
@@ -132,7 +132,7 @@ def test_steps_without_a_finite_gradient_change_nothing_and_are_counted(store, t
     monkeypatch.setattr(module, "chunked_loss", breaks_at({4}))
     assert fit(config) == 0
     run = tmp_path / "run"
-    first, second, third = (load_model(savepoint(run, n)).state_dict() for n in (1, 2, 3))
+    first, second, third = (load_model(checkpoint_folder(run, n)).state_dict() for n in (1, 2, 3))
     assert all(torch.equal(first[k], second[k]) for k in first)
     assert not all(torch.equal(second[k], third[k]) for k in first)
     records = [r for r in metrics(run) if "loss" in r]
@@ -146,7 +146,7 @@ def test_too_many_of_them_end_the_run_and_name_the_documents(store, tmp_path, mo
     with pytest.raises(ValueError, match=r"3 steps in a row.*step 6, with documents .*inspect --run \S+ --step 6") as e:
         fit(config)
     run = tmp_path / "run"
-    assert [damage(p) for p in savepoints(run)] == [None] * 5
+    assert [verify(p) for p in run_checkpoints(run)] == [None] * 5
     named = {int(n) for n in re.search(r"documents ([\d, ]+)", str(e.value))[1].rstrip(", ").split(", ")}
     with pytest.raises(SystemExit, match="0"):
         cli.main(["inspect", "--run", str(run), "--step=6"])
@@ -201,7 +201,7 @@ def test_wandb_offline_is_read_back_and_a_resumed_run_keeps_its_id(store, tmp_pa
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     config = config_of(store, tmp_path, log=LogConfig(wandb="offline"), train=replace(TRAIN, steps=4, save_every=2))
     assert fit(config) == 0
-    shutil.rmtree(savepoint(tmp_path / "run", 4))
+    shutil.rmtree(checkpoint_folder(tmp_path / "run", 4))
     assert fit(config, resume="newest") == 0
     wandb.teardown()  # its own process writes the files
     ids, logged = set(), {}
@@ -242,7 +242,7 @@ def test_damaged_files_end_in_one_clear_line(finished, store, tmp_path, capsys, 
     shutil.rmtree(tmp_path, ignore_errors=True)
     shutil.copytree(store, tmp_path / "store")
     shutil.copytree(finished, tmp_path / "run")
-    shutil.rmtree(savepoint(tmp_path / "run", 8))
+    shutil.rmtree(checkpoint_folder(tmp_path / "run", 8))
     config = yaml.safe_load((finished / "config.yaml").read_text())
     config["runs"], config["data"]["path"] = str(tmp_path), str(tmp_path / "store")
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))

@@ -12,7 +12,7 @@ namespace {
 typedef float V __attribute__((vector_size(REGISTER)));
 typedef uint32_t Bits __attribute__((vector_size(REGISTER)));
 
-constexpr int LANES = REGISTER / 4, PAIR = 2 * LANES;  // numbers of a vector, and that are taken at once
+constexpr int WIDTH = REGISTER / 4, PAIR = 2 * WIDTH;  // numbers of a vector, and that are taken at once
 constexpr int ROWS = 4;                                // of the matrix, abreast
 constexpr int ABREAST = REGISTER / 32;                 // vectors: as many as the registers hold the sums of
 constexpr int AHEAD = 4096;  // bytes that are asked for before their turn: the processor stops at the end of a page
@@ -24,7 +24,7 @@ WKV_FN V as_floats(Bits x) {
 }
 // PAIR numbers as two vectors: of floats one after the other, of 16 bits the even ones and the odd ones.
 WKV_FN void take(const float* from, V (&to)[2]) {  // not one memcpy: the compiler would let it go through memory
-    memcpy(&to[0], from, sizeof to[0]), memcpy(&to[1], from + LANES, sizeof to[1]);
+    memcpy(&to[0], from, sizeof to[0]), memcpy(&to[1], from + WIDTH, sizeof to[1]);
 }
 WKV_FN void take(const Bf16* from, V (&to)[2]) {
     Bits x;
@@ -59,7 +59,7 @@ template <int R, int G, class S> static void block(const Product<S>& p, const V*
         for (int g = 0; g < G; g++) {
             const V both = sums[r][g][0] + sums[r][g][1];
             float sum = 0;
-            for (int l = 0; l < LANES; l++) sum += both[l];
+            for (int l = 0; l < WIDTH; l++) sum += both[l];
             for (int64_t j = pairs * PAIR; j < p.width; j++)
                 sum += load(w[r * p.width + j]) * load(p.x[(first + g) * p.width + j]);
             store(p.y[(first + g) * p.rows + row + r], sum);

@@ -10,7 +10,7 @@
 //   reads       columns of S, to the right   gr, ga
 //   writes      columns of G, to the left    gk, gb, gw
 //
-// LANES neighbouring threads share a row (a column is one, too) and hold P rows each; a block has some of the rows of
+// SHARE neighbouring threads share a row (a column is one, too) and hold P rows each; a block has some of the rows of
 // one head. It fetches TILE tokens into shared memory, walks them, and flushes what came out. With few heads a thread
 // holds one row, and more blocks are there for the multiprocessors; with many it holds two and reads half as much.
 //
@@ -27,13 +27,13 @@
 #include "gpu.h"
 #include "wkv7.h"
 
-constexpr int N = WKV_N, P = WKV_P, LANES = 4;
-constexpr int E = N / LANES;              // entries of a row that a thread holds
+constexpr int N = WKV_N, P = WKV_P, SHARE = 4;
+constexpr int E = N / SHARE;              // entries of a row that a thread holds
 constexpr int ROOM = 2048 / sizeof(R);    // numbers of a tile
 constexpr int TILE = ROOM / N > 16 ? 16 : ROOM / N > 1 ? ROOM / N : 1;
 constexpr int ANCHOR = 64;                // in cuda7.py too
 constexpr int PIECES = N % (32 * P) ? 1 : N / (32 * P);  // blocks of a head, in cuda7.py too
-constexpr int ROWS = N / PIECES, THREADS = ROWS * LANES / P, STEP = ROWS / P;
+constexpr int ROWS = N / PIECES, THREADS = ROWS * SHARE / P, STEP = ROWS / P;
 
 #define KERNEL extern "C" __global__ void __launch_bounds__(THREADS)
 
@@ -56,12 +56,12 @@ struct Place {
     MEMBER Place(Size T, Size H) {
         head = blockIdx.x / PIECES, lane = head / H;
         token = (lane * T * H + head % H) * N, stride = H * N, matrix = head * N * N;
-        first = blockIdx.x % PIECES * ROWS, row = first + threadIdx.x / LANES, quarter = threadIdx.x % LANES;
+        first = blockIdx.x % PIECES * ROWS, row = first + threadIdx.x / SHARE, quarter = threadIdx.x % SHARE;
     }
 };
 
 // Entry e of a thread is this one of the row: neighbours hold neighbouring fours.
-WKV_FN int entry(const Place& p, int e) { return (e / 4 * LANES + p.quarter) * 4 + e % 4; }
+WKV_FN int entry(const Place& p, int e) { return (e / 4 * SHARE + p.quarter) * 4 + e % 4; }
 
 template <class From> WKV_FN void fetch(const From* from, const Place& p, int t, int n, Tile& to) {
     for (int i = threadIdx.x; i < n * N; i += THREADS)

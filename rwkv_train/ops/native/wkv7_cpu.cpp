@@ -23,7 +23,7 @@ template <> struct Wide<double> {
 };
 
 template <class R> using V = typename Wide<R>::V;
-template <class R> constexpr int LANES = sizeof(V<R>) / sizeof(R);
+template <class R> constexpr int WIDTH = sizeof(V<R>) / sizeof(R);
 
 template <class R> struct Inputs {
     int64_t B, T, H, N, chunk;                   // N is a multiple of 16
@@ -54,18 +54,18 @@ template <class R> WKV_FN void store(R* to, V<R> x) { memcpy(to, &x, sizeof x); 
 // Halves of stretches of 2 * W lanes of x and y: the lower ones, x's before y's, or (UPPER) the upper ones.
 template <class R, int W, bool UPPER> WKV_FN V<R> halves(V<R> x, V<R> y) {
     typename Wide<R>::Index index;
-    for (int l = 0; l < LANES<R>; l++) index[l] = l % (2 * W) < W ? l + UPPER * W : l + LANES<R> - W + UPPER * W;
+    for (int l = 0; l < WIDTH<R>; l++) index[l] = l % (2 * W) < W ? l + UPPER * W : l + WIDTH<R> - W + UPPER * W;
 #ifdef __clang__  // which has no such builtin for an index that is a variable, and finds the instruction itself
     V<R> out;
-    for (int l = 0; l < LANES<R>; l++) out[l] = index[l] < LANES<R> ? x[index[l]] : y[index[l] - LANES<R>];
+    for (int l = 0; l < WIDTH<R>; l++) out[l] = index[l] < WIDTH<R> ? x[index[l]] : y[index[l] - WIDTH<R>];
     return out;
 #else
     return __builtin_shuffle(x, y, index);
 #endif
 }
 
-// Lane l of the result is the sum over the lanes of x[l]; x[0], ..., x[LANES - 1] are used up.
-template <class R, int W = LANES<R> / 2> WKV_FN V<R> sum_each(V<R>* x) {
+// Lane l of the result is the sum over the lanes of x[l]; x[0], ..., x[WIDTH - 1] are used up.
+template <class R, int W = WIDTH<R> / 2> WKV_FN V<R> sum_each(V<R>* x) {
     for (int i = 0; i < W; i++) x[i] = halves<R, W, false>(x[i], x[i + W]) + halves<R, W, true>(x[i], x[i + W]);
     if constexpr (W > 1) return sum_each<R, W / 2>(x);
     else return x[0];
@@ -88,12 +88,12 @@ template <class R> static std::unique_ptr<V<R>[]> scratch(int64_t n) { return st
 // Rows i0, ... of a matrix [value][key], to and from vectors [key][P].
 template <class R, int P> static void turn_in(const R* matrix, int64_t N, int64_t i0, V<R>* S) {
     for (int64_t j = 0; j < N; j++)
-        for (int i = 0; i < P * LANES<R>; i++) S[j * P + i / LANES<R>][i % LANES<R>] = matrix[(i0 + i) * N + j];
+        for (int i = 0; i < P * WIDTH<R>; i++) S[j * P + i / WIDTH<R>][i % WIDTH<R>] = matrix[(i0 + i) * N + j];
 }
 
 template <class R, int P> static void turn_out(const V<R>* S, int64_t N, int64_t i0, R* matrix) {
     for (int64_t j = 0; j < N; j++)
-        for (int i = 0; i < P * LANES<R>; i++) matrix[(i0 + i) * N + j] = S[j * P + i / LANES<R>][i % LANES<R>];
+        for (int i = 0; i < P * WIDTH<R>; i++) matrix[(i0 + i) * N + j] = S[j * P + i / WIDTH<R>][i % WIDTH<R>];
 }
 
 template <class R, int P> WKV_FN void times(const V<R>* S, const R* x, int64_t N, V<R>* out) {
@@ -121,7 +121,7 @@ static void forward(const Inputs<R>& in, const Results<R>& out, int64_t head, in
         }
         const int64_t at = place.at(t), after = place.at(t + 1 < in.T ? t + 1 : t);
         V<R> y[P] = {}, next[P] = {};
-        for (int p = 0; p < P; p++) v[p] = load(in.v + at + i0 + p * LANES<R>);
+        for (int p = 0; p < P; p++) v[p] = load(in.v + at + i0 + p * WIDTH<R>);
         for (int64_t j = 0; j < N; j++)
             for (int p = 0; p < P; p++) {
                 V<R>& s = S[j * P + p];
@@ -130,7 +130,7 @@ static void forward(const Inputs<R>& in, const Results<R>& out, int64_t head, in
                 next[p] += s * in.a[after + j];
             }
         for (int p = 0; p < P; p++) {
-            store(out.y + at + i0 + p * LANES<R>, y[p]);
+            store(out.y + at + i0 + p * WIDTH<R>, y[p]);
             removed[p] = next[p];
         }
     }
@@ -168,12 +168,12 @@ template <class R, int P> struct Backward {
         times<R, P>(S, in.a + at, N, removed);
         V<R> v[P], gy[P], old[P];
         for (int p = 0; p < P; p++) {
-            v[p] = load(in.v + at + i0 + p * LANES<R>), gy[p] = load(g.gy + at + i0 + p * LANES<R>);
+            v[p] = load(in.v + at + i0 + p * WIDTH<R>), gy[p] = load(g.gy + at + i0 + p * WIDTH<R>);
             old[p] = removed[p];
         }
-        for (int64_t j0 = 0; j0 < N; j0 += LANES<R>) {
-            V<R> gr[LANES<R>];
-            for (int l = 0; l < LANES<R>; l++) {
+        for (int64_t j0 = 0; j0 < N; j0 += WIDTH<R>) {
+            V<R> gr[WIDTH<R>];
+            for (int l = 0; l < WIDTH<R>; l++) {
                 const int64_t j = j0 + l;
                 gr[l] = V<R>{};
                 for (int p = 0; p < P; p++) {
@@ -191,12 +191,12 @@ template <class R, int P> struct Backward {
         const int64_t at = place.at(t);
         V<R> v[P], gy[P], removed[P], gv[P] = {}, gremoved[P] = {};
         for (int p = 0; p < P; p++) {
-            v[p] = load(in.v + at + i0 + p * LANES<R>), gy[p] = load(g.gy + at + i0 + p * LANES<R>);
+            v[p] = load(in.v + at + i0 + p * WIDTH<R>), gy[p] = load(g.gy + at + i0 + p * WIDTH<R>);
             removed[p] = saved[p];
         }
-        for (int64_t j0 = 0; j0 < N; j0 += LANES<R>) {
-            V<R> gk[LANES<R>], gb[LANES<R>], gw[LANES<R>];
-            for (int l = 0; l < LANES<R>; l++) {
+        for (int64_t j0 = 0; j0 < N; j0 += WIDTH<R>) {
+            V<R> gk[WIDTH<R>], gb[WIDTH<R>], gw[WIDTH<R>];
+            for (int l = 0; l < WIDTH<R>; l++) {
                 const int64_t j = j0 + l;
                 gk[l] = gb[l] = gw[l] = V<R>{};
                 for (int p = 0; p < P; p++) {
@@ -213,10 +213,10 @@ template <class R, int P> struct Backward {
             add(g.b + at + j0, sum_each<R>(gb));
             add(g.w + at + j0, sum_each<R>(gw) * load(in.decay + at + j0));
         }
-        for (int p = 0; p < P; p++) store(g.v + at + i0 + p * LANES<R>, gv[p]);
-        for (int64_t j0 = 0; j0 < N; j0 += LANES<R>) {
-            V<R> ga[LANES<R>];
-            for (int l = 0; l < LANES<R>; l++) {
+        for (int p = 0; p < P; p++) store(g.v + at + i0 + p * WIDTH<R>, gv[p]);
+        for (int64_t j0 = 0; j0 < N; j0 += WIDTH<R>) {
+            V<R> ga[WIDTH<R>];
+            for (int l = 0; l < WIDTH<R>; l++) {
                 const int64_t j = j0 + l;
                 ga[l] = V<R>{};
                 for (int p = 0; p < P; p++) {
@@ -237,10 +237,10 @@ template <class R, class Job> static void for_each_head(const Inputs<R>& in, int
     const int64_t worth_a_thread = 1 << 20;  // entries of states, 100 us of work or more
     const int64_t work = in.B * in.T * in.H * in.N * in.N / worth_a_thread;
     share_out(in.B * in.H, threads, work, [=](int64_t head) {
-        if (in.N % (4 * LANES<R>) == 0)
-            for (int64_t i0 = 0; i0 < in.N; i0 += 4 * LANES<R>) job(head, i0, std::integral_constant<int, 4>());
+        if (in.N % (4 * WIDTH<R>) == 0)
+            for (int64_t i0 = 0; i0 < in.N; i0 += 4 * WIDTH<R>) job(head, i0, std::integral_constant<int, 4>());
         else
-            for (int64_t i0 = 0; i0 < in.N; i0 += LANES<R>) job(head, i0, std::integral_constant<int, 1>());
+            for (int64_t i0 = 0; i0 < in.N; i0 += WIDTH<R>) job(head, i0, std::integral_constant<int, 1>());
     });
 }
 
