@@ -9,7 +9,8 @@ import yaml
 from tqdm import tqdm
 
 from rwkv_train.checkpoints.modelfile import load_model, parts_of, save_adapter, save_model
-from rwkv_train.cli import ExportConfig, GenerateConfig, InspectConfig, ValidateConfig, parse
+from rwkv_train.cli import parse
+from rwkv_train.command_config import ExportConfig, GenerateConfig, InspectConfig, ValidateConfig
 from rwkv_train.data.batches import make_batches
 from rwkv_train.data.lanes import LaneBatches, split
 from rwkv_train.data.store import Store

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from rwkv_train.chat.terminal import Chat, Command, Setting, data_folder, number, template_of, weights_in
 from rwkv_train.checkpoints.modelfile import load_model
-from rwkv_train.cli import FeedbackFileConfig
+from rwkv_train.command_config import FeedbackFileConfig
 from rwkv_train.commands import tokenizer_of
 from rwkv_train.feedback import Correction, FeedbackConfig, Learner, Outcome, Reading
 from rwkv_train.feedback.background import Background, half_the_threads

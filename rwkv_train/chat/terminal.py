@@ -15,7 +15,7 @@ import platformdirs
 from rwkv_train.chat.dialogue import Dialogue
 from rwkv_train.chat.room import Room
 from rwkv_train.checkpoints.modelfile import load_model, parts_of
-from rwkv_train.cli import ChatConfig
+from rwkv_train.command_config import ChatConfig
 from rwkv_train.commands import DTYPES, tokenizer_of
 from rwkv_train.data.templates import Template
 from rwkv_train.generate import Sampling

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rwkv_train.checkpoints.run_checkpoint import run_checkpoints, verify
-from rwkv_train.cli import ReportConfig
+from rwkv_train.command_config import ReportConfig
 from rwkv_train.files import replace_file
 from rwkv_train.train.runlog import duration, read_metrics
 

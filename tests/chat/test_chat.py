@@ -15,7 +15,8 @@ from rwkv_train.chat import terminal as chats
 from rwkv_train.chat.dialogue import Dialogue
 from rwkv_train.chat.room import MINUTE, Message, Room
 from rwkv_train.chat.terminal import Chat, Command, in_terminal
-from rwkv_train.cli import ChatConfig, parse
+from rwkv_train.cli import parse
+from rwkv_train.command_config import ChatConfig
 from rwkv_train.generate import Sampling
 from rwkv_train.tokenizer import load_tokenizer
 

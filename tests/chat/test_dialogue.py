@@ -20,7 +20,7 @@ GREEDY = Sampling(temperature=0)
 
 
 def dialogue(tokenizer=BYTES, model=None, **kwargs) -> Dialogue:
-    return Dialogue(model or MODELS[tokenizer.vocab_size], tokenizer, **{"most": 12} | kwargs)
+    return Dialogue(model or MODELS[tokenizer.vocab_size], tokenizer, **{"max_new_tokens": 12} | kwargs)
 
 
 def scripted(ids):
@@ -93,7 +93,7 @@ def test_broken_off_anywhere_the_state_holds_what_was_shown(text, pieces, end, b
     cut = data.draw(st.integers(0, len(text)))
     ids = tokenizer.encode(text[:cut]) + tokenizer.encode(end[:1] + text[cut:] + end) + [tokenizer.eod]
     template = Template(roles={"user": "Q: {content}\n", "assistant": "A: {content}" + end})
-    d = dialogue(tokenizer, template=template, sampling=scripted(ids), most=200)
+    d = dialogue(tokenizer, template=template, sampling=scripted(ids), max_new_tokens=200)
     reply = d.say("x")
     shown = "".join(piece for _, piece in zip(range(pieces), reply, strict=False))
     reply.close()
