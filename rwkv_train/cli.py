@@ -1,5 +1,7 @@
 """The command line. A command's module is imported only when that command runs, so that help comes at once."""
 
+import ast
+import inspect
 import json
 import os
 import re
@@ -8,9 +10,12 @@ from argparse import SUPPRESS
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from importlib import import_module
+from itertools import pairwise
 
 try:
-    from jsonargparse import ArgumentParser
+    from jsonargparse import ArgumentParser, set_parsing_settings
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)  # a setting's help stands under it
 except ImportError:  # a bare machine with torch and a GPU, where `bench gpu` runs all the same
     from argparse import ArgumentParser
 
@@ -211,9 +216,11 @@ def _underscored(argument: str) -> str:
 
 
 def _phrase(config: type, field: str) -> str:
-    """A setting's explanation, from the docstring."""
-    found = re.search(rf"^\s+{field}: (.*?)(?=^\s+\w+: |\Z)", config.__doc__, re.MULTILINE | re.DOTALL)
-    return " ".join(found[1].split())
+    """A setting's explanation: the string under it."""
+    (owner,) = ast.parse(inspect.getsource(config)).body
+    after = dict(pairwise(owner.body))
+    (text,) = [after[node].value.value for node in after if isinstance(node, ast.AnnAssign) and node.target.id == field]
+    return " ".join(text.split())
 
 
 def _find(name: str):

@@ -6,170 +6,196 @@ from typing import Literal
 
 @dataclass
 class ValidateConfig:
-    """Score a model on text.
-
-    Args:
-        model: checkpoint, or runs/NAME, which is scored on what its training held out unless data says otherwise
-        data: token store to score on
-        val_share: score only the share of data that `fit` would hold out; 0 is all of it
-        tokenizer: world, bytes or a tokenizer JSON; only for .bin/.idx files, which do not name theirs
-        lanes: documents read side by side
-        chunk_len: tokens read at once
-        compare: also score with the state dropped at every chunk, to see what carrying it buys
-        json: also write the figures to this file
-    """
+    """Score a model on text."""
 
     model: str
+    """checkpoint, or runs/NAME, which is scored on what its training held out unless data says otherwise"""
+
     data: str | None = None
+    """token store to score on"""
+
     val_share: float = 0.0
+    """score only the share of data that `fit` would hold out; 0 is all of it"""
+
     tokenizer: str | None = None
+    """world, bytes or a tokenizer JSON; only for .bin/.idx files, which do not name theirs"""
+
     lanes: int = 8
+    """documents read side by side"""
+
     chunk_len: int = 512
+    """tokens read at once"""
+
     compare: bool = True
+    """also score with the state dropped at every chunk, to see what carrying it buys"""
+
     json: str | None = None
+    """also write the figures to this file"""
 
 
 @dataclass
 class GenerateConfig:
-    """Write a continuation of a prompt.
-
-    Args:
-        model: checkpoint or runs/NAME
-        prompt: text to continue; "\\n" stands for a line break; an empty one starts a new document
-        tokenizer: world, bytes or a tokenizer JSON; known for runs/NAME and for models with the World vocabulary
-        tokens: most tokens to write
-        temperature: below 1 is safer, above 1 bolder, 0 always takes the likeliest token
-        top_p: sample from the likeliest tokens that make up this much probability
-        top_k: sample from this many of the likeliest tokens; 0 is all
-        seed: the same seed writes the same text
-        device: cpu, cuda or cuda:N
-    """
+    """Write a continuation of a prompt."""
 
     model: str
+    """checkpoint or runs/NAME"""
+
     prompt: str = ""
+    """text to continue; "\\n" stands for a line break; an empty one starts a new document"""
+
     tokenizer: str | None = None
+    """world, bytes or a tokenizer JSON; known for runs/NAME and for models with the World vocabulary"""
+
     tokens: int = 200
+    """most tokens to write"""
+
     temperature: float = 1.0
+    """below 1 is safer, above 1 bolder, 0 always takes the likeliest token"""
+
     top_p: float = 0.9
+    """sample from the likeliest tokens that make up this much probability"""
+
     top_k: int = 0
+    """sample from this many of the likeliest tokens; 0 is all"""
+
     seed: int = 0
+    """the same seed writes the same text"""
+
     device: str = "cpu"
+    """cpu, cuda or cuda:N"""
 
 
 @dataclass
 class ChatConfig:
-    """Talk to a model in the terminal; /help there lists what else can be typed.
-
-    Args:
-        model: checkpoint, runs/NAME, or a folder with model.pth; the small one that comes along if not given
-        tokenizer: world, bytes or a tokenizer JSON; known where tokenizer.json lies with the model
-        template: YAML file that says how chats are written; template.yaml with the model, or RWKV World's if not given
-        system: a system message to begin with
-        temperature: below 1 is safer, above 1 bolder, 0 always takes the likeliest token
-        top_p: sample from the likeliest tokens that make up this much probability
-        top_k: sample from this many of the likeliest tokens; 0 is all
-        presence_penalty: taken from the logit of every token that the reply so far holds
-        frequency_penalty: the same, once for each time the token is in the reply
-        seed: the same seed and the same messages give the same replies
-        tokens: most tokens of a reply
-        plain: one line in, one block of plain text out; on by itself where standard input is no terminal
-        room: read lines "user: text" of a live chat from standard input and answer them in one shared dialogue
-        prefix: room: only messages that begin with it are taken; "" takes all
-        pick: room: which of the waiting messages is answered next
-        queue: room: messages that wait at most
-        per_user: room: messages of one user that wait at most
-        rate: room: messages of one user that are taken in a minute at most
-        operators: room: users who may give commands ("!/help"), separated by commas
-        folder: where typed lines, saved dialogues and corrections are kept; the user's data folder if not given
-        profile: corrections are kept in FOLDER/profiles/PROFILE; the model's name if not given
-        device: cpu, cuda or cuda:N
-        dtype: number format of the weights in memory; corrections need fp32
-    """
+    """Talk to a model in the terminal; /help there lists what else can be typed."""
 
     model: str | None = None
+    """checkpoint, runs/NAME, or a folder with model.pth; the small one that comes along if not given"""
+
     tokenizer: str | None = None
+    """world, bytes or a tokenizer JSON; known where tokenizer.json lies with the model"""
+
     template: str | None = None
+    """YAML file that says how chats are written; template.yaml with the model, or RWKV World's if not given"""
+
     system: str = ""
+    """a system message to begin with"""
+
     temperature: float = 0.8
+    """below 1 is safer, above 1 bolder, 0 always takes the likeliest token"""
+
     top_p: float = 0.5
+    """sample from the likeliest tokens that make up this much probability"""
+
     top_k: int = 0
+    """sample from this many of the likeliest tokens; 0 is all"""
+
     presence_penalty: float = 0.0
+    """taken from the logit of every token that the reply so far holds"""
+
     frequency_penalty: float = 0.0
+    """the same, once for each time the token is in the reply"""
+
     seed: int = 0
+    """the same seed and the same messages give the same replies"""
+
     tokens: int = 500
+    """most tokens of a reply"""
+
     plain: bool = False
+    """one line in, one block of plain text out; on by itself where standard input is no terminal"""
+
     room: bool = False
+    """read lines "user: text" of a live chat from standard input and answer them in one shared dialogue"""
+
     prefix: str = "!"
+    """room: only messages that begin with it are taken; "" takes all"""
+
     pick: Literal["fifo", "random", "newest"] = "fifo"
+    """room: which of the waiting messages is answered next"""
+
     queue: int = 50
+    """room: messages that wait at most"""
+
     per_user: int = 3
+    """room: messages of one user that wait at most"""
+
     rate: int = 10
+    """room: messages of one user that are taken in a minute at most"""
+
     operators: str = ""
+    """room: users who may give commands ("!/help"), separated by commas"""
+
     folder: str | None = None
+    """where typed lines, saved dialogues and corrections are kept; the user's data folder if not given"""
+
     profile: str | None = None
+    """corrections are kept in FOLDER/profiles/PROFILE; the model's name if not given"""
+
     device: str = "cpu"
+    """cpu, cuda or cuda:N"""
+
     dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
+    """number format of the weights in memory; corrections need fp32"""
 
 
 @dataclass
 class FeedbackFileConfig:
-    """Learn a file of corrections, one after another.
-
-    Args:
-        model: checkpoint, runs/NAME, or a folder with model.pth
-        file: jsonl with one correction a line, as {"question": "...", "answer": "..."}
-        tokenizer: world, bytes or a tokenizer JSON; known where tokenizer.json lies with the model
-        template: YAML file that says how chats are written; template.yaml with the model, or RWKV World's if not given
-        folder: where corrections are kept; the user's data folder if not given
-        profile: corrections are kept in FOLDER/profiles/PROFILE; the model's name if not given
-    """
+    """Learn a file of corrections, one after another."""
 
     model: str
+    """checkpoint, runs/NAME, or a folder with model.pth"""
+
     file: str
+    """jsonl with one correction a line, as {"question": "...", "answer": "..."}"""
+
     tokenizer: str | None = None
+    """world, bytes or a tokenizer JSON; known where tokenizer.json lies with the model"""
+
     template: str | None = None
+    """YAML file that says how chats are written; template.yaml with the model, or RWKV World's if not given"""
+
     folder: str | None = None
+    """where corrections are kept; the user's data folder if not given"""
+
     profile: str | None = None
+    """corrections are kept in FOLDER/profiles/PROFILE; the model's name if not given"""
 
 
 @dataclass
 class InspectConfig:
-    """Print the exact batch of one optimizer step of a run.
-
-    Args:
-        run: runs/NAME
-        step: the step, as metrics.jsonl counts them: from 1
-        tokens: tokens shown of each stretch of text
-    """
+    """Print the exact batch of one optimizer step of a run."""
 
     run: str
+    """runs/NAME"""
+
     step: int
+    """the step, as metrics.jsonl counts them: from 1"""
+
     tokens: int = 24
+    """tokens shown of each stretch of text"""
 
 
 @dataclass
 class ReportConfig:
-    """Write what a run has done so far as one HTML page, RUN/report.html, and its pictures as PNG.
-
-    Args:
-        run: runs/NAME, finished or not
-    """
+    """Write what a run has done so far as one HTML page, RUN/report.html, and its pictures as PNG."""
 
     run: list[str]
+    """runs/NAME, finished or not"""
 
 
 @dataclass
 class ExportConfig:
-    """Write a model in another format.
-
-    Args:
-        model: checkpoint or runs/NAME
-        out: NAME.pth (RWKV-LM, ChatRWKV), NAME.safetensors, or a folder (Hugging Face)
-        dtype: number format of the weights; that of the model if not given
-        adapter: write only what a run with model.tune trained, the low-rank factors or the state
-    """
+    """Write a model in another format."""
 
     model: str
+    """checkpoint or runs/NAME"""
+
     out: str
+    """NAME.pth (RWKV-LM, ChatRWKV), NAME.safetensors, or a folder (Hugging Face)"""
+
     dtype: Literal["fp32", "fp16", "bf16"] | None = None
+    """number format of the weights; that of the model if not given"""
+
     adapter: bool = False
+    """write only what a run with model.tune trained, the low-rank factors or the state"""

@@ -18,36 +18,44 @@ Strategy = Literal[
 
 @dataclass
 class ModelConfig:
-    """The model.
-
-    Args:
-        init: checkpoint to start from (.pth, .safetensors, Hugging Face directory or runs/NAME); none starts fresh
-        architecture: generation of a fresh model, rwkv4 or rwkv7; rwkv4 if not given
-        n_layer: blocks of a fresh model
-        n_embd: channels of a fresh model
-        n_att: attention channels of a fresh RWKV-4; n_embd if not given
-        head_size: channels of a head of a fresh RWKV-7, a divisor of n_embd; 64 if not given
-        n_ffn: hidden channels of the channel mix of a fresh model; 4 * n_embd if not given
-        vocab_size: vocabulary of a fresh model; that of the data's tokenizer if not given
-        dropout: share of each block's output that is dropped in training
-        tune: what of init is trained: all of it; lora, low-rank factors beside the blocks' matrices; state, only the
-            state in which documents begin
-        rank: of the factors of tune lora; 16 if not given
-        base: how the matrices beside the factors of tune lora are kept: float, or int8, a byte a number
-    """
+    """The model."""
 
     init: str | None = None
+    """checkpoint to start from (.pth, .safetensors, Hugging Face directory or runs/NAME); none starts fresh"""
+
     architecture: Literal["rwkv4", "rwkv7"] | None = None
+    """generation of a fresh model, rwkv4 or rwkv7; rwkv4 if not given"""
+
     n_layer: int | None = None
+    """blocks of a fresh model"""
+
     n_embd: int | None = None
+    """channels of a fresh model"""
+
     n_att: int | None = None
+    """attention channels of a fresh RWKV-4; n_embd if not given"""
+
     head_size: int | None = None
+    """channels of a head of a fresh RWKV-7, a divisor of n_embd; 64 if not given"""
+
     n_ffn: int | None = None
+    """hidden channels of the channel mix of a fresh model; 4 * n_embd if not given"""
+
     vocab_size: int | None = None
+    """vocabulary of a fresh model; that of the data's tokenizer if not given"""
+
     dropout: float = 0.0
+    """share of each block's output that is dropped in training"""
+
     tune: Literal["all", "lora", "state"] = "all"
+    """what of init is trained: all of it; lora, low-rank factors beside the blocks' matrices; state, only the state in
+    which documents begin"""
+
     rank: int | None = None
+    """of the factors of tune lora; 16 if not given"""
+
     base: Literal["float", "int8"] = "float"
+    """how the matrices beside the factors of tune lora are kept: float, or int8, a byte a number"""
 
     def __post_init__(self):
         if self.tune != "all" and not self.init:
@@ -78,27 +86,31 @@ class ModelConfig:
 
 @dataclass
 class DataConfig:
-    """The text.
-
-    Args:
-        path: token store made by `prepare`, or the prefix of existing RWKV .bin/.idx files
-        val: a second store to validate on; without it a share of path is held out
-        val_share: share of the documents held out for validation when val is not given; 0 does not validate
-        val_lanes: rows of a validation batch
-        lanes: rows of a training batch, over all devices; each reads its own endless stream of documents
-        chunk_len: tokens of a row whose activations are in memory at once
-        horizon: chunks a gradient flows back through; a step reads horizon * chunk_len tokens of every lane
-        tokenizer: world, bytes or a tokenizer JSON; only for .bin/.idx files, which do not name theirs
-    """
+    """The text."""
 
     path: str = ""
+    """token store made by `prepare`, or the prefix of existing RWKV .bin/.idx files"""
+
     val: str | None = None
+    """a second store to validate on; without it a share of path is held out"""
+
     val_share: float = 0.02
+    """share of the documents held out for validation when val is not given; 0 does not validate"""
+
     val_lanes: int = 8
+    """rows of a validation batch"""
+
     lanes: int = 8
+    """rows of a training batch, over all devices; each reads its own endless stream of documents"""
+
     chunk_len: int = 512
+    """tokens of a row whose activations are in memory at once"""
+
     horizon: int = 1
+    """chunks a gradient flows back through; a step reads horizon * chunk_len tokens of every lane"""
+
     tokenizer: str | None = None
+    """world, bytes or a tokenizer JSON; only for .bin/.idx files, which do not name theirs"""
 
     def __post_init__(self):
         for name in ("lanes", "val_lanes", "chunk_len", "horizon"):
@@ -109,33 +121,40 @@ class DataConfig:
 
 @dataclass
 class OptimConfig:
-    """The optimiser and its schedule.
-
-    Args:
-        lr: peak learning rate; about 6e-4 from scratch (12 x 768), 1e-5 for fine-tuning
-        min_lr: learning rate at the end of the schedule; a tenth of lr if not given
-        schedule: how lr falls to min_lr; wsd stays at lr and falls over the last decay_share of the steps
-        warmup: optimizer steps over which the rate rises to lr
-        decay_share: share of the steps over which wsd falls
-        beta1: decay of the gradient's running mean
-        beta2: decay of the squared gradient's running mean
-        eps: added to the root of the squared gradient; 1e-8 for RWKV-4 and 1e-18 for RWKV-7 if not given
-        weight_decay: pull of matrices towards 0, times the learning rate; vectors are never decayed
-        clip: largest norm of the gradient; 0 does not clip
-        z_loss: pull on each row's largest logit (RWKV-LM's L2Wrap is 1e-4); 0 is off
-    """
+    """The optimiser and its schedule."""
 
     lr: float = 6e-4
+    """peak learning rate; about 6e-4 from scratch (12 x 768), 1e-5 for fine-tuning"""
+
     min_lr: float | None = None
+    """learning rate at the end of the schedule; a tenth of lr if not given"""
+
     schedule: Literal["constant", "linear", "exponential", "cosine", "wsd"] = "cosine"
+    """how lr falls to min_lr; wsd stays at lr and falls over the last decay_share of the steps"""
+
     warmup: int = 10
+    """optimizer steps over which the rate rises to lr"""
+
     decay_share: float = 0.2
+    """share of the steps over which wsd falls"""
+
     beta1: float = 0.9
+    """decay of the gradient's running mean"""
+
     beta2: float = 0.99
+    """decay of the squared gradient's running mean"""
+
     eps: float | None = None
+    """added to the root of the squared gradient; 1e-8 for RWKV-4 and 1e-18 for RWKV-7 if not given"""
+
     weight_decay: float = 0.0
+    """pull of matrices towards 0, times the learning rate; vectors are never decayed"""
+
     clip: float = 1.0
+    """largest norm of the gradient; 0 does not clip"""
+
     z_loss: float = 1e-4
+    """pull on each row's largest logit (RWKV-LM's L2Wrap is 1e-4); 0 is off"""
 
     def __post_init__(self):
         if self.lr <= 0:
@@ -154,46 +173,57 @@ class OptimConfig:
 
 @dataclass
 class TrainConfig:
-    """The run.
-
-    Args:
-        steps: optimizer steps; give this or epochs
-        epochs: times the training text is read; give this or steps
-        accumulate: batches whose gradients make one optimizer step
-        precision: fp32, or bf16 for matrix products in bfloat16 with float32 weights
-        checkpoint_blocks: keep no activations inside blocks and run their forward again in the backward: less
-            memory, slower; if not given, where model.tune leaves the weights as they are
-        device: where to train; auto takes a GPU if there is one
-        devices: number of devices of a machine, each with its share of the lanes
-        nodes: number of machines; start each with torchrun (see configs/multinode.yaml)
-        strategy: how devices share the work: ddp, each holds the whole model; fsdp, weights in pieces; DeepSpeed's
-            ZeRO with optimizer (1), gradients (2), weights (3) in pieces, offload with the optimizer on the CPU;
-            auto is ddp
-        val_every: optimizer steps between validations
-        save_every: optimizer steps between checkpoints
-        save_async: write checkpoints while training goes on, from a copy in memory; not with DeepSpeed
-        keep: newest checkpoints that are kept
-        keep_best: checkpoints of the validations with the lowest loss that are kept besides
-        max_skips: steps in a row whose loss or gradient is no finite number, after which the run gives up
-        log_every: optimizer steps between lines of metrics.jsonl
-    """
+    """The run."""
 
     steps: int | None = None
+    """optimizer steps; give this or epochs"""
+
     epochs: float | None = None
+    """times the training text is read; give this or steps"""
+
     accumulate: int = 1
+    """batches whose gradients make one optimizer step"""
+
     precision: Literal["fp32", "bf16"] = "fp32"
+    """fp32, or bf16 for matrix products in bfloat16 with float32 weights"""
+
     checkpoint_blocks: bool | None = None
+    """keep no activations inside blocks and run their forward again in the backward: less memory, slower; if not given,
+    where model.tune leaves the weights as they are"""
+
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """where to train; auto takes a GPU if there is one"""
+
     devices: int = 1
+    """number of devices of a machine, each with its share of the lanes"""
+
     nodes: int = 1
+    """number of machines; start each with torchrun (see configs/multinode.yaml)"""
+
     strategy: Strategy = "auto"
+    """how devices share the work: ddp, each holds the whole model; fsdp, weights in pieces; DeepSpeed's ZeRO with
+    optimizer (1), gradients (2), weights (3) in pieces, offload with the optimizer on the CPU; auto is ddp"""
+
     val_every: int = 200
+    """optimizer steps between validations"""
+
     save_every: int = 500
+    """optimizer steps between checkpoints"""
+
     save_async: bool = False
+    """write checkpoints while training goes on, from a copy in memory; not with DeepSpeed"""
+
     keep: int = 2
+    """newest checkpoints that are kept"""
+
     keep_best: int = 0
+    """checkpoints of the validations with the lowest loss that are kept besides"""
+
     max_skips: int = 10
+    """steps in a row whose loss or gradient is no finite number, after which the run gives up"""
+
     log_every: int = 10
+    """optimizer steps between lines of metrics.jsonl"""
 
     def __post_init__(self):
         if (self.steps is None) == (self.epochs is None):
@@ -212,61 +242,65 @@ class TrainConfig:
 
 @dataclass
 class LogConfig:
-    """Where metrics go besides the terminal and metrics.jsonl. Nothing leaves the machine unless wandb is online.
-
-    Args:
-        tensorboard: also write TensorBoard files into the run's folder
-        wandb: also write to wandb; offline keeps everything in the run's folder, online needs WANDB_API_KEY
-        project: wandb project
-    """
+    """Where metrics go besides the terminal and metrics.jsonl. Nothing leaves the machine unless wandb is online."""
 
     tensorboard: bool = False
+    """also write TensorBoard files into the run's folder"""
+
     wandb: Literal["off", "offline", "online"] = "off"
+    """also write to wandb; offline keeps everything in the run's folder, online needs WANDB_API_KEY"""
+
     project: str = "rwkv_train"
+    """wandb project"""
 
 
 @dataclass
 class SampleConfig:
-    """Texts generated at the end of the run.
-
-    Args:
-        prompts: one sample is written for each; an empty prompt starts a new document
-        tokens: most tokens of a sample
-        temperature: below 1 is safer, above 1 bolder, 0 always takes the likeliest token
-        top_p: sample from the likeliest tokens that make up this much probability
-    """
+    """Texts generated at the end of the run."""
 
     prompts: list[str] = field(default_factory=lambda: [""])
+    """one sample is written for each; an empty prompt starts a new document"""
+
     tokens: int = 60
+    """most tokens of a sample"""
+
     temperature: float = 0.8
+    """below 1 is safer, above 1 bolder, 0 always takes the likeliest token"""
+
     top_p: float = 0.9
+    """sample from the likeliest tokens that make up this much probability"""
 
 
 @dataclass
 class FitConfig:
-    """Train a model.
-
-    Args:
-        name: the run is written to runs/NAME; if that is taken, to runs/NAME-2 and so on
-        runs: folder of the runs
-        seed: of fresh weights, the order of documents, and dropout
-        model: the model
-        data: the text
-        optim: the optimiser
-        train: the run
-        log: where metrics go
-        samples: texts generated at the end
-    """
+    """Train a model."""
 
     name: str
+    """the run is written to runs/NAME; if that is taken, to runs/NAME-2 and so on"""
+
     model: ModelConfig
+    """the model"""
+
     data: DataConfig
+    """the text"""
+
     train: TrainConfig
+    """the run"""
+
     runs: str = "runs"
+    """folder of the runs"""
+
     seed: int = 0
+    """of fresh weights, the order of documents, and dropout"""
+
     optim: OptimConfig = field(default_factory=OptimConfig)
+    """the optimiser"""
+
     log: LogConfig = field(default_factory=LogConfig)
+    """where metrics go"""
+
     samples: SampleConfig = field(default_factory=SampleConfig)
+    """texts generated at the end"""
 
     def __post_init__(self):
         if not self.data.path:
@@ -302,28 +336,19 @@ class FitConfig:
 
 @dataclass
 class PlanConfig(FitConfig):
-    """Tell whether a run would fit and how long it would take, before anything is trained.
-
-    Args:
-        name: of the run; this and all settings with a dot are those of fit
-        runs: folder of the runs
-        seed: of fresh weights, the order of documents, and dropout
-        model: the model
-        data: the text; its path may be missing or not be there yet, see tokens
-        optim: the optimiser
-        train: the run
-        log: where metrics go
-        samples: texts generated at the end
-        tokens: tokens to train on; those of data.path if not given
-        memory: GB of one device (2^30 bytes); what this machine has if not given
-        speed: TFLOP/s that matrix products reach on one device; measured here in a second if not given
-        link: GB/s at which a device exchanges weights and gradients with the others
-    """
+    """Tell whether a run would fit and how long it would take, before anything is trained."""
 
     tokens: float | None = None
+    """tokens to train on; those of data.path if not given, which may be missing or not be there yet"""
+
     memory: float | None = None
+    """GB of one device (2^30 bytes); what this machine has if not given"""
+
     speed: float | None = None
+    """TFLOP/s that matrix products reach on one device; measured here in a second if not given"""
+
     link: float = 50.0
+    """GB/s at which a device exchanges weights and gradients with the others"""
 
     def __post_init__(self):
         for name in ("tokens", "memory", "speed", "link"):

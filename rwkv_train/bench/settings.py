@@ -10,62 +10,75 @@ Precision = Literal["fp32", "bf16"]
 
 @dataclass
 class WkvBench:
-    """Time the WKV operators' backends, forward and backward, beside peers' and a copy (2 min on 2 cores).
-
-    Args:
-        operators: wkv4 of RWKV-4, wkv7 of RWKV-7
-        channels: C, the operator's width, in heads of 64 for wkv7
-        lanes: B, texts side by side
-        tokens: T, one row of the table for each
-        dtypes: number formats of k and v; the arithmetic is float32 in all of them
-        repeats: times that each contestant is measured, in turns
-        budget: seconds that one contestant's repeats may take together; a slow one is repeated less
-        device: cpu or cuda
-        json: also write the figures to this file
-    """
+    """Time the WKV operators' backends, forward and backward, beside peers' and a copy (2 min on 2 cores)."""
 
     operators: list[Operator] = field(default_factory=lambda: ["wkv4", "wkv7"])
+    """wkv4 of RWKV-4, wkv7 of RWKV-7"""
+
     channels: int = 768
+    """C, the operator's width, in heads of 64 for wkv7"""
+
     lanes: int = 1
+    """B, texts side by side"""
+
     tokens: list[int] = field(default_factory=lambda: [1024, 4096])
+    """T, one row of the table for each"""
+
     dtypes: list[Precision] = field(default_factory=lambda: ["fp32"])
+    """number formats of k and v; the arithmetic is float32 in all of them"""
+
     repeats: int = 7
+    """times that each contestant is measured, in turns"""
+
     budget: float = 20.0
+    """seconds that one contestant's repeats may take together; a slow one is repeated less"""
+
     device: Device = "cpu"
+    """cpu or cuda"""
+
     json: str | None = None
+    """also write the figures to this file"""
 
 
 @dataclass
 class TrainBench:
-    """Time a training step's forward and backward beside transformers and its bare matrix products (7 min on 2 cores).
-
-    Args:
-        sizes: 256x4, 169M or 1.5B, or CxL or CxLxV: channels, layers, vocabulary; of an RWKV-7 as rwkv7-256x4
-        tokens: length of the text, one row of the table for each; transformers takes minutes a step beyond 2048
-        precisions: fp32, or bf16 for matrix products in bfloat16 with float32 weights, as train.precision has them
-        lanes: texts side by side
-        chunks: chunks of the exact gradient that is timed against the truncated one; 0 leaves that out
-        chunk_len: tokens of such a chunk
-        exact_size: the model whose exact gradient is timed
-        peers: also time transformers' RWKV-4, if it is installed
-        repeats: times that each contestant is measured, in turns
-        budget: seconds that one contestant's repeats may take together; a slow one is repeated less
-        device: cpu or cuda
-        json: also write the figures to this file
-    """
+    """Time a training step's forward and backward beside transformers and its bare matrix products (7 min on 2 cores)."""
 
     sizes: list[str] = field(default_factory=lambda: ["256x4", "169M"])
+    """256x4, 169M or 1.5B, or CxL or CxLxV: channels, layers, vocabulary; of an RWKV-7 as rwkv7-256x4"""
+
     tokens: list[int] = field(default_factory=lambda: [1024, 2048])
+    """length of the text, one row of the table for each; transformers takes minutes a step beyond 2048"""
+
     precisions: list[Precision] = field(default_factory=lambda: ["fp32", "bf16"])
+    """fp32, or bf16 for matrix products in bfloat16 with float32 weights, as train.precision has them"""
+
     lanes: int = 1
+    """texts side by side"""
+
     chunks: int = 32
+    """chunks of the exact gradient that is timed against the truncated one; 0 leaves that out"""
+
     chunk_len: int = 512
+    """tokens of such a chunk"""
+
     exact_size: str = "256x4"
+    """the model whose exact gradient is timed"""
+
     peers: bool = True
+    """also time transformers' RWKV-4, if it is installed"""
+
     repeats: int = 5
+    """times that each contestant is measured, in turns"""
+
     budget: float = 40.0
+    """seconds that one contestant's repeats may take together; a slow one is repeated less"""
+
     device: Device = "cpu"
+    """cpu or cuda"""
+
     json: str | None = None
+    """also write the figures to this file"""
 
 
 @dataclass
@@ -73,114 +86,138 @@ class MemoryBench:
     """Draw training memory by length of the text: this program and two of transformers' models (7 min on 2 cores).
 
     Each point is the peak of a process of its own that takes one forward and backward.
-
-    Args:
-        size: 256x4, 169M or 1.5B, or CxL or CxLxV: channels, layers, vocabulary; of an RWKV-7 as rwkv7-256x4
-        lengths: tokens of the text
-        chunk_len: tokens of a chunk of this program
-        peers: also measure transformers' RWKV-4 and a transformer (GPT-NeoX) of the same width and depth
-        lora_size: the models, of both generations, whose low-rank factors are trained, against reading with them; ""
-            leaves that out
-        limit_gb: a peer's process that holds more is ended, and its longer texts are not tried
-        limit_s: the same for one that takes longer
-        json: also write the figures to this file
-        plot: also draw them, to NAME.svg or NAME.png
     """
 
     size: str = "256x4"
+    """256x4, 169M or 1.5B, or CxL or CxLxV: channels, layers, vocabulary; of an RWKV-7 as rwkv7-256x4"""
+
     lengths: list[int] = field(default_factory=lambda: [512, 2048, 8192, 32768, 65536, 131072])
+    """tokens of the text"""
+
     chunk_len: int = 512
+    """tokens of a chunk of this program"""
+
     peers: bool = True
+    """also measure transformers' RWKV-4 and a transformer (GPT-NeoX) of the same width and depth"""
+
     lora_size: str = "169M"
+    """the models, of both generations, whose low-rank factors are trained, against reading with them; "" leaves that
+    out"""
+
     limit_gb: float = 8.0
+    """a peer's process that holds more is ended, and its longer texts are not tried"""
+
     limit_s: float = 60.0
+    """the same for one that takes longer"""
+
     json: str | None = None
+    """also write the figures to this file"""
+
     plot: str | None = None
+    """also draw them, to NAME.svg or NAME.png"""
 
 
 @dataclass
 class GenerateBench:
-    """Time generation, token by token, beside the package rwkv and transformers (1 min on 2 cores).
-
-    Args:
-        size: 256x4, 169M or 1.5B, or CxL or CxLxV: channels, layers, vocabulary; of an RWKV-7 as rwkv7-256x4
-        tokens: tokens generated in each repeat
-        prompt: tokens read before
-        peers: also time the PyPI package rwkv and transformers' RWKV-4, if they are installed
-        repeats: times that each contestant is measured, in turns
-        budget: seconds that one contestant's repeats may take together; a slow one is repeated less
-        json: also write the figures to this file
-    """
+    """Time generation, token by token, beside the package rwkv and transformers (1 min on 2 cores)."""
 
     size: str = "169M"
+    """256x4, 169M or 1.5B, or CxL or CxLxV: channels, layers, vocabulary; of an RWKV-7 as rwkv7-256x4"""
+
     tokens: int = 32
+    """tokens generated in each repeat"""
+
     prompt: int = 64
+    """tokens read before"""
+
     peers: bool = True
+    """also time the PyPI package rwkv and transformers' RWKV-4, if they are installed"""
+
     repeats: int = 7
+    """times that each contestant is measured, in turns"""
+
     budget: float = 30.0
+    """seconds that one contestant's repeats may take together; a slow one is repeated less"""
+
     json: str | None = None
+    """also write the figures to this file"""
 
 
 @dataclass
 class GpuBench:
-    """Check and time everything that runs on a GPU (8 minutes at most; torch is enough, no network is needed).
-
-    Args:
-        minutes: sections that would begin later than this are left out
-        shapes: BxTxC of the WKV operator
-        dtypes: number formats of k and v
-        models: sizes with lanes, as 169M:8; of an RWKV-7 as rwkv7-169M:8
-        chunk_lens: tokens of a training step's chunk
-        lengths: tokens of the texts over which memory should stay flat
-        generated: tokens generated in each repeat
-        copy_mb: size of the copy that measures bandwidth, MB
-        square: rows and columns of the matrix product that measures its limit
-        deepspeed_steps: steps of `fit` with deepspeed_stage_2, where deepspeed is installed
-        repeats: times that each contestant is measured, in turns
-        json: also write the figures to this file
-    """
+    """Check and time everything that runs on a GPU (8 minutes at most; torch is enough, no network is needed)."""
 
     minutes: float = 5.0
+    """sections that would begin later than this are left out"""
+
     shapes: list[str] = field(default_factory=lambda: ["8x4096x2048", "1x4096x2048", "8x512x768", "1x512x768"])
+    """BxTxC of the WKV operator"""
+
     dtypes: list[Precision] = field(default_factory=lambda: ["bf16", "fp32"])
+    """number formats of k and v"""
+
     models: list[str] = field(default_factory=lambda: ["169M:8", "1.5B:1", "rwkv7-169M:8"])
+    """sizes with lanes, as 169M:8; of an RWKV-7 as rwkv7-169M:8"""
+
     chunk_lens: list[int] = field(default_factory=lambda: [512, 1024, 4096])
+    """tokens of a training step's chunk"""
+
     lengths: list[int] = field(default_factory=lambda: [4096, 16384, 65536])
+    """tokens of the texts over which memory should stay flat"""
+
     generated: int = 64
+    """tokens generated in each repeat"""
+
     copy_mb: int = 2000
+    """size of the copy that measures bandwidth, MB"""
+
     square: int = 8192
+    """rows and columns of the matrix product that measures its limit"""
+
     deepspeed_steps: int = 20
+    """steps of `fit` with deepspeed_stage_2, where deepspeed is installed"""
+
     repeats: int = 5
+    """times that each contestant is measured, in turns"""
+
     json: str | None = None
+    """also write the figures to this file"""
 
 
 @dataclass
 class FeedbackBench:
-    """Measure corrections: are they learnt, kept, understood, and is all else left alone? (15 min on 2 cores)
-
-    Args:
-        model: checkpoint, runs/NAME, or a folder with model.pth; the small one that comes along if not given
-        cases: jsonl, one correction a line, as {"question", "answer", "paraphrases", "neighbours", "same_subject"};
-            false facts about countries, made for the starter model, if not given
-        unrelated: file of questions, one a line, whose answers must stay; small talk if not given
-        heldout: file of text on which the loss must stay; talks of strangers if not given
-        tokenizer: world, bytes or a tokenizer JSON; known where tokenizer.json lies with the model
-        template: YAML file that says how chats are written; template.yaml with the model, or RWKV World's if not given
-        counts: corrections one after another
-        controls: the same for recipes that do worse: rate 0, naive, state only
-        seeds: runs of each recipe, with other draws of cases
-        json: also write the figures to this file
-        plot: also draw them, to NAME.svg or NAME.png
-    """
+    """Measure corrections: are they learnt, kept, understood, and is all else left alone? (15 min on 2 cores)"""
 
     model: str | None = None
+    """checkpoint, runs/NAME, or a folder with model.pth; the small one that comes along if not given"""
+
     cases: str | None = None
+    """jsonl, one correction a line, as {"question", "answer", "paraphrases", "neighbours", "same_subject"}; false facts
+    about countries, made for the starter model, if not given"""
+
     unrelated: str | None = None
+    """file of questions, one a line, whose answers must stay; small talk if not given"""
+
     heldout: str | None = None
+    """file of text on which the loss must stay; talks of strangers if not given"""
+
     tokenizer: str | None = None
+    """world, bytes or a tokenizer JSON; known where tokenizer.json lies with the model"""
+
     template: str | None = None
+    """YAML file that says how chats are written; template.yaml with the model, or RWKV World's if not given"""
+
     counts: list[int] = field(default_factory=lambda: [1, 10, 100])
+    """corrections one after another"""
+
     controls: list[int] = field(default_factory=lambda: [10])
+    """the same for recipes that do worse: rate 0, naive, state only"""
+
     seeds: int = 3
+    """runs of each recipe, with other draws of cases"""
+
     json: str | None = None
+    """also write the figures to this file"""
+
     plot: str | None = None
+    """also draw them, to NAME.svg or NAME.png"""

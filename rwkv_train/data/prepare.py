@@ -17,46 +17,57 @@ LISTED = 10  # bad records that the summary names
 
 @dataclass
 class PrepareConfig:
-    """What `prepare` reads, and how it becomes tokens.
-
-    Args:
-        sources: Files (.txt .jsonl .json .csv .tsv .parquet), folders, globs, "corpus:chatterbot",
-            "corpus:python-topics", or data sets of the Hugging Face hub as "hub:NAME[@CONFIG][:SPLIT]".
-        out: Folder of the token store to make.
-        tokenizer: "world" (the default), "bytes", or the path of a tokenizers JSON or of a folder with one.
-        train_bpe: Learn a byte-level BPE of this many ids from the sources instead; 0 = do not.
-        kind: What records are: texts, prompt and completion pairs, chat messages; "auto" looks at each one.
-        text_field: Column that holds a text.
-        prompt_field: Column of a pair's prompt, not trained; several ("instruction,input") are joined by
-            newlines.
-        completion_field: Column of a pair's completion, trained.
-        messages_field: Column that holds the list of a chat's messages.
-        template: YAML file that says how chats are written; without it, as RWKV's World models expect them
-            ("User: ...", blank line, "Assistant: ...", blank line).
-        train_roles: Roles whose messages are trained, instead of the template's (assistant).
-        split: What is one document of a .txt file: the file, a paragraph (blank lines between), or a line.
-        limit: Read only this many records; 0 = all.
-        skip_bad: Count and leave out records that cannot be read, instead of stopping at the first.
-        workers: Processes that tokenise; 0 = one a core. The store is the same for any number.
-        overwrite: Replace the store at `out`.
-    """
+    """What `prepare` reads, and how it becomes tokens."""
 
     sources: list[str]
+    """Files (.txt .jsonl .json .csv .tsv .parquet), folders, globs, "corpus:chatterbot", "corpus:python-topics", or
+    data sets of the Hugging Face hub as "hub:NAME[@CONFIG][:SPLIT]"."""
+
     out: str
+    """Folder of the token store to make."""
+
     tokenizer: str | None = None
+    """"world" (the default), "bytes", or the path of a tokenizers JSON or of a folder with one."""
+
     train_bpe: int = 0
+    """Learn a byte-level BPE of this many ids from the sources instead; 0 = do not."""
+
     kind: Literal["auto", "text", "pairs", "messages"] = "auto"
+    """What records are: texts, prompt and completion pairs, chat messages; "auto" looks at each one."""
+
     text_field: str = "text"
+    """Column that holds a text."""
+
     prompt_field: str = "prompt"
+    """Column of a pair's prompt, not trained; several ("instruction,input") are joined by newlines."""
+
     completion_field: str = "completion"
+    """Column of a pair's completion, trained."""
+
     messages_field: str = "messages"
+    """Column that holds the list of a chat's messages."""
+
     template: str | None = None
+    """YAML file that says how chats are written; without it, as RWKV's World models expect them ("User: ...", blank
+    line, "Assistant: ...", blank line)."""
+
     train_roles: list[str] | None = None
+    """Roles whose messages are trained, instead of the template's (assistant)."""
+
     split: Split = "file"
+    """What is one document of a .txt file: the file, a paragraph (blank lines between), or a line."""
+
     limit: int = 0
+    """Read only this many records; 0 = all."""
+
     skip_bad: bool = False
+    """Count and leave out records that cannot be read, instead of stopping at the first."""
+
     workers: int = 0
+    """Processes that tokenise; 0 = one a core. The store is the same for any number."""
+
     overwrite: bool = False
+    """Replace the store at `out`."""
 
 
 def prepare(config: PrepareConfig) -> Store:
