@@ -4,8 +4,8 @@ import random
 from collections import Counter
 
 from rwkv_train.bench.corrections import Case
+from rwkv_train.data.corpora.catalogue import read_corpus
 from rwkv_train.data.corpora.facts import Fact, facts
-from rwkv_train.data.corpora.packaged import read_corpus
 from rwkv_train.data.templates import Template
 
 TAUGHT = ("capital", "language", "currency")

@@ -42,7 +42,7 @@ class WkvBench:
 
 @dataclass
 class TrainBench:
-    """Time a training step's forward and backward beside transformers and its bare matrix products (7 min on 2 cores)."""
+    """Time a step's forward and backward beside transformers and its bare matrix products (7 min on 2 cores)."""
 
     sizes: list[str] = field(default_factory=lambda: ["256x4", "169M"])
     """256x4, 169M or 1.5B, or CxL or CxLxV: channels, layers, vocabulary; of an RWKV-7 as rwkv7-256x4"""

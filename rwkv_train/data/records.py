@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
-from rwkv_train.data.corpora.packaged import corpus_version, read_corpus
+from rwkv_train.data.corpora.catalogue import corpus_version, read_corpus
 
 BLOCK = 1 << 20  # bytes of a text file that are handled at once
 SUFFIXES = (".txt", ".jsonl", ".json", ".csv", ".tsv", ".parquet")

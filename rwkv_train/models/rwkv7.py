@@ -63,22 +63,38 @@ class TimeMix(nn.Module):
         super().__init__()
         self.n_head = c.n_head
         vector = lambda: nn.Parameter(torch.empty(1, 1, c.n_embd))  # noqa: E731
-        for letter in "rwkvag":
-            setattr(self, f"x_{letter}", vector())
-        for letter, rank in (("w", c.rank_w), ("a", c.rank_a), ("v", c.rank_v), ("g", c.rank_g)):
-            weights = {f"{letter}1": torch.empty(c.n_embd, rank), f"{letter}2": torch.empty(rank, c.n_embd)}
-            if letter != "g":
-                weights[f"{letter}0"] = torch.empty(1, 1, c.n_embd)
-            if letter != "v" or not first:
-                for name, weight in weights.items():
-                    setattr(self, name, nn.Parameter(weight))
-            elif c.first_v:
-                for name, weight in weights.items():  # buffers: kept for other programs, of no effect
-                    self.register_buffer(name, weight)
+        matrix = lambda rows, columns: nn.Parameter(torch.empty(rows, columns))  # noqa: E731
+        # How much of this token, and how much of the last one, each of the six reads.
+        self.x_r = vector()  # receptance
+        self.x_w = vector()  # decay
+        self.x_k = vector()  # key
+        self.x_v = vector()  # value
+        self.x_a = vector()  # in-context learning rate
+        self.x_g = vector()  # gate
+        # Decay: w0 + tanh(x w1) w2.
+        self.w1 = matrix(c.n_embd, c.rank_w)
+        self.w2 = matrix(c.rank_w, c.n_embd)
+        self.w0 = vector()
+        # In-context learning rate: sigmoid(a0 + x a1 a2).
+        self.a1 = matrix(c.n_embd, c.rank_a)
+        self.a2 = matrix(c.rank_a, c.n_embd)
+        self.a0 = vector()
+        # Value residual, how much of the first layer's value is taken: sigmoid(v0 + x v1 v2).
+        if not first:
+            self.v1 = matrix(c.n_embd, c.rank_v)
+            self.v2 = matrix(c.rank_v, c.n_embd)
+            self.v0 = vector()
+        elif c.first_v:  # buffers: kept for other programs, of no effect
+            self.register_buffer("v1", torch.empty(c.n_embd, c.rank_v))
+            self.register_buffer("v2", torch.empty(c.rank_v, c.n_embd))
+            self.register_buffer("v0", torch.empty(1, 1, c.n_embd))
+        # Gate: sigmoid(x g1) g2.
+        self.g1 = matrix(c.n_embd, c.rank_g)
+        self.g2 = matrix(c.rank_g, c.n_embd)
         self.first = first
-        self.k_k = vector()
-        self.k_a = vector()
-        self.r_k = nn.Parameter(torch.empty(c.n_head, c.head_size))
+        self.k_k = vector()  # the key under which the state unlearns, as a share of the key
+        self.k_a = vector()  # how far the learning rate scales the key under which it learns
+        self.r_k = matrix(c.n_head, c.head_size)  # bonus of the current token
         self.receptance = Linear(c.n_embd, c.n_embd)
         self.key = Linear(c.n_embd, c.n_embd)
         self.value = Linear(c.n_embd, c.n_embd)
@@ -86,7 +102,7 @@ class TimeMix(nn.Module):
         self.ln_x = nn.GroupNorm(c.n_head, c.n_embd, eps=HEAD_NORM_EPS)
 
     def forward(self, x: Tensor, last: Tensor, wkv: Tensor, reset: Tensor | None, v_first: Tensor | None):
-        mixes = (1 - getattr(self, f"x_{letter}") for letter in "rwkvag")
+        mixes = (1 - x for x in (self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g))
         xr, xw, xk, xv, xa, xg, last = token_shift_mix(x, last, reset, *mixes)
         r, k, v = self.receptance(xr), self.key(xk), self.value(xv)
         w = -FASTEST * torch.sigmoid((self.w0 + torch.tanh(xw @ self.w1) @ self.w2).to(wkv.dtype))
@@ -150,16 +166,20 @@ class RWKV7(RWKV):
             depth = i / (c.n_layer - 1) if c.n_layer > 1 else 0.0  # 0 at the first layer, 1 at the last
             rest = 1 - i / c.n_layer  # 1 at the first layer, towards 0
             att, ffn, channel = block.att, block.ffn, n / c.n_embd
-            for letter, power in {"r": 0.2, "w": 0.9, "k": 0.7, "v": 0.7, "a": 0.9, "g": 0.2}.items():
-                getattr(att, f"x_{letter}").copy_(1 - channel ** (power * rest))
+            for x, power in ((att.x_r, 0.2), (att.x_w, 0.9), (att.x_k, 0.7)):
+                x.copy_(1 - channel ** (power * rest))
+            for x, power in ((att.x_v, 0.7), (att.x_a, 0.9), (att.x_g, 0.2)):
+                x.copy_(1 - channel ** (power * rest))
             ffn.x_k.copy_(1 - channel ** (rest**4))
             att.w0.copy_(-6 + 6 * line ** (1 + depth**0.3) + 0.5 + 2.5 * zigzag)
             att.a0.copy_(-0.19 + 0.3 * zigzag + 0.4 * tilt)
+            low_rank = [(att.w1, att.w2), (att.a1, att.a2), (att.g1, att.g2)]
             if i > 0:
                 att.v0.copy_(0.73 - 0.4 * tilt)
-            for letter in "wag" if i == 0 else "wavg":
-                getattr(att, f"{letter}1").zero_()
-                nn.init.orthogonal_(getattr(att, f"{letter}2"), gain=0.1)
+                low_rank.insert(2, (att.v1, att.v2))
+            for down, up in low_rank:
+                down.zero_()
+                nn.init.orthogonal_(up, gain=0.1)
             att.k_k.copy_(0.71 - 0.1 * tilt)
             att.k_a.fill_(1.02)
             att.r_k.fill_(-0.04)

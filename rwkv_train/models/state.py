@@ -3,13 +3,9 @@
 Nothing remembers a state but the caller. Tensors are float32 (float64 in a float64 model), whatever the weights are.
 """
 
-from pathlib import Path
 from typing import NamedTuple
 
 from torch import Tensor
-
-from rwkv_train.checkpoints.weightfile import read_weights, write_pth
-from rwkv_train.files import replace_file
 
 
 class State(NamedTuple):
@@ -35,18 +31,3 @@ class State(NamedTuple):
     def to(self, *args, **kwargs) -> "State":
         """Moved to another device; see `torch.Tensor.to`."""
         return State(*(t.to(*args, **kwargs) for t in self))
-
-    def save(self, path: str | Path) -> None:
-        """Write to a file that `State.load` reads; a crash leaves the old file or the new one."""
-        tensors = dict(zip(self._fields, self.to("cpu"), strict=True))
-        replace_file(Path(path), lambda temporary: write_pth(tensors, temporary))
-
-    @classmethod
-    def load(cls, path: str | Path) -> "State":
-        """Read what `save` wrote. Raises ValueError for a file that is something else."""
-        found = read_weights(Path(path))
-        if found.keys() != set(cls._fields):
-            raise ValueError(
-                f"{path} is no saved state: it holds {', '.join(found)}, expected {', '.join(cls._fields)}"
-            )
-        return cls(**found)

@@ -5,9 +5,9 @@ from collections import Counter
 
 import pytest
 
+from rwkv_train.data.corpora.catalogue import corpus_version, read_corpus
 from rwkv_train.data.corpora.fact_questions import RELATIONS
 from rwkv_train.data.corpora.facts import COUNTRIES, fact_chats, facts
-from rwkv_train.data.corpora.packaged import corpus_version, read_corpus
 from rwkv_train.data.templates import Template
 
 

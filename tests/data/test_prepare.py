@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from rwkv_train.data import encode as encode_module
 from rwkv_train.data import records as records_module
-from rwkv_train.data.corpora.packaged import read_corpus
+from rwkv_train.data.corpora.catalogue import read_corpus
 from rwkv_train.data.prepare import PrepareConfig, prepare
 from rwkv_train.data.store import Store
 from rwkv_train.data.templates import Columns, Template, render

@@ -8,7 +8,6 @@ from helpers import assert_close_rel, random_model
 
 from rwkv_train.models.rwkv4 import RWKV4, RWKV4Config
 from rwkv_train.models.rwkv7 import RWKV7, RWKV7Config
-from rwkv_train.models.state import State
 
 
 def tokens_of(model, lanes=2, length=19):
@@ -52,18 +51,6 @@ def test_a_reset_at_the_first_token_forgets_the_carried_state(generation):
     reset[:, 0] = True
     assert_close_rel(model(tokens, carried, reset)[0], model(tokens)[0], 1e-12)
     assert not torch.allclose(model(tokens, carried)[0], model(tokens)[0])
-
-
-def test_state_is_kept_in_a_file(tmp_path, generation):
-    model = random_model(generation=generation)
-    state = model(tokens_of(model))[1].detach()
-    state.save(tmp_path / "state")
-    assert all(torch.equal(a, b) for a, b in zip(State.load(tmp_path / "state"), state, strict=True))
-    (tmp_path / "other").write_bytes(b"no state")
-    torch.save(model.state_dict(), tmp_path / "model")
-    for name, message in (("other", "no checkpoint"), ("model", "no saved state")):
-        with pytest.raises(ValueError, match=f"{name}.*{message}"):
-            State.load(tmp_path / name)
 
 
 def test_initial_weights():

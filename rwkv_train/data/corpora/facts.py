@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from rwkv_train.data.corpora.fact_questions import RELATIONS, SMALL_TALK, Relation
-from rwkv_train.data.corpora.packaged import read_corpus
+from rwkv_train.data.corpora.packaged import chatterbot, chatterbot_files
 
 CODES = """
 AF AL DZ AO AR AM AU AT AZ BS BH BD BY BE BO BA BW BR BN BG KH CM CA TD CL CN CO CR HR CU CY CZ DK DO EC EG SV EE ET FJ
@@ -119,7 +119,7 @@ def fact_chats(most_turns: int = 8, rounds: int = 4) -> Iterator[tuple[str, dict
 
 def _chatter(language: str) -> list[tuple[str, str]]:
     """The short first turns of corpus:chatterbot in one of our languages."""
-    chats = read_corpus({"en": "chatterbot", "zh": "chatterbot/chinese"}[language])
+    chats = chatterbot(chatterbot_files({"en": "english", "zh": "chinese"}[language]))
     turns = [[message["content"] for message in chat["messages"][:2]] for _, chat in chats]
     return [(question, reply) for question, reply in turns if len(question) + len(reply) < 160]
 
