@@ -59,17 +59,17 @@ def apart(function: str, limit_gb: float, limit_s: float, **arguments) -> Apart:
         if child.returncode:
             lines = err.read().strip().splitlines() or [f"exit status {child.returncode}"]
             return Apart(seconds=seconds, why_not=lines[-1][:200])
-        found = json.loads(out.read().splitlines()[-1])
-    return Apart(found["result"], found["peak_mb"], seconds)
+        answer = json.loads(out.read().splitlines()[-1])
+    return Apart(answer["result"], answer["peak_mb"], seconds)
 
 
 def _status(pid: int | str, field: str) -> float | None:
     """A size from /proc/PID/status, in MB of 10^6 bytes; None where there is none."""
     try:
-        found = re.search(rf"{field}:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+        line = re.search(rf"{field}:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
     except OSError:
         return None
-    return int(found[1]) * 1024 / 1e6 if found else None
+    return int(line[1]) * 1024 / 1e6 if line else None
 
 
 def peak_mb() -> float:

@@ -119,12 +119,12 @@ class Protocol:
                     newest[name].append(self._answers(learner.model, [case.question], state)[0] == case.answer)
                 tick()
             model = learner.model
-        found = {name: mean(right) for name, right in newest.items()}
-        found |= self._after(model, cases)
+        figures = {name: mean(right) for name, right in newest.items()}
+        figures |= self._after(model, cases)
         for share in (50, 95):
-            found[f"time over generation, p{share}"] = _percentile(ratios, share)
-        found["received in, p95"] = _percentile(received, 95)
-        return found | {"accepted": accepted / len(cases), "seconds": _percentile(seconds, 50)}
+            figures[f"time over generation, p{share}"] = _percentile(ratios, share)
+        figures["received in, p95"] = _percentile(received, 95)
+        return figures | {"accepted": accepted / len(cases), "seconds": _percentile(seconds, 50)}
 
     def serving(self, config: FeedbackConfig, count: int = 5) -> dict[str, float]:
         """What a reply that streams meanwhile feels of `count` corrections; and the process's memory."""
@@ -140,8 +140,8 @@ class Protocol:
         slower = {
             f"busy over idle, p{share}": _percentile(busy, share) / _percentile(idle, share) for share in (50, 99)
         }
-        found = {"idle token, p99 ms": _percentile(idle, 99) * 1e3, "busy token, p99 ms": _percentile(busy, 99) * 1e3}
-        return {**found, **slower, "peak memory over idle": memory_busy / memory_idle}
+        figures = {"idle token, p99 ms": _percentile(idle, 99) * 1e3, "busy token, p99 ms": _percentile(busy, 99) * 1e3}
+        return {**figures, **slower, "peak memory over idle": memory_busy / memory_idle}
 
     @contextmanager
     def _learner(self, config: FeedbackConfig) -> Iterator[Learner]:
@@ -180,13 +180,13 @@ class Protocol:
         right = [a == c.answer for a, c in zip(self._answers(model, [c.question for c in cases]), cases, strict=True)]
         asked = [(p, c.answer) for c in cases for p in c.paraphrases]
         answers = self._answers(model, [question for question, _ in asked])
-        found = {"all retained": mean(right)}
-        found["paraphrases"] = mean([a == want for a, (_, want) in zip(answers, asked, strict=True)] or [math.nan])
+        figures = {"all retained": mean(right)}
+        figures["paraphrases"] = mean([a == want for a, (_, want) in zip(answers, asked, strict=True)] or [math.nan])
         for name, field_name in (("neighbours changed", "neighbours"), ("same subject changed", "same_subject")):
-            found[name] = self._changed(model, [n["question"] for c in cases for n in getattr(c, field_name)])
-        found["unrelated identical"] = 1 - self._changed(model, self.unrelated)
-        found["perplexity rise"] = math.exp(self._loss(model) - self.loss_before) - 1
-        return found
+            figures[name] = self._changed(model, [n["question"] for c in cases for n in getattr(c, field_name)])
+        figures["unrelated identical"] = 1 - self._changed(model, self.unrelated)
+        figures["perplexity rise"] = math.exp(self._loss(model) - self.loss_before) - 1
+        return figures
 
     def _changed(self, model: RWKV, questions: list[str]) -> float:
         """Share of questions that the model answers otherwise than the base."""
@@ -237,12 +237,12 @@ def _percentile(values: list[float], percent: int) -> float:
 
 def summary(runs: list[dict[str, float]]) -> dict[str, dict]:
     """Mean and worst of each measure over runs."""
-    found = {}
+    figures = {}
     for name in runs[0]:
         values = [run[name] for run in runs]
         better = TARGETS.get(name, (name == "accepted",))[0]
-        found[name] = {"mean": mean(values), "worst": min(values) if better else max(values)}
-    return found
+        figures[name] = {"mean": mean(values), "worst": min(values) if better else max(values)}
+    return figures
 
 
 def table(results: dict[str, dict[str, dict]]) -> str:
@@ -268,8 +268,8 @@ def plot(results: dict[str, dict[str, dict]], path: str | Path) -> None:
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
     height = 0.8 / len(results)
-    for i, (recipe, found) in enumerate(results.items()):
-        wrong = [1 - found[n]["mean"] if TARGETS[n][0] else found[n]["mean"] for n in names]
+    for i, (recipe, figures) in enumerate(results.items()):
+        wrong = [1 - figures[n]["mean"] if TARGETS[n][0] else figures[n]["mean"] for n in names]
         places = [place + (i - len(results) / 2 + 0.5) * height for place in range(len(names))]
         axes.barh(places, wrong, height, label=recipe)
     targets = [next(t for t in TARGETS[n][2:] if t is not None) for n in names]

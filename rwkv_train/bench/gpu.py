@@ -99,11 +99,11 @@ def correctness(config: GpuBench, device: str, results: Mapping) -> tuple[Rows, 
     for operator in OPERATORS:
         for name, backend in (backends(operator, device) | peers(operator, device)).items():
             for dtype in dtypes_of(backend):
-                found = check(operator, backend, dtype, device)
-                good &= found.good or not backend.ours
-                wrong += [] if found.good else [f"{operator} {name} {dtype}"]
+                verdict = check(operator, backend, dtype, device)
+                good &= verdict.good or not backend.ours
+                wrong += [] if verdict.good else [f"{operator} {name} {dtype}"]
                 row = {"operator": operator, "backend": name, "dtype": dtype}
-                rows.append(row | {"error": found, "allowed": found.allowed})
+                rows.append(row | {"error": verdict, "allowed": verdict.allowed})
     short = [{"what": "WKV against float64", "found": f"wrong: {', '.join(wrong)}" if wrong else "all agree"}]
     return rows, short, good
 
@@ -228,14 +228,14 @@ def generation(config: GpuBench, device: str, results: Mapping) -> tuple[Rows, R
         state = prefill(model, random_text(model.config, 1, 64)[0][0].tolist())[1]
         step = GraphedStep(model, state)
         expected = {"logits": eager(model, state, CHECKED)}
-        found = agreement(lambda s=state, g=step: {"logits": replayed(g, s, CHECKED)}, expected, ALLOWED)
-        good &= found.good
+        verdict = agreement(lambda s=state, g=step: {"logits": replayed(g, s, CHECKED)}, expected, ALLOWED)
+        good &= verdict.good
         calls: dict[str, Callable] = {"kernel by kernel": lambda m=model, s=state: eager(m, s, config.generated)}
-        if found.good and step.how == "graph":
+        if verdict.good and step.how == "graph":
             calls["CUDA graph"] = lambda s=state, g=step: replayed(g, s, config.generated)
         timed = race(calls, config.repeats, device, 20.0)
         for how in ("kernel by kernel", "CUDA graph"):
-            why_not = f"not run: {step.how if found.good else found}"
+            why_not = f"not run: {step.how if verdict.good else verdict}"
             rate = timed[how].rate(config.generated) if how in timed else why_not
             rows.append({"model": name, "launched": how, "tokens/s": rate})
             short.append({"what": f"generation {name}, {how}, tokens/s", "found": rate})

@@ -62,15 +62,15 @@ def race(
             seconds = _timed(call, 1, device)
         inner = max(1, round(least / max(seconds, 1e-7)))
         plans[name] = inner, max(1, min(repeats, int(budget / (seconds * inner))))
-    found: dict[str, list[float]] = {name: [] for name in contestants}
+    measured: dict[str, list[float]] = {name: [] for name in contestants}
     names = list(contestants)
     for turn in range(repeats):
         shift = turn % max(1, len(names))
         for name in names[shift:] + names[:shift]:
             inner, most = plans[name]
             if turn < most:
-                found[name].append(_timed(contestants[name], inner, device))
-    return {name: Times(seconds) for name, seconds in found.items()}
+                measured[name].append(_timed(contestants[name], inner, device))
+    return {name: Times(seconds) for name, seconds in measured.items()}
 
 
 def _timed(call: Callable[[], object], inner: int, device: str) -> float:
@@ -127,12 +127,12 @@ def one_line(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:160]
 
 
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    """|found - expected| / |expected| in the 2-norm; infinite for a wrong shape or what is no finite number."""
-    if found.shape != expected.shape:
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """|actual - expected| / |expected| in the 2-norm; infinite for a wrong shape or what is no finite number."""
+    if actual.shape != expected.shape:
         return float("inf")
-    found, expected = found.detach().double(), expected.detach().double().to(found.device)
-    error, norm = (found - expected).norm().item(), expected.norm().item()
+    actual, expected = actual.detach().double(), expected.detach().double().to(actual.device)
+    error, norm = (actual - expected).norm().item(), expected.norm().item()
     error = error / norm if norm > 0 else error
     return error if error == error else float("inf")
 
@@ -159,10 +159,10 @@ class Agreement:
 def agreement(run: Callable[[], Mapping[str, Tensor]], expected: Mapping[str, Tensor], allowed: float) -> Agreement:
     """Compare what a contestant computes with the reference, tensor by tensor; an exception is no agreement."""
     try:
-        found = run()
+        actual = run()
     except Exception as error:  # a peer may fail in any way; that is its result
         return Agreement(float("inf"), allowed, failed=one_line(error))
-    errors = {name: relative_error(found[name], t) if name in found else float("inf") for name, t in expected.items()}
+    errors = {name: relative_error(actual[name], t) if name in actual else float("inf") for name, t in expected.items()}
     worst = max(errors, key=errors.__getitem__)
     return Agreement(errors[worst], allowed, worst)
 
@@ -175,12 +175,12 @@ def table(rows: list[Mapping[str, str]]) -> str:
     return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in cells)
 
 
-def target(what: str, found: float, wanted: float | None, more: bool) -> dict[str, str]:
+def target(what: str, value: float, wanted: float | None, more: bool) -> dict[str, str]:
     """A row of the table of targets: a ratio, what it should be, and whether it is."""
-    row = {"what": what, "found": number(found), "target": "-", "met": "-"}
+    row = {"what": what, "found": number(value), "target": "-", "met": "-"}
     if wanted is None:
         return row
-    met = found >= wanted if more else found <= wanted
+    met = value >= wanted if more else value <= wanted
     return row | {"target": f"{'≥' if more else '≤'} {wanted:g}", "met": "yes" if met else "no"}
 
 
@@ -196,7 +196,7 @@ def machine(device: str = "cpu") -> dict[str, object]:
     """What the figures were measured on, and how busy it was."""
     info = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
     cpu = next((line.split(":", 1)[1].strip() for line in info.splitlines() if line.startswith("model name")), "")
-    found = {
+    facts = {
         "cpu": cpu or platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -206,23 +206,23 @@ def machine(device: str = "cpu") -> dict[str, object]:
     }
     if device == "cuda":
         gpu = torch.cuda.get_device_properties(0)
-        found |= {"gpu": gpu.name, "gpu memory GB": gpu.total_memory / 1e9, "cuda": torch.version.cuda}
-    return found
+        facts |= {"gpu": gpu.name, "gpu memory GB": gpu.total_memory / 1e9, "cuda": torch.version.cuda}
+    return facts
 
 
-def about(found: Mapping) -> str:
+def about(facts: Mapping) -> str:
     """`machine` in a line."""
-    where = [found["gpu"]] if "gpu" in found else []
-    where += [f"{found['cpu']}, {found['threads']} threads of {found['cores']} cores"]
-    busy = f"load average {found['load average']:.1f}" if found["load average"] is not None else ""
-    return ", ".join(filter(None, [*where, *(f"{p} {v}" for p, v in found["packages"].items()), busy]))
+    where = [facts["gpu"]] if "gpu" in facts else []
+    where += [f"{facts['cpu']}, {facts['threads']} threads of {facts['cores']} cores"]
+    busy = f"load average {facts['load average']:.1f}" if facts["load average"] is not None else ""
+    return ", ".join(filter(None, [*where, *(f"{p} {v}" for p, v in facts["packages"].items()), busy]))
 
 
 def write_json(path: str | None, benchmark: str, config, results, device: str = "cpu") -> None:
     """Figures, the settings that they were measured with, and the machine."""
     if path:
-        found = {"benchmark": benchmark, "settings": asdict(config), "machine": machine(device), "results": results}
-        Path(path).write_text(json.dumps(found, indent=1, default=_plain, ensure_ascii=False) + "\n", encoding="utf-8")
+        report = {"benchmark": benchmark, "settings": asdict(config), "machine": machine(device), "results": results}
+        Path(path).write_text(json.dumps(report, indent=1, default=_plain, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _plain(x) -> object:

@@ -38,30 +38,30 @@ def memory(config: MemoryBench) -> None:
     size_of(config.size)
     print(about(machine()) + "\n")
     kinds = [EXACT, TRUNCATED, *(PEERS if config.peers and installed("transformers") else ())]
-    found: dict[str, dict[int, Apart]] = {kind: {} for kind in kinds}
+    measured: dict[str, dict[int, Apart]] = {kind: {} for kind in kinds}
     for length in sorted(config.lengths):
-        for kind, points in found.items():
+        for kind, points in measured.items():
             ended = next((p for p in points.values() if p.why_not), None)
             points[length] = ended or _point(kind, length, config)
     lengths = sorted(config.lengths)
-    print(table([{"tokens": f"{n:,}"} | {kind: _shown(found[kind][n]) for kind in kinds} for n in lengths]))
-    ratios = compared(found, config)
+    print(table([{"tokens": f"{n:,}"} | {kind: _shown(measured[kind][n]) for kind in kinds} for n in lengths]))
+    ratios = compared(measured, config)
     if config.lora_size:
         length, rows = 2 * config.chunk_len, []
         for size in (config.lora_size, f"rwkv7-{config.lora_size}"):
             points = {kind: _point(kind, length, replace(config, size=size)) for kind in (INFERENCE, LORA, KEPT)}
             rows.append({"size": size} | {kind: _shown(p) for kind, p in points.items()})
-            found |= {f"{size}, {kind}": {length: point} for kind, point in points.items()}
+            measured |= {f"{size}, {kind}": {length: point} for kind, point in points.items()}
             if points[LORA].peak_mb and points[INFERENCE].peak_mb:
                 ratio = points[LORA].peak_mb / points[INFERENCE].peak_mb
                 what = f"{size}: {LORA} over {INFERENCE}, chunks of {config.chunk_len}"
                 ratios.append(target(what, ratio, OVER_INFERENCE, more=False))
         print(f"\n{table(rows)}")
     print(f"\n{table(ratios)}")
-    results = {k: {n: p.__dict__ for n, p in points.items()} for k, points in found.items()}
+    results = {k: {n: p.__dict__ for n, p in points.items()} for k, points in measured.items()}
     write_json(config.json, "memory", config, {"points": results, "ratios": ratios})
     if config.plot:
-        plot({kind: found[kind] for kind in kinds}, config.plot)
+        plot({kind: measured[kind] for kind in kinds}, config.plot)
 
 
 def _point(kind: str, length: int, config: MemoryBench) -> Apart:
@@ -118,22 +118,22 @@ def _shown(point: Apart) -> str:
     return f"{number(point.peak_mb)} MB, {point.result['seconds']:.3g} s"
 
 
-def compared(found: Mapping[str, Mapping[int, Apart]], config: MemoryBench) -> list[dict[str, str]]:
+def compared(points_of: Mapping[str, Mapping[int, Apart]], config: MemoryBench) -> list[dict[str, str]]:
     """Is memory flat, and what does the exact gradient add? At the longest text that was measured."""
     rows = []
     for kind in (TRUNCATED, EXACT):
-        peaks = {n: p.peak_mb for n, p in found[kind].items() if p.peak_mb and n >= 2 * config.chunk_len}
+        peaks = {n: p.peak_mb for n, p in points_of[kind].items() if p.peak_mb and n >= 2 * config.chunk_len}
         if len(peaks) > 1:
             (first, least), *_, (last, most) = sorted(peaks.items())
             rows.append(target(f"{kind}: peak at {last:,} over {first:,} tokens", most / least, FLAT, more=False))
-    both = [n for n in found[EXACT] if found[EXACT][n].peak_mb and found[TRUNCATED][n].peak_mb]
+    both = [n for n in points_of[EXACT] if points_of[EXACT][n].peak_mb and points_of[TRUNCATED][n].peak_mb]
     if both:
-        ratio = found[EXACT][max(both)].peak_mb / found[TRUNCATED][max(both)].peak_mb
+        ratio = points_of[EXACT][max(both)].peak_mb / points_of[TRUNCATED][max(both)].peak_mb
         rows.append(target(f"exact over truncated at {max(both):,} tokens", ratio, OVER_TRUNCATED, more=False))
     return rows
 
 
-def plot(found: Mapping[str, Mapping[int, Apart]], path: str | Path) -> None:
+def plot(measured: Mapping[str, Mapping[int, Apart]], path: str | Path) -> None:
     """Peak memory against the length of the text, both in powers: a picture in the format of the path's ending."""
     try:
         from matplotlib.figure import Figure
@@ -141,7 +141,7 @@ def plot(found: Mapping[str, Mapping[int, Apart]], path: str | Path) -> None:
         raise ValueError('a plot needs matplotlib: pip install "rwkv_train[plots]"') from None
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    for kind, points in found.items():
+    for kind, points in measured.items():
         done = {n: p.peak_mb for n, p in points.items() if p.peak_mb}
         (line,) = axes.plot(done.keys(), done.values(), marker="o", label=kind)
         stopped = next((f"{p.why_not} at {n:,}" for n, p in points.items() if p.why_not), None)

@@ -114,10 +114,10 @@ def truncated_step(
 
 def gradients(step: Callable[[], Tensor], model: torch.nn.Module, rename=lambda name: name) -> dict[str, Tensor]:
     """The loss and every gradient of one step."""
-    found = {"loss": step()}
-    found |= {rename(name): p.grad for name, p in model.named_parameters()}
+    results = {"loss": step()}
+    results |= {rename(name): p.grad for name, p in model.named_parameters()}
     model.zero_grad(set_to_none=True)
-    return found
+    return results
 
 
 @contextmanager

@@ -79,16 +79,16 @@ def check(model: RWKV, peer, config: TrainBench) -> dict[str, Agreement]:
     if isinstance(model, RWKV7):  # its first tokens read a nearly empty state through a norm, which magnifies rounding
         text[1][:, : CHECKED // 3] = IGNORE_INDEX
     expected = reference_gradients(model, text)
-    found = {}
+    verdicts = {}
     for precision in config.precisions:
         step = training_step(model, text, precision)
-        found[f"ours {precision}"] = agreement(
+        verdicts[f"ours {precision}"] = agreement(
             lambda step=step: gradients(step, model), expected, allowed=ALLOWED[precision]
         )
     if peer is not None:
         ours, step = their_names(model, peer), transformers_step(peer, text[0])
-        found[PEER] = agreement(lambda: gradients(step, peer, ours.__getitem__), expected, ALLOWED["fp32"])
-    return found
+        verdicts[PEER] = agreement(lambda: gradients(step, peer, ours.__getitem__), expected, ALLOWED["fp32"])
+    return verdicts
 
 
 def times(
@@ -132,8 +132,8 @@ def compared(size: str, tokens: int, layers: int, timed: Mapping[str, Times], bf
 
     def over(what: str, numerator: str, denominator: str, wanted: float | None, more: bool) -> None:
         if numerator in timed and denominator in timed:
-            found = timed[numerator].median / timed[denominator].median
-            rows.append(target(f"{at}: {what}", found, wanted, more))
+            ratio = timed[numerator].median / timed[denominator].median
+            rows.append(target(f"{at}: {what}", ratio, wanted, more))
 
     over("tokens/s over transformers, fp32", PEER, "ours fp32", OVER_PEER.get((size, tokens)), more=True)
     over("tokens/s, bf16 over fp32", "ours fp32", "ours bf16", OVER_FP32 if bf16_here else None, more=True)
@@ -155,13 +155,13 @@ def exact_times(config: TrainBench) -> dict[str, Times]:
         "exact": training_step(model, text, chunk_len=config.chunk_len),
         "truncated": truncated_step(model, text, config.chunk_len),
     }
-    found = race(calls, config.repeats, config.device, config.budget)
-    return {f"{kind}, {config.exact_size}, {config.chunks} chunks": t for kind, t in found.items()}
+    timed = race(calls, config.repeats, config.device, config.budget)
+    return {f"{kind}, {config.exact_size}, {config.chunks} chunks": t for kind, t in timed.items()}
 
 
-def exact_ratio(found: Mapping[str, Times]) -> list[dict[str, str]]:
-    if not found:
+def exact_ratio(timed: Mapping[str, Times]) -> list[dict[str, str]]:
+    if not timed:
         return []
-    (name, exact), (_, truncated) = found.items()
+    (name, exact), (_, truncated) = timed.items()
     ratio = exact.median / truncated.median
     return [target(f"time of {name}, over truncated", ratio, OVER_TRUNCATED, more=False)]

@@ -106,13 +106,13 @@ def dtypes_of(backend: Backend) -> list[str]:
 
 def peers(operator: str, device: str) -> dict[str, Backend]:
     """Other programs' operators, behind our signature, if they are installed."""
-    found = {}
+    others = {}
     if operator == "wkv4" and device == "cpu" and installed("transformers"):
-        found["transformers"] = Backend(_transformers, ours=False, resets=False)
+        others["transformers"] = Backend(_transformers, ours=False, resets=False)
     if device == "cuda" and installed("fla-core"):
         run = _fla if operator == "wkv4" else OPERATORS[operator].backend("fla")
-        found["fla"] = Backend(run, ours=False, resets=operator == "wkv7")
-    return found
+        others["fla"] = Backend(run, ours=False, resets=operator == "wkv7")
+    return others
 
 
 def _transformers(w, u, k, v, state, reset=None):
@@ -175,13 +175,13 @@ class Case:
 
 def check(operator: str, backend: Backend, dtype: str, device: str) -> Agreement:
     """The worst disagreement with the specification in float64: odd sizes, carried state, all gradients, resets."""
-    found = []
+    verdicts = []
     for shape in OPERATORS[operator].checks:
         for resets in {False, backend.resets}:
             case = Case.draw(operator, shape, DTYPES[dtype], device, resets)
             expected = case.double().results(OPERATORS[operator].backend("reference"))
-            found.append(agreement(lambda case=case: case.results(backend.run), expected, ALLOWED[dtype]))
-    return max(found, key=lambda a: a.error)
+            verdicts.append(agreement(lambda case=case: case.results(backend.run), expected, ALLOWED[dtype]))
+    return max(verdicts, key=lambda a: a.error)
 
 
 def times(
@@ -234,7 +234,7 @@ def backwards_of(run: Run, cases: list[Case]) -> Callable[[], None]:
 
 def measured(
     operator: str,
-    found: Mapping[str, Backend],
+    contestants: Mapping[str, Backend],
     checked: Mapping[str, Agreement],
     shape: tuple[int, int, int],
     dtype: str,
@@ -244,10 +244,10 @@ def measured(
     bandwidth: float,
 ) -> list[dict[str, object]]:
     """One row for each backend: its error, and its times if it agrees with the specification."""
-    tried = {n: b.run for n, b in found.items() if checked[n].good and (n not in LOOPS or shape[1] <= LONGEST)}
+    tried = {n: b.run for n, b in contestants.items() if checked[n].good and (n not in LOOPS or shape[1] <= LONGEST)}
     timed, how = times(operator, tried, shape, dtype, device, repeats, budget)
     rows = []
-    for name, backend in found.items():
+    for name, backend in contestants.items():
         row = {"operator": operator, "B x T x C": "x".join(map(str, shape)), "dtype": dtype, "backend": name}
         row |= {"error": checked[name], "ours": backend.ours}
         if name in timed:
@@ -280,13 +280,13 @@ def wkv(config: WkvBench) -> int:
     print(f"copy: {bandwidth / 1e9:.1f} GB/s\n")
     rows = []
     for operator in config.operators:
-        found = backends(operator, config.device) | peers(operator, config.device)
+        contestants = backends(operator, config.device) | peers(operator, config.device)
         for dtype in config.dtypes:
-            checked = {name: check(operator, backend, dtype, config.device) for name, backend in found.items()}
+            checked = {name: check(operator, backend, dtype, config.device) for name, backend in contestants.items()}
             for tokens in config.tokens:
                 shape = (config.lanes, tokens, config.channels)
                 limits = (config.device, config.repeats, config.budget, bandwidth)
-                rows += measured(operator, found, checked, shape, dtype, *limits)
+                rows += measured(operator, contestants, checked, shape, dtype, *limits)
     print(table([shown(row) for row in rows]))
     write_json(config.json, "wkv", config, {"copy bytes/s": bandwidth, "rows": rows}, config.device)
     return int(any(row["ours"] and not row["error"].good for row in rows))

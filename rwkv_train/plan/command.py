@@ -103,23 +103,23 @@ def _time(config: FitConfig, machine: Machine, tokens: int) -> str:
 def _advise(config: PlanConfig, machine: Machine) -> None:
     """What to change: each knob alone, the ones that suffice first, the fastest first; then as many as are needed."""
     need, now = machine.needs(config), machine.step_time(config)
-    found = [(flags, changed) for flags, changed in _knobs(config, machine) if machine.needs(changed) < need]
-    found.sort(
+    helpful = [(flags, changed) for flags, changed in _knobs(config, machine) if machine.needs(changed) < need]
+    helpful.sort(
         key=lambda knob: (0, machine.step_time(knob[1])) if machine.fits(knob[1]) else (1, machine.needs(knob[1]))
     )
     print("\nWhat to turn                                                          GB   time of a step")
-    for flags, changed in found:
+    for flags, changed in helpful:
         mark = "  fits" if machine.fits(changed) else ""
         same = changed.train.precision == config.train.precision  # the speed is that of one precision
         slower = f"x {machine.step_time(changed) / now:.2f}" if same else "less"
         print(f"{flags:<64}{machine.needs(changed) / GB:8.2f}   {slower}{mark}")
-    if found and not machine.fits(found[0][1]):
+    if helpful and not machine.fits(helpful[0][1]):
         print(_together(config, machine))
     if heap := memory(config, machine.sizes, machine.device)["heap"]:
         print(
             f"On Linux MALLOC_MMAP_THRESHOLD_=262144 in front of the command saves the heap's {heap / GB:.2f} GB, x 1.4"
         )
-    if not found:
+    if not helpful:
         print("nothing: take a smaller model or a larger device")
 
 
