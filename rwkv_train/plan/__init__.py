@@ -1,1 +1,4 @@
-"""What a run would take, worked out before it begins: memory, operations, exchange, time."""
+"""What a run would take, worked out before it begins: memory, operations, exchange, time.
+
+Nothing here trains anything.
+"""
