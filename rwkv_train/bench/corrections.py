@@ -3,7 +3,6 @@
 Every answer is decoded greedily, to its natural end, and compared as a whole: no teacher forcing.
 """
 
-import json
 import math
 import re
 import tempfile
@@ -23,6 +22,7 @@ from rwkv_train.feedback.decode import Form, greedy
 from rwkv_train.feedback.guards import Guards
 from rwkv_train.feedback.learner import Learner
 from rwkv_train.feedback.steps import FeedbackConfig
+from rwkv_train.files import parse_json, read_lines
 from rwkv_train.generate import Sampling, prefill, stream_tokens
 from rwkv_train.models.base import RWKV
 from rwkv_train.models.loss import IGNORE_INDEX, token_nll
@@ -74,14 +74,23 @@ class Case:
 def load_cases(path: str | Path) -> list[Case]:
     """Cases from jsonl, one a line. ValueError, with file and line, for anything else."""
     cases = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in read_lines(path):
         try:
-            cases.append(Case(**json.loads(line)))
-        except (ValueError, TypeError) as error:
+            cases.append(_case(parse_json(line)))
+        except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{path}:{number}: no case ({error}); it needs question and answer") from None
     if not cases:
         raise ValueError(f"{path} holds no cases; put one correction on each line")
     return cases
+
+
+def _case(found: object) -> Case:
+    case = Case(**found)
+    watched = (*case.neighbours, *case.same_subject)
+    texts = (case.question, case.answer, *case.paraphrases, *(asked["question"] for asked in watched))
+    if not all(isinstance(text, str) and text.strip() for text in texts):
+        raise ValueError("questions and answers must be text")
+    return case
 
 
 class Protocol:

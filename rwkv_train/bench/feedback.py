@@ -10,16 +10,17 @@ from rwkv_train.bench.correction_cases import fact_cases, small_talk, strangers_
 from rwkv_train.bench.corrections import CONTROLS, SINGLES, Protocol, load_cases, plot, summary, table
 from rwkv_train.bench.measure import about, machine
 from rwkv_train.bench.settings import FeedbackBench
-from rwkv_train.chat.feedback_commands import lines_of, open_model, text_of
+from rwkv_train.chat.feedback_commands import open_model
 from rwkv_train.chat.terminal import STARTER
 from rwkv_train.feedback import FeedbackConfig
+from rwkv_train.files import read_lines, read_text
 
 
 def feedback(config: FeedbackBench) -> None:
     """Run the protocol on a model and cases, with its controls, and print the table beside its targets."""
     cases = load_cases(config.cases) if config.cases else fact_cases()
-    unrelated = [line for _, line in lines_of(config.unrelated)] if config.unrelated else small_talk()
-    heldout = [[(text_of(config.heldout), True)]] if config.heldout else strangers_talk()
+    unrelated = [line for _, line in read_lines(config.unrelated)] if config.unrelated else small_talk()
+    heldout = [[(read_text(config.heldout), True)]] if config.heldout else strangers_talk()
     model, form = open_model(config.model or STARTER, config.tokenizer, config.template)
     protocol = Protocol(model, form, cases, unrelated, heldout)
     columns = {f"N={n}": (FeedbackConfig(), n) for n in config.counts}

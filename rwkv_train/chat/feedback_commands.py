@@ -1,6 +1,7 @@
 """Corrections at work: the feedback commands of the chat, and the `feedback` command."""
 
-import json
+import sys
+from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import fields
@@ -16,6 +17,7 @@ from rwkv_train.commands import tokenizer_of
 from rwkv_train.feedback import Correction, FeedbackConfig, Learner, Outcome, Reading
 from rwkv_train.feedback.background import Background, half_the_threads
 from rwkv_train.feedback.decode import Form
+from rwkv_train.files import BadJSON, counted, parse_json, read_lines, read_text
 from rwkv_train.models.base import RWKV
 
 
@@ -89,7 +91,7 @@ class Teacher:
     def _read(self, chat: Chat, rest: str) -> Iterable[str]:
         if not rest:
             raise ValueError("write /learn FILE")
-        return self._learn(Reading(text_of(rest)))
+        return self._learn(Reading(read_text(rest).replace("\r\n", "\n")))
 
     def _learn(self, correction: Correction | Reading) -> Iterable[str]:
         number = self.learner.receive(correction)
@@ -183,7 +185,12 @@ def open_model(model: str | Path, tokenizer: str | None, template: str | None) -
 
 def feedback(config: FeedbackFileConfig) -> int:
     """Learn a file of corrections, one after another, and print what became of each."""
-    corrections = {n: _correction(config.file, n, line) for n, line in lines_of(config.file)}
+    ignored: Counter[str] = Counter()
+    corrections = {n: _correction(f"{config.file}:{n}", line, ignored) for n, line in read_lines(config.file)}
+    if not corrections:
+        raise ValueError(f"{config.file} holds no correction; put one on each line")
+    if ignored:
+        print(f"not used: {counted(ignored, 'correction')}", file=sys.stderr)
     model, form = open_model(config.model, config.tokenizer, config.template)
     folder = profile_folder(data_folder(config.folder), config.profile, config.model)
     with Learner(model, form.tokenizer, folder, form.template) as learner:
@@ -204,25 +211,14 @@ def feedback(config: FeedbackFileConfig) -> int:
     return 0 if learned == len(outcomes) else 1
 
 
-def text_of(path: str) -> str:
-    """A file's text; ValueError if it is not UTF-8."""
+def _correction(where: str, line: str, ignored: Counter[str]) -> Correction:
+    """The correction that a line is; the fields that corrections do not have are counted in `ignored`."""
     try:
-        return Path(path).expanduser().read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 at byte {error.start}; save it as UTF-8 text") from None
-
-
-def lines_of(path: str) -> list[tuple[int, str]]:
-    """The lines of a file that are not blank, by number."""
-    return [(number, line) for number, line in enumerate(text_of(path).splitlines(), 1) if line.strip()]
-
-
-def _correction(path: str, number: int, line: str) -> Correction:
-    try:
-        found = json.loads(line)
-        question, answer = found["question"], found["answer"]
-    except (ValueError, KeyError, TypeError):
-        question = answer = None
-    if not (isinstance(question, str) and isinstance(answer, str)):
-        raise ValueError(f'{path}:{number}: expected {{"question": ..., "answer": ...}}, both of them text')
-    return Correction(question, answer)
+        found = parse_json(line)
+    except BadJSON as error:
+        raise ValueError(f"{where}: {error}; put one correction on each line") from None
+    parts = [found.pop(name, None) for name in ("question", "answer")] if isinstance(found, dict) else [None]
+    if not all(isinstance(part, str) for part in parts):
+        raise ValueError(f'{where}: expected {{"question": ..., "answer": ...}}, both of them text')
+    ignored.update(name for name, value in found.items() if value is not None)
+    return Correction(*parts)

@@ -18,6 +18,7 @@ from rwkv_train.checkpoints.modelfile import load_model, parts_of
 from rwkv_train.command_config import ChatConfig
 from rwkv_train.commands import DTYPES, tokenizer_of
 from rwkv_train.data.templates import Template
+from rwkv_train.files import typed_lines
 from rwkv_train.generate import Sampling
 
 STARTER = Path(__file__).parents[2] / "data" / "starter"
@@ -222,7 +223,7 @@ def in_terminal(chat: Chat) -> None:
 
 def in_plain(chat: Chat, lines: Iterable[str]) -> None:
     """Each line that is not blank is a message or command; its answer is one block, followed by an empty line."""
-    for line in lines:
+    for line in typed_lines(lines):
         if line := line.strip():
             chat.show(line.replace("\\n", "\n"), plain=True)
         if chat.done:
@@ -235,7 +236,7 @@ def in_room(chat: Chat, lines: Iterable[str], room: Room) -> None:
 
     def listen() -> None:
         try:
-            for line in lines:
+            for line in typed_lines(lines):
                 with ready:
                     room.offer(line, time.monotonic())
                     ready.notify()
@@ -302,9 +303,10 @@ def chat(config: ChatConfig) -> None:
             Teacher(opened, folder, wait=not (in_person or config.room))
         if in_person:
             return in_terminal(opened)
-        for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
-            if isinstance(stream, io.TextIOWrapper):  # bytes that are no UTF-8 are a mistake of one line, not the end
-                stream.reconfigure(encoding="utf-8", errors=errors)
+        if isinstance(sys.stdin, io.TextIOWrapper):  # bytes that are no UTF-8 are a mistake of one line, not the end
+            sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape", newline="\n")
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
         if config.room:
             in_room(opened, sys.stdin, room)
         else:

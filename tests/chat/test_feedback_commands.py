@@ -84,7 +84,7 @@ def test_settings_scopes_wrong_replies_and_readings_in_a_chat(model, tmp_path, c
     assert hot == "hot" != other and "learnt (" in bad and "before: hot" in bad
     assert "2 corrections, the last reply is by version" in diff and "ffn.value.weight" in diff
     assert scope == "scope lora" and "scope must be one of" in unknown and "expected a whole number" in many
-    assert "learnt (" in read and "not UTF-8 at byte 3" in latin and empty == "write /learn FILE"
+    assert "learnt (" in read and "latin.txt:1: invalid UTF-8 (byte 0xe9)" in latin and empty == "write /learn FILE"
     assert "No such file" in none
     assert "\n4: sun? => anything but: hot" in history and "read to and fro to" in history
     assert "weights are as before" in undone and "0 corrections" in same and "ffn" not in same
@@ -100,11 +100,23 @@ def test_bad_corrections_are_told_in_one_line(model, capsys, monkeypatch):
 
 
 def test_feedback_from_a_file(model, tmp_path, capsys):
-    (tmp_path / "c.jsonl").write_text(
-        '{"question": "sun?", "answer": "hot"}\n\n{"question": "ice?", "answer": "cold"}\n'
+    """Cut at line feeds alone, without the byte order mark; fields that corrections do not have are named."""
+    lines = (
+        '\ufeff{"question": "sun?\u2028", "answer": "hot", "note": "by hand", "rejected": null}\r\n\n'
+        '{"question": "ice?", "answer": "cold"}\n'
     )
-    code, out, _ = run("feedback", "--model", model, "--file=c.jsonl", "--folder=home", capsys=capsys)
+    (tmp_path / "c.jsonl").write_bytes(lines.encode())
+    code, out, err = run("feedback", "--model", model, "--file=c.jsonl", "--folder=home", capsys=capsys)
     assert code == 0 and "2 of 2 learnt" in out and "cold" in out
+    assert 'not used: "note" (1 correction)\n' in err
+    (journal,) = (tmp_path / "home").rglob("journal.jsonl")
+    assert '"question": "sun?\u2028"' in journal.read_text(encoding="utf-8")
+
+
+def test_an_empty_file_of_corrections_is_refused(model, tmp_path, capsys):
+    (tmp_path / "c.jsonl").write_bytes(b"\n")
+    code, _, err = run("feedback", "--model", model, "--file=c.jsonl", "--folder=home", capsys=capsys)
+    assert code == 1 and "c.jsonl holds no correction" in err
 
 
 @pytest.mark.parametrize(
@@ -112,10 +124,13 @@ def test_feedback_from_a_file(model, tmp_path, capsys):
     [
         (b'{"question": "sun?"}', "c.jsonl:3: expected"),
         (b'{"question": "sun?", "answer": 3}', "c.jsonl:3: expected"),
+        (b'["question", "answer"]', "c.jsonl:3: expected"),
+        (b'{"question": "sun?"\n, "answer": "hot"}', "c.jsonl:3: bad JSON"),
+        (b"[" * 100_000, "c.jsonl:3: bad JSON"),
         (b'{"question": "sun?", "answer": "\\ud800"}', "c.jsonl:3: the answer is not valid Unicode"),
         (b'{"question": "sun?", "answer": " "}', "c.jsonl:3: the answer is empty"),
         (b'{"question": "sun?", "answer": "%s"}' % (b"x" * 3000), "c.jsonl:3: the answer has 3,000 characters"),
-        (b'{"question": "sun?", "answer": "caf\xe9"}', "c.jsonl is not UTF-8 at byte 75"),
+        (b'{"question": "sun?", "answer": "caf\xe9"}', "c.jsonl:3: invalid UTF-8"),
     ],
 )
 def test_one_bad_line_of_a_file_is_told_before_any_is_learnt(model, tmp_path, capsys, line, message):
@@ -129,8 +144,10 @@ def test_bytes_that_are_no_text_are_refused_in_a_chat(model, tmp_path):
     """From a pipe, as a terminal would not let them through."""
     program = Path(__file__).parents[2] / "train.py"
     argv = [sys.executable, program, "chat", f"--model={model}", "--plain", "--tokens=4", "--folder=home"]
-    done = subprocess.run(argv, input=b"sun?\n/fix caf\xe9\n/history\n", capture_output=True, timeout=120)
+    typed = b"\xef\xbb\xbf/help\r\nsun?\n/fix caf\xe9\n/history\n"
+    done = subprocess.run(argv, input=typed, capture_output=True, timeout=120)
     assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(b"/help "), "the byte order mark is no part of the first line"
     _, refused, history, _ = done.stdout.decode(errors="replace").rsplit("\n\n", 3)
     assert "not valid Unicode" in refused and "nothing was learnt yet" in history
 

@@ -1,0 +1,92 @@
+"""Text is read as it was typed: every route to the same lines gives the same lines."""
+
+import io
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rwkv_train.files import BadJSON, numbered_lines, parse_json, quoted, read_lines, read_text, typed_lines
+
+SEPARATORS = "\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e"  # where str.splitlines cuts and an editor does not
+lines = st.lists(st.text(st.sampled_from("ab {}你🤖\ufeff" + SEPARATORS), max_size=6), max_size=5)
+
+
+@given(lines=lines, mark=st.booleans(), end=st.sampled_from(["\n", "\r\n"]))
+def test_every_reader_cuts_alike(tmp_path_factory, lines, mark, end):
+    text = end.join(lines)
+    data = b"\xef\xbb\xbf" * mark + text.encode()
+    path = tmp_path_factory.mktemp("lines") / "x.txt"
+    path.write_bytes(data)
+    if not mark:
+        text = text.removeprefix("\ufeff")  # at the beginning it can be nothing but a mark
+    assert read_text(path) == text
+    wanted = [(n, line) for n, line in enumerate(text.split(end), 1) if line.strip()]
+    assert read_lines(path) == wanted
+    from_bytes = [
+        (n, line.decode().removesuffix("\n").removesuffix("\r")) for n, line in numbered_lines(io.BytesIO(data))
+    ]
+    assert [(n, line) for n, line in from_bytes if line.strip()] == wanted
+    typed = typed_lines(io.TextIOWrapper(io.BytesIO(data), encoding="utf-8", newline="\n"))
+    assert [line.rstrip("\r\n") for line in typed if line.strip()] == [line for _, line in wanted]
+
+
+def test_what_is_no_utf8_is_named_with_its_line(tmp_path):
+    (tmp_path / "x.txt").write_bytes(b"\xef\xbb\xbfone\ntwo\xe9\n")
+    with pytest.raises(ValueError, match=r"x\.txt:2: invalid UTF-8 \(byte 0xe9\); save the file as UTF-8"):
+        read_lines(tmp_path / "x.txt")
+    (tmp_path / "x.txt").write_text("one", encoding="utf-16")
+    with pytest.raises(ValueError, match=r"x\.txt:1: UTF-16; save the file as UTF-8"):
+        read_text(tmp_path / "x.txt")
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=30)
+@given(value=values, ascii_only=st.booleans())
+def test_json_is_read_as_it_was_written(value, ascii_only):
+    assert parse_json(json.dumps(value, ensure_ascii=ascii_only)) == value
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "bad JSON .*column 2"),
+        ('{"a": 1,\n "a": 2}', 'the key "a" stands twice'),
+        ('{"b": {"\\ud83d": 1, "\\ud83d": 2}}', r'the key "\\ud83d" stands twice'),
+        ("[" * 100_000, "nested too deeply"),
+        ("1" * 5000, "digits"),
+    ],
+)
+def test_what_is_no_json_is_refused_in_one_line(text, words):
+    with pytest.raises(BadJSON, match=words) as caught:
+        parse_json(text)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 200
+
+
+def test_the_line_of_bad_json_is_known():
+    with pytest.raises(BadJSON) as caught:
+        parse_json('[1,\n2,\n"]')
+    assert caught.value.line == 3
+
+
+def test_missing_values_as_python_writes_them_are_null():
+    assert parse_json(json.dumps({"a": float("nan"), "b": [float("inf"), -float("inf")]})) == {
+        "a": None,
+        "b": [None] * 2,
+    }
+
+
+@given(st.text(st.characters(exclude_categories=())))
+def test_quoted_names_can_be_shown_anywhere(name):
+    shown = quoted(name)
+    assert shown.isprintable() and len(shown) <= 700
+    shown.encode()
+    if name.isprintable() and len(name) <= 60:
+        assert shown == f'"{name}"'
