@@ -85,12 +85,12 @@ COMMANDS = {  # most are one word, the benchmarks two
         "rwkv_train.commands:inspect",
     ),
     "chat": Command(
-        "talk to a model in the terminal", "rwkv_train.command_config:ChatConfig", "rwkv_train.chat.terminal:chat"
+        "talk to a model in the terminal", "rwkv_train.command_config:ChatConfig", "rwkv_train.chat.command:chat"
     ),
     "feedback": Command(
         "learn a file of corrections",
         "rwkv_train.command_config:FeedbackFileConfig",
-        "rwkv_train.chat.feedback_commands:feedback",
+        "rwkv_train.chat.corrections_file:feedback",
     ),
     "bench wkv": _bench("wkv", "time the WKV operator's backends beside peers'"),
     "bench train": _bench("train", "time a training step beside transformers and its bare matrix products"),

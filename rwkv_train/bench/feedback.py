@@ -10,8 +10,7 @@ from rwkv_train.bench.correction_cases import fact_cases, small_talk, strangers_
 from rwkv_train.bench.corrections import CONTROLS, SINGLES, Protocol, load_cases, plot, summary, table
 from rwkv_train.bench.measure import about, machine
 from rwkv_train.bench.settings import FeedbackBench
-from rwkv_train.chat.feedback_commands import open_model
-from rwkv_train.chat.terminal import STARTER
+from rwkv_train.chat.opening import STARTER, open_model
 from rwkv_train.feedback import FeedbackConfig
 from rwkv_train.files import read_lines, read_text
 

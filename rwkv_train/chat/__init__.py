@@ -1,4 +1,4 @@
-"""Talking with a model: a dialogue, the terminal, the live room, and the commands typed there.
+"""Talking with a model: a dialogue, the session around it, its fronts, and the commands that teach.
 
 How a correction is learnt is not known here; see feedback/.
 """

@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rwkv_train import save_model
-from rwkv_train.chat import terminal as chats
+from rwkv_train.chat import opening, session
 from rwkv_train.chat.dialogue import Dialogue
 from rwkv_train.chat.room import MINUTE, Message, Room
-from rwkv_train.chat.terminal import Chat, Command, in_terminal
+from rwkv_train.chat.session import COMMANDS, Chat, Command
+from rwkv_train.chat.terminal import in_terminal
 from rwkv_train.cli import parse
 from rwkv_train.command_config import ChatConfig
 from rwkv_train.generate import Sampling
@@ -28,7 +29,7 @@ def model(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_model(random_model(vocab_size=257), "starter/model.pth")
     BYTES.save("starter/tokenizer.json")
-    monkeypatch.setattr(chats, "STARTER", tmp_path / "starter" / "model.pth")
+    monkeypatch.setattr(opening, "STARTER", tmp_path / "starter" / "model.pth")
 
 
 def talk(text, *argv, capsys, monkeypatch) -> list[str]:
@@ -48,7 +49,7 @@ def say(model, capsys, monkeypatch):
 
 def as_library(lines, **kwargs) -> list[str]:
     """The replies that a dialogue without the command gives."""
-    d = Dialogue(random_model(vocab_size=257), BYTES, **{"sampling": Sampling(0.8, 0.5), "most": 20} | kwargs)
+    d = Dialogue(random_model(vocab_size=257), BYTES, **{"sampling": Sampling(0.8, 0.5), "max_new_tokens": 20} | kwargs)
     for line in lines:
         list(d.say(line))
     return [turn.reply or "(empty reply)" for turn in d.turns]
@@ -74,7 +75,7 @@ def test_commands(say):
     assert "temperature         0.0" in listed and {"seed", "tokens", "scope", "rate", "budget"} < set(names)
     assert saved == "saved 1 turns as one" and loaded.startswith("loaded 1 turns") and bye == "bye"
     assert back.startswith("back at: ") and back_at.startswith("back at: ")
-    assert "/state save" in say("/help")[0] and set(chats.COMMANDS) < {
+    assert "/state save" in say("/help")[0] and set(COMMANDS) < {
         line.split()[0][1:] for line in say("/help")[0].split("\n")
     }
 
@@ -125,7 +126,7 @@ def test_a_mistake_is_one_line_and_the_chat_goes_on(line, message, say):
     ],
 )
 def test_a_chat_that_cannot_begin(argv, message, capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(chats, "STARTER", tmp_path / "nothing")
+    monkeypatch.setattr(opening, "STARTER", tmp_path / "nothing")
     code, out, err = run("chat", *argv, capsys=capsys)
     assert code == 1 and message in err and err.count("\n") == 1 and not out
 
@@ -142,7 +143,7 @@ def test_switches_stand_alone():
 
 def chat_of(tmp_path, **kwargs) -> Chat:
     model = random_model(vocab_size=257)
-    return Chat(Dialogue(model, BYTES, **{"sampling": Sampling(0), "most": 8} | kwargs), tmp_path)
+    return Chat(Dialogue(model, BYTES, **{"sampling": Sampling(0), "max_new_tokens": 8} | kwargs), tmp_path)
 
 
 def test_typed_in_a_terminal(tmp_path, capsys):
@@ -171,7 +172,7 @@ def test_ctrl_c_stops_the_reply_and_not_the_chat(tmp_path, capsys, monkeypatch):
             raise KeyboardInterrupt
         printed.append(text)
 
-    monkeypatch.setattr(chats, "_write", write)
+    monkeypatch.setattr(session, "write", write)
     for line in ("a", "/retry"):
         printed.clear()
         chat.show(line)
@@ -192,8 +193,8 @@ def iter_sampling(text):
 def test_what_others_may_add(tmp_path, capsys):
     """A command, a call between replies, something told by another thread, and something to end."""
     chat, order = chat_of(tmp_path), []
-    chat.commands["shout"] = Command("/shout TEXT", "say it loudly", lambda chat, rest: [rest.upper(), "!"])
-    chat.before_answer.append(lambda: order.append(len(chat.dialogue.turns)))
+    shout = Command("/shout TEXT", "say it loudly", lambda chat, rest: [rest.upper(), "!"])
+    chat.add({"shout": shout}, {}, before_answer=lambda: order.append(len(chat.dialogue.turns)))
     chat.closing.callback(order.append, "closed")
     with chat.closing:
         for line in ("/shout hey", "a", "b"):

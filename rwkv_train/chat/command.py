@@ -1,0 +1,63 @@
+"""The `chat` command: opens a model, hands in the feedback commands, and shows the chat where it is asked for."""
+
+import io
+import sys
+from dataclasses import fields
+
+from rwkv_train.chat import opening
+from rwkv_train.chat.dialogue import Dialogue
+from rwkv_train.chat.feedback_commands import Teacher
+from rwkv_train.chat.opening import data_folder, profile_folder, template_of, weights_in
+from rwkv_train.chat.room import Room
+from rwkv_train.chat.session import Chat
+from rwkv_train.chat.terminal import in_plain, in_room, in_terminal
+from rwkv_train.checkpoints.modelfile import load_model
+from rwkv_train.command_config import ChatConfig
+from rwkv_train.commands import DTYPES, tokenizer_of
+from rwkv_train.feedback import Learner
+from rwkv_train.generate import Sampling
+
+
+def chat(config: ChatConfig) -> None:
+    """Talk to a model until the end of input or /quit."""
+    operators = frozenset(name.strip() for name in config.operators.split(",") if name.strip())
+    limits = {"queue": config.queue, "per_user": config.per_user, "rate": config.rate}
+    room = Room(config.prefix, config.pick, **limits, operators=operators, seed=config.seed)
+    opened = open_chat(config)
+    in_person = not (config.plain or config.room) and sys.stdin.isatty()
+    with opened.closing:
+        if config.dtype == "fp32":
+            teacher = open_teacher(opened, config, wait=not (in_person or config.room))
+            opened.add(teacher.commands(), teacher.settings(), before_answer=teacher.swap)
+        if in_person:
+            return in_terminal(opened)
+        if isinstance(sys.stdin, io.TextIOWrapper):  # bytes that are no UTF-8 are a mistake of one line, not the end
+            sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape", newline="\n")
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
+        if config.room:
+            in_room(opened, sys.stdin, room)
+        else:
+            in_plain(opened, sys.stdin)
+
+
+def open_chat(config: ChatConfig) -> Chat:
+    """The model, tokenizer and template that the settings name, as a chat about to begin."""
+    sampling = Sampling(**{f.name: getattr(config, f.name) for f in fields(Sampling)})
+    path = weights_in(config.model or opening.STARTER)
+    if not config.model and not path.is_file():
+        raise ValueError(f"the starter model is not there ({path}); name a model with --model")
+    model = load_model(path, DTYPES[config.dtype], config.device)
+    tokenizer = tokenizer_of(str(path), config.tokenizer, model.config.vocab_size)
+    dialogue = Dialogue(model, tokenizer, template_of(path, config.template), sampling, config.seed, config.tokens)
+    dialogue.system(config.system)
+    return Chat(dialogue, data_folder(config.folder))
+
+
+def open_teacher(chat: Chat, config: ChatConfig, wait: bool) -> Teacher:
+    """What corrects the chat's model, until the chat ends; wait: see `Teacher`."""
+    dialogue, model = chat.dialogue, config.model or opening.STARTER
+    folder = profile_folder(chat.folder, config.profile, model)
+    learner = Learner(dialogue.model, dialogue.tokenizer, folder, dialogue.template)
+    chat.closing.callback(learner.close)
+    return chat.closing.enter_context(Teacher(chat, learner, wait))

@@ -1,0 +1,197 @@
+"""A chat: a dialogue, the slash commands and settings that go with it, and showing one answer after the other."""
+
+import re
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+from rwkv_train.chat.dialogue import Dialogue
+from rwkv_train.generate import Sampling
+
+
+@dataclass(frozen=True)
+class Command:
+    """A slash command: how it is typed, one phrase for /help, and what it does.
+
+    run(chat, what follows the name) returns pieces of the answer; a ValueError becomes an answer of one line.
+    """
+
+    usage: str
+    phrase: str
+    run: Callable[["Chat", str], Iterable[str]]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What /settings shows and changes; set raises ValueError for a value that cannot be."""
+
+    get: Callable[[], object]
+    set: Callable[[str], None]
+
+
+class Chat:
+    """A dialogue and the commands that go with it; whoever shows it asks it to answer one line after the other.
+
+    commands, settings: by name; `add` takes more of them. closing: what must end with the chat, as
+    `chat.closing.callback(f)`. folder: for saved dialogues.
+    """
+
+    def __init__(self, dialogue: Dialogue, folder: Path):
+        self.dialogue, self.folder, self.done = dialogue, folder, False
+        self.commands = dict(COMMANDS)
+        self.settings = _settings(dialogue)
+        self._before_answer: list[Callable[[], None]] = []
+        self.closing = ExitStack()
+        self.status = ""  # what goes on in the background, in a few words
+        self._screen = threading.RLock()
+
+    def add(
+        self, commands: dict[str, Command], settings: dict[str, Setting], before_answer: Callable[[], None]
+    ) -> None:
+        """Take in more commands and settings.
+
+        before_answer: called before each line is answered, between replies: the moment to give the dialogue another
+        model.
+        """
+        self.commands |= commands
+        self.settings |= settings
+        self._before_answer.append(before_answer)
+
+    def answer(self, line: str) -> Iterator[str]:
+        """Pieces of the answer to a message or slash command; what is wrong with it is an answer too."""
+        try:
+            for call in self._before_answer:
+                call()
+            if not line.startswith("/"):
+                yield from spoken(self.dialogue.say(line))
+                return
+            name, _, rest = line[1:].partition(" ")
+            if name in self.commands:
+                yield from self.commands[name].run(self, rest.strip())
+            else:
+                yield f"there is no command /{name}; /help lists them"
+        except (ValueError, OSError) as error:
+            yield " ".join(str(error).split())
+
+    def show(self, line: str, plain: bool = False) -> None:
+        """Print the answer to a line as it comes, and an empty line. Ctrl-C breaks the answer off.
+
+        plain: at once instead and without empty lines in it; then Ctrl-C goes on to the caller.
+        """
+        with self._screen, closing(self.answer(line)) as pieces:
+            if plain:
+                write(re.sub(r"\n\s*\n", "\n", "".join(pieces).strip()))
+            else:
+                try:
+                    for piece in pieces:
+                        write(piece)
+                except KeyboardInterrupt:
+                    pieces.close()
+                    write(" [stopped]")
+            write("\n\n")
+
+    def tell(self, text: str) -> None:
+        """Print something from any thread, between two answers."""
+        with self._screen:
+            write(text + "\n\n")
+
+
+def spoken(reply: Iterator[str]) -> Iterator[str]:
+    """A reply's pieces, or a note where there are none. Closing this breaks the reply off."""
+    empty = True
+    with closing(reply):
+        for piece in reply:
+            empty = False
+            yield piece
+    if empty:
+        yield "(empty reply)"
+
+
+def _help(chat: Chat, rest: str) -> Iterable[str]:
+    return ["\n".join(f"{c.usage:<28}{c.phrase}" for c in chat.commands.values())]
+
+
+def _retry(chat: Chat, rest: str) -> Iterable[str]:
+    return spoken(chat.dialogue.retry())
+
+
+def _back(chat: Chat, rest: str) -> Iterable[str]:
+    chat.dialogue.back(number(rest or "1", int))
+    turns = chat.dialogue.turns
+    return [f"back at: {turns[-1].reply}" if turns else "back at the beginning"]
+
+
+def _state(chat: Chat, rest: str) -> Iterable[str]:
+    action, _, name = rest.partition(" ")
+    name = name.strip()
+    if action not in ("save", "load") or not re.fullmatch(r"[\w-]+", name):
+        raise ValueError("write /state save NAME or /state load NAME, with letters, digits, - and _ in NAME")
+    path = chat.folder / "dialogues" / f"{name}.state"
+    if action == "save":
+        chat.dialogue.save(path)
+        return [f"saved {len(chat.dialogue.turns)} turns as {name}"]
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in path.parent.glob("*.state"))) or "none"
+        raise ValueError(f"no dialogue is saved as {name}; there are: {known}")
+    chat.dialogue.load(path)
+    return [f"loaded {len(chat.dialogue.turns)} turns; the last reply was: {chat.dialogue.last().reply}"]
+
+
+def _system(chat: Chat, rest: str) -> Iterable[str]:
+    chat.dialogue.system(rest)
+    return ["goes before your next message" if rest else "no system message before your next message"]
+
+
+def _set(chat: Chat, rest: str) -> Iterable[str]:
+    name, _, value = rest.partition(" ")
+    if not name:
+        return ["\n".join(f"{name:<20}{s.get()}" for name, s in chat.settings.items())]
+    if name not in chat.settings:
+        raise ValueError(f"there is no setting {name}; there are: {', '.join(chat.settings)}")
+    if value:
+        chat.settings[name].set(value.strip())
+    return [f"{name} {chat.settings[name].get()}"]
+
+
+def _quit(chat: Chat, rest: str) -> Iterable[str]:
+    chat.done = True
+    return ["bye"]
+
+
+COMMANDS = {
+    "help": Command("/help", "list the commands", _help),
+    "retry": Command("/retry", "another reply to your last message", _retry),
+    "back": Command("/back [N]", "unsay the last turn, or the last N", _back),
+    "state": Command("/state save|load NAME", "keep the conversation, or go on with a kept one", _state),
+    "system": Command("/system TEXT", "a system message before your next message", _system),
+    "settings": Command("/settings [NAME [VALUE]]", "show or change how replies are sampled", _set),
+    "quit": Command("/quit", "leave, as does Ctrl-D", _quit),
+}
+
+
+def _settings(dialogue: Dialogue) -> dict[str, Setting]:
+    def sampled(name: str, kind: type) -> Setting:
+        def change(value: str) -> None:
+            dialogue.sampling = replace(dialogue.sampling, **{name: number(value, kind)})
+
+        return Setting(lambda: getattr(dialogue.sampling, name), change)
+
+    found = {f.name: sampled(f.name, f.type) for f in fields(Sampling)}
+    found["seed"] = Setting(lambda: dialogue.rng.initial_seed(), lambda value: dialogue.reseed(number(value, int)))
+    found["tokens"] = Setting(lambda: dialogue.max_new_tokens, lambda value: dialogue.limit(number(value, int)))
+    return found
+
+
+def number(text: str, kind: type) -> int | float:
+    try:
+        return kind(text)
+    except ValueError:
+        raise ValueError(f"expected {'a whole number' if kind is int else 'a number'}, found {text!r}") from None
+
+
+def write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
