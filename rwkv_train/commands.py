@@ -12,12 +12,13 @@ from rwkv_train.checkpoints.modelfile import load_model, parts_of, save_adapter,
 from rwkv_train.cli import parse
 from rwkv_train.command_config import ExportConfig, GenerateConfig, InspectConfig, ValidateConfig
 from rwkv_train.data.batches import make_batches
-from rwkv_train.data.lanes import LaneBatches, split
+from rwkv_train.data.lanes import LaneBatches, split, trained_tokens
 from rwkv_train.data.store import Store
 from rwkv_train.evaluate import Score, Scorer, byte_lengths, position_table
 from rwkv_train.generate import Sampling, generate_text
 from rwkv_train.models.loss import IGNORE_INDEX
 from rwkv_train.tokenizer import Tokenizer, load_tokenizer
+from rwkv_train.train.runlog import read_metrics
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -31,6 +32,8 @@ def validate(config: ValidateConfig) -> None:
     model = load_model(config.model)
     training, held_out = split(store, val_share)
     documents = held_out if val_share else training
+    if config.data is None:
+        _check_same_part(Path(config.model), int(trained_tokens(store, documents).sum()))
     batches = LaneBatches(
         store,
         documents,
@@ -41,7 +44,8 @@ def validate(config: ValidateConfig) -> None:
     tokenizer = store.tokenizer() or (load_tokenizer(config.tokenizer) if config.tokenizer else None)
     score = _score(model, batches, tokenizer, forget=False)
     forgotten = _score(model, batches, tokenizer, forget=True) if config.compare else None
-    bits = "unknown (no tokenizer)" if score.bits_per_byte is None else f"{score.bits_per_byte:.4f}"
+    without = "unknown (no tokenizer)" if score.bytes is None else "none (no text)"
+    bits = without if score.bits_per_byte is None else f"{score.bits_per_byte:.4f}"
     print(f"{data}: {len(documents):,} documents, {score.tokens:,} tokens scored\n")
     print(f"loss            {score.loss:.4f}\nperplexity      {score.perplexity:.3f}\nbits per byte   {bits}\n")
     print(position_table(score, forgotten, config.chunk_len))
@@ -60,6 +64,20 @@ def _held_out(run: Path) -> tuple[str, float]:
     if not data["val"] and not data["val_share"]:
         raise ValueError(f"the run {run} held nothing out; say what to score it on with --data STORE")
     return (data["val"], 0.0) if data["val"] else (data["path"], data["val_share"])
+
+
+def _check_same_part(run: Path, tokens: int) -> None:
+    """ValueError where what a run scored while it trained is not what would be scored now: it may have been trained."""
+    metrics = run / "metrics.jsonl"
+    scored = [r["val_tokens"] for r in read_metrics(metrics) if "val_tokens" in r] if metrics.is_file() else []
+    if not scored:
+        print(f"{run} recorded no validation: what it held out is taken to be what it would hold out now")
+    elif scored[-1] != tokens:
+        raise ValueError(
+            f"{run} scored {scored[-1]:,} tokens while it trained, and would score {tokens:,} now: its text, or the "
+            "way it is split, is another one since, so that some of these may have been trained; say what to score "
+            "it on with --data STORE"
+        )
 
 
 def _score(model, batches: LaneBatches, tokenizer: Tokenizer | None, forget: bool) -> Score:

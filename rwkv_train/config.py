@@ -95,7 +95,8 @@ class DataConfig:
     """a second store to validate on; without it a share of path is held out"""
 
     val_share: float = 0.02
-    """share of the documents held out for validation when val is not given; 0 does not validate"""
+    """share of the trained tokens held out for validation when val is not given, in whole documents where that comes
+    near it; 0 does not validate"""
 
     val_lanes: int = 8
     """rows of a validation batch"""

@@ -18,7 +18,7 @@ BUCKETS = 40
 
 
 def perplexity(loss: float) -> float:
-    """exp of a loss in nats, finite also for a hopeless one."""
+    """exp of a loss in nats, finite also for a hopeless one; nan for no loss."""
     return math.exp(min(loss, 700))
 
 
@@ -44,8 +44,8 @@ class Score:
 
     @property
     def loss(self) -> float:
-        """Mean nats a token."""
-        return float(self.nats.sum()) / max(self.tokens, 1)
+        """Mean nats a token; nan where no token was scored, which is not a good result but none."""
+        return float(self.nats.sum()) / self.tokens if self.tokens else math.nan
 
     @property
     def perplexity(self) -> float:
@@ -53,7 +53,7 @@ class Score:
 
     @property
     def bits_per_byte(self) -> float | None:
-        """Comparable between tokenizers; None where the tokenizer is not known."""
+        """Comparable between tokenizers; None where the tokenizer is not known, or no text was scored."""
         return float(self.nats.sum()) / math.log(2) / self.bytes if self.bytes else None
 
     def by_position(self) -> list[tuple[int, int, float, int]]:

@@ -56,6 +56,12 @@ def test_score_is_that_of_each_document_alone(lanes, width, generation):
     assert "position" in position_table(ours, ours, width)
 
 
+def test_nothing_scored_is_no_result():
+    nothing = Scorer(random_model(), np.zeros(31, int)).score()
+    assert math.isnan(nothing.loss) and math.isnan(nothing.perplexity)
+    assert nothing.bits_per_byte is None and nothing.by_position() == []
+
+
 def test_forgetting_differs_only_after_the_first_chunk():
     model, store = random_model(dtype=torch.float64), small_store()
     carried, dropped = score(model, store, 1, 16), score(model, store, 1, 16, forget=True)

@@ -7,6 +7,7 @@ name when all of it is on the disk.
 
 import hashlib
 import json
+import math
 import re
 import shutil
 import sys
@@ -85,16 +86,21 @@ def prune(run: Path, keep: int, best: int) -> None:
 
 
 def is_best(run: Path, score: float, best: int) -> bool:
-    """Whether a validation loss is among the `best` lowest of the checkpoints kept so far."""
+    """Whether a validation loss is among the `best` lowest of the checkpoints kept so far; one that is no number never
+    is."""
+    if not math.isfinite(score):
+        return False
     scores = sorted(s for path in run_checkpoints(run) if (s := _score(path)) is not None)
     return best > 0 and (len(scores) < best or score < scores[best - 1])
 
 
 def _score(path: Path) -> float | None:
+    """The validation loss of a checkpoint; None where it has none, or one that is no finite number."""
     try:
-        return _manifest(path).get("val_loss")
+        score = _manifest(path).get("val_loss")
     except (ValueError, OSError, AttributeError):
         return None
+    return score if isinstance(score, int | float) and math.isfinite(score) else None
 
 
 def _manifest(path: Path) -> dict:

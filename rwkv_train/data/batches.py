@@ -1,14 +1,17 @@
 """Settings and a store -> what every step of a run reads."""
 
 from rwkv_train.config import DataConfig, FitConfig
-from rwkv_train.data.lanes import Documents, LaneBatches, split
+from rwkv_train.data.lanes import Documents, LaneBatches, split, trained_tokens
 from rwkv_train.data.store import Store
 
 
 def make_batches(config: FitConfig, store: Store, vocab_size: int | None) -> tuple[LaneBatches, LaneBatches | None]:
     """Training and validation batches for all lanes; `OnlineTrainingModule.setup` takes each rank's rows."""
     data = config.data
-    train, val = split(store, 0 if data.val else data.val_share)
+    share = 0 if data.val else data.val_share
+    train, val = split(store, share)
+    if share:
+        _say_share(store, train, val, share)
     if len(train) < data.lanes:
         cut = train.cut(-(-train.tokens // data.lanes))
         print(
@@ -28,6 +31,17 @@ def make_batches(config: FitConfig, store: Store, vocab_size: int | None) -> tup
         vocab_size=vocab_size,
     )
     return batches, validation_batches(data, store, val, vocab_size, config.train.devices * config.train.nodes)
+
+
+def _say_share(store: Store, train: Documents, val: Documents, asked: float) -> None:
+    """A split that takes most of the text, or comes nowhere near what was asked for, is told."""
+    held_out, left = (int(trained_tokens(store, part).sum()) for part in (val, train))
+    share = held_out / (held_out + left)
+    if share > 0.5 or not asked / 2 <= share <= 2 * asked:
+        print(
+            f"{store.path}: data.val_share {asked:g} holds out {held_out:,} of {held_out + left:,} trained tokens, "
+            f"{share:.0%}; {left:,} ({1 - share:.0%}) are left to train on"
+        )
 
 
 def validation_batches(

@@ -32,6 +32,10 @@ class Documents:
     def tokens(self) -> int:
         return int(self.lengths.sum())
 
+    def some(self, which: np.ndarray) -> "Documents":
+        """Those at these places, or where this is true."""
+        return Documents(self.starts[which], self.lengths[which])
+
     def cut(self, longest: int) -> "Documents":
         """The same text with documents over `longest` tokens cut into equal pieces, each a document of its own."""
         counts = -(-self.lengths // longest)
@@ -42,29 +46,87 @@ class Documents:
 
 
 def split(store: Store, held_out: float) -> tuple[Documents, Documents]:
-    """(training, validation) documents: whole documents drawn at random, the same in every run.
+    """(training, validation) documents: about this share of the trained tokens is held out, the same in every run.
 
-    Where the share comes to less than one document, the end of the longest one is held out instead.
+    Whole documents are drawn at random, this share of them. Where those do not have half to twice the share of the
+    trained tokens, as many are drawn as come closest to it, none of them larger than it; where whole documents cannot
+    come near it, the end of the one that is trained most is held out.
     """
     if not 0 <= held_out < 1:
         raise ValueError(f"the held-out share must be at least 0 and below 1, found {held_out}")
-    starts, lengths = np.asarray(store.offsets, np.int64), np.asarray(store.lengths, np.int64)
-    kept = lengths > 0
-    starts, lengths = starts[kept], lengths[kept]
-    if not len(lengths):
+    lengths = np.asarray(store.lengths, np.int64)
+    documents = Documents(np.asarray(store.offsets, np.int64), lengths).some(lengths > 0)
+    if not len(documents):
         raise ValueError(f"{store.path} holds no tokens; prepare it again from text that has some")
     if held_out == 0:
-        return Documents(starts, lengths), Documents(starts[:0], lengths[:0])
-    count = round(held_out * len(lengths))
-    if count:
-        val = np.zeros(len(lengths), bool)
-        val[np.random.default_rng(0).permutation(len(lengths))[:count]] = True
-        return Documents(starts[~val], lengths[~val]), Documents(starts[val], lengths[val])
-    longest = int(lengths.argmax())
-    tail = min(max(1, round(held_out * lengths.sum())), int(lengths[longest]) // 2)
-    train = lengths.copy()
-    train[longest] -= tail
-    return Documents(starts, train), Documents(starts[longest : longest + 1] + train[longest], np.array([tail]))
+        return documents, documents.some(np.zeros(0, int))
+    total = _all_trained(store)
+    wanted = max(1.0, held_out * total)
+    count = round(held_out * len(documents))
+    order = np.random.default_rng(0).permutation(len(documents))
+    drawn = order[:count]
+    if count and not _near(trained_tokens(store, documents.some(drawn)).sum(), wanted, total):
+        drawn = _draw(trained_tokens(store, documents), order, wanted, total)
+    if not len(drawn):
+        return _cut_end(store, documents, wanted)
+    val = np.zeros(len(documents), bool)
+    val[drawn] = True
+    return documents.some(~val), documents.some(val)
+
+
+def trained_tokens(store: Store, documents: Documents) -> np.ndarray:
+    """How many tokens of each document are trained, int64 [D]."""
+    if store.mask is None:
+        return documents.lengths
+    places = zip(documents.starts.tolist(), documents.lengths.tolist(), strict=True)
+    return np.fromiter((np.count_nonzero(store.mask[s : s + n]) for s, n in places), np.int64, len(documents))
+
+
+def _all_trained(store: Store) -> int:
+    if store.mask is None:
+        return len(store.tokens)
+    return store.manifest["trained_tokens"] if store.manifest else int(np.count_nonzero(store.mask))
+
+
+def any_trained(store: Store, documents: Documents) -> bool:
+    """Whether there is anything to learn or to score."""
+    if store.mask is None:
+        return documents.tokens > 0
+    places = zip(documents.starts.tolist(), documents.lengths.tolist(), strict=True)
+    return any(store.mask[s : s + n].any() for s, n in places)
+
+
+def _near(found: int, wanted: float, total: int) -> bool:
+    """Whether so many held-out tokens are about as many as wanted, and leave some to train on."""
+    return wanted / 2 <= found <= 2 * wanted and found < total
+
+
+def _draw(counts: np.ndarray, order: np.ndarray, wanted: float, total: int) -> np.ndarray:
+    """The first documents in this order, without those of more than `wanted` trained tokens, that come closest to it;
+    none if all of them come to less than half."""
+    order = order[counts[order] <= wanted]
+    sums = np.cumsum(counts[order])
+    sums = sums[sums < total]
+    count = int(np.abs(sums - wanted).argmin()) + 1 if len(sums) else 0
+    return order[:count] if count and _near(sums[count - 1], wanted, total) else order[:0]
+
+
+def _cut_end(store: Store, documents: Documents, wanted: float) -> tuple[Documents, Documents]:
+    """Hold out the end of the document with most trained tokens, at most half of these."""
+    counts = trained_tokens(store, documents)
+    longest = int(counts.argmax())
+    start, length = int(documents.starts[longest]), int(documents.lengths[longest])
+    tail = min(max(1, round(wanted)), int(counts[longest]) // 2)
+    if not tail:
+        raise ValueError(
+            f"nothing can be held out of {store.path}: no document has two trained tokens; set the held-out share "
+            "(data.val_share) to 0, or give it more text"
+        )
+    if store.mask is not None:  # as many tokens as hold that many trained ones
+        tail = length - int(np.flatnonzero(store.mask[start : start + length])[-tail])
+    lengths = documents.lengths.copy()
+    lengths[longest] -= tail
+    return Documents(documents.starts, lengths), Documents(np.array([start + length - tail]), np.array([tail]))
 
 
 class Schedule:
@@ -143,9 +205,17 @@ class LaneBatches(Dataset):
         steps: int | None = None,
         vocab_size: int | None = None,
     ):
-        """steps None: one pass over the documents, longest first, rows that have run out padded with -100."""
+        """steps None: one pass over the documents, longest first, rows that have run out padded with -100.
+
+        Raises ValueError for documents that train no token: there would be nothing to learn, and nothing to score.
+        """
         if not documents.tokens:
             raise ValueError(f"no documents to read in this part of {store.path}; give it more text")
+        if not any_trained(store, documents):
+            raise ValueError(
+                f"nothing to {'score' if steps is None else 'train on'} in this part of {store.path}: none of its "
+                f"{documents.tokens:,} tokens is trained; give it more text whose answers are trained"
+            )
         self.store, self.documents, self.width = store, documents, tokens_per_row
         self.all_lanes, self.first, self.lanes = lanes, 0, lanes
         self.accumulate, self.vocab_size = accumulate, vocab_size

@@ -1,5 +1,6 @@
 """What happens between optimizer steps: signals, figures and validation, checkpoints. In this order."""
 
+import math
 import shutil
 import signal
 import time
@@ -116,7 +117,7 @@ class Monitor(BetweenSteps):
         module.reset_sums()
         seconds = (self.busy + self.waited) / self.steps
         read = self.config.data.lanes * module.train_batches.width * trainer.accumulate_grad_batches
-        loss = nats / max(tokens, 1)
+        loss = nats / tokens if tokens else math.nan  # no trained token in these steps, or none that was finite
         record = {
             "step": trainer.global_step,
             "tokens": trainer.global_step * read,

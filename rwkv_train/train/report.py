@@ -78,10 +78,17 @@ def _summary(records: list[dict]) -> str:
             ("steps skipped", f"{last['skipped']}"),
         ]
     if scores:
-        rows.append(("validation loss", f"{scores[0]['val_loss']:.4f} → {scores[-1]['val_loss']:.4f}"))
-        best = min(scores, key=lambda r: r["val_loss"])
-        rows.append(("best validation", f"{best['val_loss']:.4f} at step {best['step']:,}"))
+        rows.append(("validation loss", f"{_figure_of(scores[0])} → {_figure_of(scores[-1])}"))
+        finite = [r for r in scores if isinstance(r["val_loss"], int | float)]
+        best = min(finite, key=lambda r: r["val_loss"], default=None)
+        rows.append(("best validation", f"{_figure_of(best)} at step {best['step']:,}" if best else "none is a number"))
     return _table(rows) if rows else "<p>Nothing was recorded yet.</p>"
+
+
+def _figure_of(record: dict) -> str:
+    """A validation's loss; one that is no finite number was recorded as text."""
+    loss = record["val_loss"]
+    return f"{loss:.4f}" if isinstance(loss, int | float) else str(loss)
 
 
 def _curve(curve: Curve, records: list[dict], folder: Path) -> Path | None:

@@ -79,8 +79,9 @@ class RunLog:
     def train(self, record: dict) -> None:
         """One training record: step, loss, perplexity, lr, tokens_per_s, memory_mb, eta_s and more."""
         self._write(record)
+        loss = f"loss {record['loss']:.3f}, ppl {record['perplexity']:.1f}"
         line = (
-            f"loss {record['loss']:.3f}, ppl {record['perplexity']:.1f}, lr {record['lr']:.2g}, "
+            f"{'no loss: nothing was trained' if math.isnan(record['loss']) else loss}, lr {record['lr']:.2g}, "
             f"{record['tokens_per_s']:,.0f} tok/s, {record['memory_mb']:,.0f} MB"
         )
         if not self._bar.disable:

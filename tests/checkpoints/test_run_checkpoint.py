@@ -1,5 +1,6 @@
 """Checkpoints of a run: whole or not there, damage is found, and the one before is used."""
 
+import math
 import os
 import shutil
 
@@ -71,6 +72,8 @@ def test_the_newest_and_the_best_are_kept(run, tmp_path):
     copy = shutil.copytree(run, tmp_path / "run")
     for step, score in ((15, 7.0), (20, 6.0), (25, None)):
         save_point(copy, step, random_model(), val_loss=score)
+    save_point(copy, 12, random_model(), val_loss=math.nan)
+    assert not is_best(copy, math.nan, 9)
     assert is_best(copy, 6.5, 3) and not is_best(copy, 6.5, 2) and not is_best(copy, 0.0, 0)
     prune(copy, keep=1, best=2)
     assert [p.name[-2:] for p in run_checkpoints(copy)] == ["05", "20", "25"]

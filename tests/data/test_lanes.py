@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from runs import EOD, store_of
 
-from rwkv_train.data.lanes import Documents, LaneBatches, Schedule, split
+from rwkv_train.data.lanes import Documents, LaneBatches, Schedule, split, trained_tokens
 
 
 def batches_of(store, documents=None, **kwargs):
@@ -117,7 +117,12 @@ def test_cut_keeps_the_text(lengths, longest):
 @given(lengths_strategy, st.floats(0, 0.9))
 def test_split_shares_the_tokens_out(lengths, share):
     store = store_of(lengths)
+    if sum(lengths) == 1 and share:
+        with pytest.raises(ValueError, match="nothing can be held out"):
+            split(store, share)
+        return
     parts = split(store, share)
+    assert all(p.tokens for p in parts) or not share
     seen = [range(s, s + n) for p in parts for s, n in zip(p.starts, p.lengths, strict=True)]
     assert sorted(i for r in seen for i in r) == list(range(len(store.tokens)))
 
@@ -126,6 +131,59 @@ def test_split_of_a_single_book_holds_out_its_end():
     train, val = split(store_of([1000]), 0.05)
     assert (train.starts.tolist(), train.lengths.tolist()) == ([0], [950])
     assert (val.starts.tolist(), val.lengths.tolist()) == ([950], [50])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=40), st.floats(0.01, 0.5), st.integers(1, 4), st.data())
+def test_the_share_held_out_is_that_of_the_trained_tokens(lengths, share, every, data):
+    """Between half of it and twice of it, in every text that has parts so small."""
+    store = store_of(lengths)
+    store.mask = (np.arange(len(store.tokens)) % every == 0).astype(np.uint8)
+    for start, n in zip(store.offsets, store.lengths, strict=True):
+        if data.draw(st.booleans()):
+            store.mask[start : start + n] = 0
+    store.mask[int(store.offsets[0])] = 1
+    total = store.mask.sum()
+    if max(trained_tokens(store, split(store, 0)[0])) < 2:
+        return
+    train, val = (trained_tokens(store, part).sum() for part in split(store, share))
+    assert train + val == total and train
+    wanted = max(1, share * total)
+    assert wanted / 2 - 1 <= val <= 2 * wanted
+
+
+def test_one_long_document_among_short_ones_is_not_what_is_held_out():
+    lengths = [16] * 49
+    lengths.insert(int(np.random.default_rng(0).permutation(50)[0]), 20_000)  # the one that is drawn first
+    train, val = split(store_of(lengths), 0.02)
+    assert set(val.lengths) == {16} and 0.015 < val.tokens / sum(lengths) < 0.025
+    assert train.lengths.max() == 20_000
+
+
+def test_documents_are_drawn_as_ever_where_that_is_about_the_share():
+    train, val = split(store_of([20] * 100), 0.05)
+    drawn = np.sort(np.random.default_rng(0).permutation(100)[:5])
+    assert (val.starts // 20).tolist() == drawn.tolist() and len(train) == 95
+
+
+def test_the_end_of_a_document_is_measured_in_trained_tokens():
+    store = store_of([100])
+    store.mask = np.zeros(100, np.uint8)
+    store.mask[:40] = 1
+    train, val = split(store, 0.1)
+    assert (train.lengths.tolist(), val.starts.tolist(), val.lengths.tolist()) == ([36], [36], [64])
+
+
+def test_a_part_that_trains_nothing_is_refused():
+    store = store_of([5, 4])
+    store.mask = np.array([1, 1, 1, 1, 1, 0, 0, 0, 0], np.uint8)
+    untrained = split(store, 0)[0].some(np.array([1]))
+    for steps, what in ((None, "nothing to score"), (3, "nothing to train on")):
+        with pytest.raises(ValueError, match=f"{what} in this part of memory: none of its 4 tokens is trained"):
+            LaneBatches(store, untrained, tokens_per_row=4, lanes=1, steps=steps)
+    store.mask[:] = 0
+    with pytest.raises(ValueError, match="nothing can be held out"):
+        split(store, 0.1)
 
 
 def test_clear_errors():

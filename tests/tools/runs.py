@@ -21,7 +21,9 @@ def store_of(lengths, mask=None):
     lengths = np.array([len(t) for t in texts])
     tokens = np.array([t for text in texts for t in text])
     places = {"offsets": np.cumsum(lengths) - lengths, "lengths": lengths}
-    return SimpleNamespace(path="memory", tokens=tokens, mask=mask, eod=EOD, check=lambda *_: None, **places)
+    return SimpleNamespace(
+        path="memory", tokens=tokens, mask=mask, manifest=None, eod=EOD, check=lambda *_: None, **places
+    )
 
 
 def store_in(folder: Path) -> Path:

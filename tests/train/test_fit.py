@@ -1,5 +1,6 @@
 """Whole runs on small models: the loss falls, resumed = uninterrupted, two processes = one, settings that clash."""
 
+import json
 import os
 import shutil
 import signal
@@ -14,9 +15,10 @@ import yaml
 from helpers import assert_close_rel
 from runs import config_of, losses_of, metrics, model_of, weights
 
-from rwkv_train.cli import parse
+from rwkv_train.cli import main, parse
 from rwkv_train.config import DataConfig, LogConfig, ModelConfig, TrainConfig
 from rwkv_train.data.lanes import LaneBatches
+from rwkv_train.data.prepare import PrepareConfig, prepare
 from rwkv_train.train.fit import fit
 
 ROOT = Path(__file__).parents[2]
@@ -45,6 +47,27 @@ def test_a_second_run_of_the_same_name_gets_a_number(store, tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {"run", "run-2"}
     config, _ = parse("fit", ["--config", str(tmp_path / "run-2" / "config.yaml"), "--resume"])
     assert config == config_of(store, tmp_path, train=small, name="run-2")
+
+
+def test_steps_without_a_trained_token_have_no_loss(tmp_path, capsys):
+    """The prompts fill the first step; what is held out is what the run is scored on later."""
+    lines = [json.dumps({"prompt": "long " * 20, "completion": "yes"}) for _ in range(8)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
+    prepare(PrepareConfig([str(tmp_path / "pairs.jsonl")], str(tmp_path / "store"), tokenizer="bytes"))
+    config = config_of(tmp_path / "store", tmp_path, train=TrainConfig(steps=1, log_every=1, device="cpu"))
+    fit(replace(config, data=replace(config.data, lanes=1, val_share=0.8)))
+    (record,) = [r for r in metrics(tmp_path / "run") if "loss" in r]
+    out, err = capsys.readouterr()
+    assert record["loss"] == record["perplexity"] == "nan" and "no loss: nothing was trained" in err
+    assert "data.val_share 0.8 holds out 24 of 32 trained tokens, 75%; 8 (25%) are left to train on" in out
+    with pytest.raises(SystemExit, match="0"):
+        main(["validate", "--model", str(tmp_path / "run")])
+    assert "24 tokens scored" in capsys.readouterr().out
+    with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 2, "val_loss": 1.0, "val_tokens": 7}\n')
+    with pytest.raises(SystemExit, match="1"):
+        main(["validate", "--model", str(tmp_path / "run")])
+    assert "scored 7 tokens while it trained, and would score 24 now" in capsys.readouterr().err
 
 
 def test_interrupted_and_resumed_is_uninterrupted(finished_of, store, tmp_path, monkeypatch, capsys, generation):

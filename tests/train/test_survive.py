@@ -186,6 +186,10 @@ def test_a_report_needs_nothing_else_and_works_on_an_unfinished_run(finished, tm
     assert "run &lt;1&gt;" in page and "step=00000008" in page and "weight_decay" in page and "Samples" in page
     assert not re.search(r"(src|href)=\"(?!data:)", page)
     assert page.count("data:image/png") == len(list((run / "report").glob("*.png"))) == 7
+    (run / "metrics.jsonl").write_text('{"step": 3, "val_loss": "nan"}\n')
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["report", str(run)])
+    assert "none is a number" in (run / "report.html").read_text(encoding="utf-8")
     (run / "metrics.jsonl").write_text("")
     with pytest.raises(SystemExit, match="0"):
         cli.main(["report", str(run)])
