@@ -4,6 +4,7 @@ import ast
 import io
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -152,6 +153,20 @@ def test_the_tree_names_every_room():
     tree = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     for name in {room(path) for path in MODULES} - {"__init__"}:
         assert re.search(rf"^  {name}(/|\.py) ", tree, re.MULTILINE), f"the tree in CONTRIBUTING.md lacks {name}"
+
+
+def test_what_lies_about_does_not_change_the_style(tmp_path):
+    """A run's folder is no package of ours, and what is built or installed beside the tree is not judged."""
+    for folder in ("runs/quickstart", "helpers", "data/book", "site/rwkv_train", "build/lib/rwkv_train", "tests"):
+        (tmp_path / folder).mkdir(parents=True)
+    imports = ["import os", "", "import pytest", "from helpers import run", "from runs import store_in", ""]
+    used = ["from rwkv_train import cli", "", "print(os, pytest, run, store_in, cli)", ""]
+    (tmp_path / "tests" / "test_a.py").write_text("\n".join(imports + used))
+    for name in ("site/rwkv_train/a.py", "build/lib/rwkv_train/a.py", "runs/a.py", "data/a.py", "a.py"):
+        (tmp_path / name).write_text("import sys,os")
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    done = subprocess.run([sys.executable, "-m", "ruff", "check", "."], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_style():
