@@ -4,11 +4,11 @@ import json
 import sys
 from pathlib import Path
 
-import torch
 import yaml
 from tqdm import tqdm
 
-from rwkv_train.checkpoints.modelfile import load_model, parts_of, save_adapter, save_model
+from rwkv_train.checkpoints.modelfile import load_model, save_adapter, save_model
+from rwkv_train.checkpoints.opener import DTYPES, format_of, open_model
 from rwkv_train.cli import parse
 from rwkv_train.command_config import ExportConfig, GenerateConfig, InspectConfig, ValidateConfig
 from rwkv_train.data.batches import make_batches
@@ -19,8 +19,6 @@ from rwkv_train.generate import Sampling, generate_text
 from rwkv_train.models.loss import IGNORE_INDEX
 from rwkv_train.tokenizer import Tokenizer, load_tokenizer
 from rwkv_train.train.runlog import read_metrics
-
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def validate(config: ValidateConfig) -> None:
@@ -100,8 +98,7 @@ def _figures(score: Score) -> dict:
 def generate(config: GenerateConfig) -> None:
     """Print a prompt and its continuation as it is written."""
     sampling = Sampling(config.temperature, config.top_p, config.top_k)
-    model = load_model(config.model, device=config.device)
-    tokenizer = tokenizer_of(config.model, config.tokenizer, model.config.vocab_size)
+    model, tokenizer, _ = open_model(config.model, config.tokenizer, device=config.device, for_chats=False)
     prompt = config.prompt.replace("\\n", "\n")
     sys.stdout.write(prompt)
     for piece in generate_text(model, tokenizer, prompt, sampling, config.tokens, config.seed):
@@ -144,23 +141,7 @@ def export(config: ExportConfig) -> None:
         return
     model = load_model(config.model)
     folder = not Path(config.out).suffix or config.out.endswith("/")
-    tokenizer = Path(config.model) / "tokenizer.json"
-    save_model(
-        model,
-        config.out,
-        DTYPES[config.dtype] if config.dtype else None,
-        load_tokenizer(tokenizer) if folder and tokenizer.is_file() else None,
-    )
+    tokenizer = format_of(config.model).tokenizer if folder else None
+    save_model(model, config.out, DTYPES[config.dtype] if config.dtype else None, tokenizer)
     c = model.config
     print(f"{config.out}: {model.name}, {c.n_layer} layers x {c.n_embd} channels, vocabulary {c.vocab_size}")
-
-
-def tokenizer_of(model: str, given: str | None, vocab_size: int) -> Tokenizer:
-    """The tokenizer given, or tokenizer.json in a model's folder or beside its file, or World for 65,536 tokens."""
-    path = parts_of(model)[0]
-    beside = (path.parent if path.is_file() else path) / "tokenizer.json"
-    if given or beside.is_file():
-        return load_tokenizer(given or beside)
-    if vocab_size == 65536:
-        return load_tokenizer("world")
-    raise ValueError(f"{model} does not say which tokenizer it was trained with; give --tokenizer (JSON file or bytes)")

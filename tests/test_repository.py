@@ -25,8 +25,8 @@ MODULES = sorted((ROOT / "rwkv_train").rglob("*.py"))
 # Layers from the bottom up: a module may import from its own layer and those before it.
 LAYERS = [
     ["__init__", "ops", "wkv", "tokenizer", "config", "command_config", "files"],
-    ["models", "checkpoints"],
-    ["bptt", "generate", "evaluate", "data"],
+    ["models"],
+    ["bptt", "generate", "evaluate", "checkpoints", "data"],
     ["train", "feedback", "plan", "chat", "bench", "commands", "cli"],
 ]
 HEAVY = {"lightning": {"train"}, "deepspeed": {"train"}, "wandb": {"train"}, "datasets": {"data"}}

@@ -4,14 +4,17 @@ import json
 import sys
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from rwkv_train.bench.correction_cases import fact_cases, small_talk, strangers_talk
 from rwkv_train.bench.corrections import CONTROLS, SINGLES, Protocol, load_cases, plot, summary, table
 from rwkv_train.bench.measure import about, machine
 from rwkv_train.bench.settings import FeedbackBench
-from rwkv_train.chat.opening import STARTER, open_model
+from rwkv_train.chat.opening import STARTER
+from rwkv_train.checkpoints.opener import open_model
 from rwkv_train.feedback import FeedbackConfig
+from rwkv_train.feedback.decode import Form
 from rwkv_train.files import read_lines, read_text
 
 
@@ -20,8 +23,8 @@ def feedback(config: FeedbackBench) -> None:
     cases = load_cases(config.cases) if config.cases else fact_cases()
     unrelated = [line for _, line in read_lines(config.unrelated)] if config.unrelated else small_talk()
     heldout = [[(read_text(config.heldout), True)]] if config.heldout else strangers_talk()
-    model, form = open_model(config.model or STARTER, config.tokenizer, config.template)
-    protocol = Protocol(model, form, cases, unrelated, heldout)
+    model, *form = open_model(config.model or STARTER, config.tokenizer, config.template, torch.float32)
+    protocol = Protocol(model, Form(*form), cases, unrelated, heldout)
     columns = {f"N={n}": (FeedbackConfig(), n) for n in config.counts}
     columns |= {f"{name}, N={n}": (FeedbackConfig(**c), n) for name, c in CONTROLS.items() for n in config.controls}
     # A run of one correction says little: more of them.

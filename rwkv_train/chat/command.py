@@ -7,13 +7,12 @@ from dataclasses import fields
 from rwkv_train.chat import opening
 from rwkv_train.chat.dialogue import Dialogue
 from rwkv_train.chat.feedback_commands import Teacher
-from rwkv_train.chat.opening import data_folder, profile_folder, template_of, weights_in
+from rwkv_train.chat.opening import data_folder, profile_folder
 from rwkv_train.chat.room import Room
 from rwkv_train.chat.session import Chat
 from rwkv_train.chat.terminal import in_plain, in_room, in_terminal
-from rwkv_train.checkpoints.modelfile import load_model
+from rwkv_train.checkpoints.opener import DTYPES, open_model
 from rwkv_train.command_config import ChatConfig
-from rwkv_train.commands import DTYPES, tokenizer_of
 from rwkv_train.feedback import Learner
 from rwkv_train.generate import Sampling
 
@@ -44,12 +43,11 @@ def chat(config: ChatConfig) -> None:
 def open_chat(config: ChatConfig) -> Chat:
     """The model, tokenizer and template that the settings name, as a chat about to begin."""
     sampling = Sampling(**{f.name: getattr(config, f.name) for f in fields(Sampling)})
-    path = weights_in(config.model or opening.STARTER)
-    if not config.model and not path.is_file():
-        raise ValueError(f"the starter model is not there ({path}); name a model with --model")
-    model = load_model(path, DTYPES[config.dtype], config.device)
-    tokenizer = tokenizer_of(str(path), config.tokenizer, model.config.vocab_size)
-    dialogue = Dialogue(model, tokenizer, template_of(path, config.template), sampling, config.seed, config.tokens)
+    if not config.model and not opening.STARTER.exists():
+        raise ValueError(f"the starter model is not there ({opening.STARTER}); name a model with --model")
+    name, dtype = config.model or opening.STARTER, DTYPES[config.dtype]
+    opened = open_model(name, config.tokenizer, config.template, dtype, config.device)
+    dialogue = Dialogue(*opened, sampling, config.seed, config.tokens)
     dialogue.system(config.system)
     return Chat(dialogue, data_folder(config.folder))
 

@@ -3,9 +3,11 @@
 import sys
 from collections import Counter
 
+import torch
 from tqdm import tqdm
 
-from rwkv_train.chat.opening import data_folder, open_model, profile_folder
+from rwkv_train.chat.opening import data_folder, profile_folder
+from rwkv_train.checkpoints.opener import open_model
 from rwkv_train.command_config import FeedbackFileConfig
 from rwkv_train.feedback import Correction, Learner
 from rwkv_train.files import BadJSON, counted, parse_json, read_lines
@@ -19,9 +21,9 @@ def feedback(config: FeedbackFileConfig) -> int:
         raise ValueError(f"{config.file} holds no correction; put one on each line")
     if ignored:
         print(f"not used: {counted(ignored, 'correction')}", file=sys.stderr)
-    model, form = open_model(config.model, config.tokenizer, config.template)
+    model, tokenizer, template = open_model(config.model, config.tokenizer, config.template, torch.float32)
     folder = profile_folder(data_folder(config.folder), config.profile, config.model)
-    with Learner(model, form.tokenizer, folder, form.template) as learner:
+    with Learner(model, tokenizer, folder, template) as learner:
         for n, correction in corrections.items():  # all of them, before any is learnt
             try:
                 learner.check(correction)

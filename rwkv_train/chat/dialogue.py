@@ -198,7 +198,7 @@ class Dialogue:
         logits, state = prefill(model, prompt, turns[-1].state if turns else None)
         asked = Turn(user, system, prompt, state, version=self.version)
         self.turns, self.pending = [*turns, asked], None
-        reply = _Reply(self.tokenizer, self._end(), state)
+        reply = _Reply(self.tokenizer, self.template.end(), state)
         stop = frozenset([self.tokenizer.eod])
         try:
             for token, after in stream_tokens(model, logits, state, self.sampling, self.max_new_tokens, stop, self.rng):
@@ -212,15 +212,11 @@ class Dialogue:
                 state = prefill(model, rest, state)[1]
             self.turns[-1] = replace(asked, state=state, reply=reply.shown, ids=ids + rest, ended=reply.ended)
 
-    def _end(self) -> str:
-        """What the template writes after a reply."""
-        return self.template.roles["assistant"].split("{content}")[1]
-
     def _opening(self, turns: list[Turn]) -> list[int]:
         """What comes before a question: the end of the document before, or of a reply that did not end itself."""
         if not turns:
             return [self.tokenizer.eod]
-        return [] if turns[-1].ended else self.tokenizer.encode(self._end())
+        return [] if turns[-1].ended else self.tokenizer.encode(self.template.end())
 
     def _system(self, text: str) -> str:
         """A system message as the template writes it; nothing for none, also where there is no such role."""

@@ -28,9 +28,9 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def load_model(path: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> RWKV:
     """Open a model, in eval mode, with weights that no longer depend on the file.
 
-    path: a `.pth` or `.safetensors` file with BlinkDL's or Hugging Face's names, a Hugging Face directory,
-    a run directory (its newest checkpoint), or one checkpoint of a run. "BASE+ADAPTER" puts an adapter (see tuning.py)
-    on a model; that of a run comes with the run.
+    path: a `.pth` or `.safetensors` file with BlinkDL's or Hugging Face's names, a Hugging Face directory, a directory
+    with model.pth, a run directory (its newest checkpoint), or one checkpoint of a run. "BASE+ADAPTER" puts an adapter
+    (see models/adapters.py) on a model; that of a run comes with the run.
     dtype: None keeps the file's; if it mixes several, all get the widest.
     Raises FileNotFoundError if there is nothing at path, ValueError if there is no RWKV-4 or RWKV-7.
     """
@@ -129,14 +129,14 @@ def _weight_files(path: Path) -> list[Path]:
         return hf_files(path)
     if newest := newest_sound(path):
         return _weight_files(newest)
-    for name in (WEIGHTS, TRAINER):  # of one checkpoint
+    for name in (WEIGHTS, TRAINER, "model.pth"):  # of one checkpoint; of a folder as data/starter is
         if (path / name).is_file():
             return [path / name]
     others = sorted(p.name for p in path.iterdir() if p.suffix in (".pth", ".safetensors", ".ckpt"))
     hint = f"name the file to load ({', '.join(others[:3])})" if others else "check the name"
     raise ValueError(
-        f"{path} holds no model: found neither config.json (a Hugging Face directory) "
-        f"nor a sound checkpoints/step=N (a run); {hint}"
+        f"{path} holds no model: found neither config.json (a Hugging Face directory), "
+        f"nor model.pth, nor a sound checkpoints/step=N (a run); {hint}"
     )
 
 

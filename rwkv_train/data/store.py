@@ -24,6 +24,7 @@ from filelock import FileLock, Timeout
 
 from rwkv_train.data.binidx import REMAKE, map_file, read_binidx, token_dtype, write_index
 from rwkv_train.data.blocks import BLOCK, Blocks, checksums
+from rwkv_train.data.templates import Template
 from rwkv_train.files import sync, temporary_beside
 from rwkv_train.tokenizer import Tokenizer, load_tokenizer
 
@@ -99,6 +100,11 @@ class Store:
                 f"its fingerprint is {tokenizer.fingerprint[:12]}, the manifest says {expected}. {REMAKE}"
             )
         return tokenizer
+
+    def template(self) -> Template | None:
+        """How the store's chats are written; None if it does not say."""
+        request = (self.manifest or {}).get("request") or {}
+        return Template(**request["template"]) if request.get("template") else None
 
 
 def _read_manifest(path: Path) -> dict:

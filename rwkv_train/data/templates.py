@@ -83,8 +83,24 @@ class Template:
         before = self._form(role).split("{content}")[0].rstrip()
         return [text for text, _ in _merge([*self.segments(messages), (before, False)])]
 
+    def end(self, role: str = "assistant") -> str:
+        """What comes after a message of a role."""
+        return self._form(role).split("{content}")[1]
+
+    def other(self, there: "Template") -> str:
+        """How roles are written otherwise there, as 'user here, there'."""
+        names = [role for role in {**self.roles, **there.roles} if self.roles.get(role) != there.roles.get(role)]
+        return "; ".join(f"{role} as {self.roles.get(role)!r} here, {there.roles.get(role)!r} there" for role in names)
+
     def as_dict(self) -> dict:
         return asdict(self)
+
+    def save(self, path: str | Path) -> None:
+        """Write a YAML file that `load` reads back."""
+        import yaml
+
+        text = yaml.safe_dump(self.as_dict(), allow_unicode=True, sort_keys=False)
+        Path(path).write_text(text, encoding="utf-8")
 
     def _form(self, role: str) -> str:
         if role not in self.roles:

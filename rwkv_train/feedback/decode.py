@@ -40,7 +40,8 @@ class Form:
     def shown(self, ids: list[int], role: str = "assistant") -> str:
         """What a person sees of a decoded message."""
         text = self.tokenizer.decode(ids)
-        return (text.split(self.end(role))[0] if self.end(role) else text).strip()
+        end = self.template.end(role)
+        return (text.split(end)[0] if end else text).strip()
 
     def opening(self, role: str = "user") -> list[int]:
         """What comes before a message of a role ("User:"), where a sampled one begins."""
@@ -51,16 +52,12 @@ class Form:
         before = self.template.roles[role].split("{content}")[0]
         return self.tokenizer.encode(before[len(before.rstrip()) :] + text)
 
-    def end(self, role: str = "assistant") -> str:
-        """What comes after a message of a role."""
-        return self.template.roles[role].split("{content}")[1]
-
 
 def greedy(
     model: RWKV, form: Form, prompts: list[list[int]], state: State | None = None, most: int = DECODED
 ) -> list[list[int]]:
     """Ids of the greedy reply to each prompt with its end; None for a state is the beginning of a document."""
-    return decode(model, form.tokenizer, prompts, form.end(), state, most)
+    return decode(model, form.tokenizer, prompts, form.template.end(), state, most)
 
 
 @torch.no_grad()

@@ -89,7 +89,9 @@ class Guards:
             else:
                 rows.append(row)
         if questions:
-            replies = decode(base, form.tokenizer, list(map(form.prompt, questions)), form.end(), most=LONGEST, rng=rng)
+            replies = decode(
+                base, form.tokenizer, list(map(form.prompt, questions)), form.template.end(), most=LONGEST, rng=rng
+            )
             dialogues = [form.prompt(text) + reply for text, reply in zip(questions, replies, strict=True)]
         rows += dialogues
         # Only for the curvature: what the model says late in a dialogue has to stay as well.
@@ -179,7 +181,7 @@ class Guards:
 
     def _before(self, prompts: list[list[int]], now: list[list[int]]) -> list[list[int]]:
         """The base's greedy replies to prompts: mostly those of now, which reading them tells faster than decoding."""
-        replies, eod, end, others = list(now), self.form.tokenizer.eod, self.form.end(), []
+        replies, eod, end, others = list(now), self.form.tokenizer.eod, self.form.template.end(), []
         texts = [prompt + reply for prompt, reply in zip(prompts, now, strict=True)]
         counts = [1 + len(reply) for reply in now]
         best = predictions(self.base, texts, counts).argmax(-1).split(counts)
@@ -228,7 +230,7 @@ class Guards:
 def _spoken(base: RWKV, form: Form, role: str, rows: list[list[int]], rng: torch.Generator) -> list[list[int]]:
     """Dialogues with one more sampled message of a role."""
     begun = [row + form.opening(role) for row in rows]
-    said = decode(base, form.tokenizer, begun, form.end(role), most=LONGEST, rng=rng)
+    said = decode(base, form.tokenizer, begun, form.template.end(role), most=LONGEST, rng=rng)
     return [row + ids for row, ids in zip(begun, said, strict=True)]
 
 
@@ -248,7 +250,7 @@ def _wander(base: RWKV, form: Form, rng: torch.Generator) -> list[list[int]]:
 
 
 def _ended(form: Form, role: str, row: list[int]) -> bool:
-    return form.tokenizer.decode(row[-8:]).endswith(form.end(role))
+    return form.tokenizer.decode(row[-8:]).endswith(form.template.end(role))
 
 
 def _rarity(rows: list[list[int]], vocab_size: int) -> Tensor:

@@ -14,10 +14,12 @@ import lightning as L
 import torch
 
 from rwkv_train.checkpoints.modelfile import load_model
+from rwkv_train.checkpoints.opener import open_model
 from rwkv_train.checkpoints.run_checkpoint import TRAINER, newest_sound, run_checkpoints, verify
 from rwkv_train.config import FitConfig, LogConfig, ModelConfig
 from rwkv_train.data.batches import make_batches
 from rwkv_train.data.store import Store
+from rwkv_train.data.text_format import TextFormat
 from rwkv_train.evaluate import byte_lengths
 from rwkv_train.files import replace_file
 from rwkv_train.generate import Sampling, generate_text
@@ -47,8 +49,7 @@ def fit(config: FitConfig, resume: str | None = None) -> int:
     if rank == 0 and not checkpoint:
         run = run if resume else new_run(config.runs, config.name)
         write_config(run / "config.yaml", asdict(replace(config, name=run.name)))
-        if tokenizer:
-            tokenizer.save(run / "tokenizer.json")
+        TextFormat(tokenizer, store.template()).save(run)
     module = OnlineTrainingModule(model, config, train, val, byte_lengths(tokenizer, model.config.vocab_size))
     stopper, monitor = Stopper(), Monitor(config, run)
     saver = Saver(run, config, monitor)
@@ -213,16 +214,16 @@ def _farewell(config, run, trainer, monitor, tokenizer, stopped) -> None:
         print(f"Saved. Continue with:\n  python train.py fit --config {run}/config.yaml --resume")
         return
     if tokenizer:
-        _write_samples(config, run, trainer, tokenizer)
+        _write_samples(config, run, trainer)
     print(f"\nThe run is in {run}: config.yaml, metrics.jsonl, checkpoints/.\nNext:")
     print(f'  python train.py generate --model {run} --prompt "Once"')
     print(f"  python train.py validate --model {run}\n  python train.py report {run}")
     print(f"  python train.py export --model {run} --out model.pth")
 
 
-def _write_samples(config: FitConfig, run: Path, trainer: L.Trainer, tokenizer: Tokenizer) -> None:
+def _write_samples(config: FitConfig, run: Path, trainer: L.Trainer) -> None:
     """Continue the prompts of the settings: to the terminal, RUN/samples.jsonl and wandb."""
-    model, settings = load_model(run, dtype=torch.float32), config.samples
+    (model, tokenizer, _), settings = open_model(run, dtype=torch.float32, for_chats=False), config.samples
     sampling, samples = Sampling(settings.temperature, settings.top_p), []
     for i, prompt in enumerate(settings.prompts):
         text = "".join(generate_text(model, tokenizer, prompt, sampling, settings.tokens, seed=i))

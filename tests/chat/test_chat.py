@@ -18,6 +18,8 @@ from rwkv_train.chat.session import COMMANDS, Chat, Command
 from rwkv_train.chat.terminal import in_terminal
 from rwkv_train.cli import parse
 from rwkv_train.command_config import ChatConfig
+from rwkv_train.data.templates import Template
+from rwkv_train.data.text_format import TextFormat
 from rwkv_train.generate import Sampling
 from rwkv_train.tokenizer import load_tokenizer
 
@@ -28,8 +30,8 @@ BYTES = load_tokenizer("bytes")
 def model(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_model(random_model(vocab_size=257), "starter/model.pth")
-    BYTES.save("starter/tokenizer.json")
-    monkeypatch.setattr(opening, "STARTER", tmp_path / "starter" / "model.pth")
+    TextFormat(BYTES, Template()).save(tmp_path / "starter")
+    monkeypatch.setattr(opening, "STARTER", tmp_path / "starter")
 
 
 def talk(text, *argv, capsys, monkeypatch) -> list[str]:

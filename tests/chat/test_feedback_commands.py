@@ -16,6 +16,8 @@ from rwkv_train import save_model
 from rwkv_train.bench.correction_cases import fact_cases, small_talk, strangers_talk
 from rwkv_train.bench.corrections import TARGETS, load_cases
 from rwkv_train.data.corpora.facts import facts
+from rwkv_train.data.templates import Template
+from rwkv_train.data.text_format import TextFormat
 from rwkv_train.feedback import FeedbackConfig
 from rwkv_train.feedback.decode import Form, greedy
 from rwkv_train.generate import prefill
@@ -30,7 +32,7 @@ def model(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(learner_module, "FeedbackConfig", lambda **k: FeedbackConfig(**(vars(CONFIG) | k)))
     save_model(random_model(n_embd=48, vocab_size=257), "model.pth")
-    BYTES.save("tokenizer.json")
+    TextFormat(BYTES, Template()).save(tmp_path)
     return "model.pth"
 
 
