@@ -4,7 +4,7 @@ import os
 import queue
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 
@@ -12,9 +12,13 @@ THREADS = max(1, (os.cpu_count() or 1) // 2)  # for learning, and as many for re
 
 
 class Background:
-    """Runs jobs in the order they came. `close` finishes what was submitted."""
+    """Runs jobs in the order they came. `close` finishes what was submitted.
 
-    def __init__(self):
+    failed(error) is called in the thread for whatever a job raises; the next job runs all the same.
+    """
+
+    def __init__(self, failed: Callable[[Exception], None]):
+        self._failed = failed
         self._jobs: queue.Queue[Callable[[], None] | None] = queue.Queue()
         self._thread = threading.Thread(target=self._work, daemon=True)
         self._thread.start()
@@ -37,13 +41,26 @@ class Background:
                 if job is None:
                     return
                 job()
+            except Exception as error:
+                with suppress(Exception):  # nobody is left who could be told
+                    self._failed(error)
             finally:
                 self._jobs.task_done()
 
 
+def in_a_line(error: Exception) -> str:
+    """What went wrong, also where the error itself has no words; its kind is named unless it was written for people."""
+    said = " ".join(str(error).split())
+    return said if said and isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {said}".rstrip(": ")
+
+
 @contextmanager
 def half_the_threads() -> Iterator[None]:
-    """Compute on half of the processor: room for another thread, and always the same rounding."""
+    """Compute on half of the processor: room for another thread, and always the same rounding.
+
+    The number belongs to the thread that sets it (OpenMP's and MKL's are thread local); others keep theirs, and only a
+    thread that has not computed yet begins with the number set last, by whomever.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(THREADS)
     try:

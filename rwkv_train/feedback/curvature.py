@@ -8,8 +8,9 @@ what all inputs have in common, through which a plain step moves every predictio
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from rwkv_train.feedback.texts import opened
 from rwkv_train.models.base import RWKV
 
 DAMPING = 0.03  # of the mean eigenvalue: trust in a curvature that was measured on little text
@@ -29,42 +30,24 @@ class Curvature:
     def measure(cls, model: RWKV, names: list[str], both: list[str], rows: list[list[int]]) -> "Curvature":
         """On rows of tokens that the model wrote, begin to end; names are of weights of linear layers.
 
-        both: those of which A is measured as well as C.
+        both: those of which A is measured as well as C. The model itself is not touched: it may be in use meanwhile.
         """
-        layers = {name: model.get_submodule(name.removesuffix(".weight")) for name in names}
-        sizes = {(name, "in"): layers[name].in_features for name in names}
-        sizes |= {(name, "out"): layers[name].out_features for name in both}
+        reader, layers = _watched(model, names, both)
+        sizes = {(name, "in"): layers[name].weight.shape[1] for name in names}
+        sizes |= {(name, "out"): layers[name].weight.shape[0] for name in both}
         factors = {key: torch.zeros(size, size, device=model.device) for key, size in sizes.items()}
-        seen: dict[str, tuple[Tensor, Tensor]] = {}
-
-        def watch(name):
-            def hook(module, given, output):
-                if name in both:
-                    # A leaf, so that nothing before it is differentiated.
-                    output = output.detach().requires_grad_() if not output.requires_grad else output
-                    output.retain_grad()
-                seen[name] = (given[0].detach(), output)
-                return output
-
-            return layers[name].register_forward_hook(hook)
-
-        hooks, count = [watch(name) for name in layers], 0
-        try:
-            rows = sorted(rows, key=len)
-            for i in range(0, len(rows), LANES):
-                tokens, real = pad(rows[i : i + LANES])
-                tokens, real = tokens.to(model.device), real.to(model.device)[:, 1:]
-                with torch.enable_grad():
-                    logits = model(tokens[:, :-1])[0].float()
-                    nll = torch.nn.functional.cross_entropy(logits[real], tokens[:, 1:][real], reduction="sum")
-                nll.backward()
-                for (name, side), factor in factors.items():
-                    part = (seen[name][0] if side == "in" else seen[name][1].grad)[real].float()
-                    factor += part.t() @ part
-                count += int(real.sum())
-        finally:
-            for hook in hooks:
-                hook.remove()
+        rows, count = sorted(rows, key=len), 0
+        for i in range(0, len(rows), LANES):
+            tokens, real = pad(rows[i : i + LANES])
+            tokens, real = tokens.to(model.device), real.to(model.device)[:, 1:]
+            with torch.enable_grad():
+                logits = reader(tokens[:, :-1])[0].float()
+                nll = nn.functional.cross_entropy(logits[real], tokens[:, 1:][real], reduction="sum")
+            nll.backward()
+            for (name, side), factor in factors.items():
+                part = (layers[name].given if side == "in" else layers[name].output.grad)[real].float()
+                factor += part.t() @ part
+            count += int(real.sum())
         tensors = {}
         for (name, side), factor in factors.items():
             factor /= count
@@ -91,6 +74,38 @@ class Curvature:
         sides = {name: [self.tensors[f"{name}.{side}.diagonal"].sqrt() for side in ("out", "in")] for name in gradients}
         scales = {name: torch.outer(*pair) for name, pair in sides.items()}
         return {name: g / (scales[name] + scales[name].mean()) for name, g in gradients.items()}
+
+
+class _Watched(nn.Module):
+    """A linear layer that remembers what it was last given, and if told so the gradient at its output."""
+
+    def __init__(self, layer: nn.Module, differentiated: bool):
+        super().__init__()
+        self.layer, self.differentiated = layer, differentiated
+
+    @property
+    def weight(self) -> Tensor:
+        return self.layer.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.given, output = x.detach(), self.layer(x)
+        if self.differentiated:
+            # A leaf, so that nothing before it is differentiated.
+            output = output if output.requires_grad else output.detach().requires_grad_()
+            output.retain_grad()
+        self.output = output
+        return output
+
+
+def _watched(model: RWKV, names: list[str], both: list[str]) -> tuple[RWKV, dict[str, _Watched]]:
+    """(a twin of a model whose layers of these names are watched, those layers); it shares all weights."""
+    twin, layers = opened(model), {}
+    for name in names:
+        path, _, leaf = name.removesuffix(".weight").rpartition(".")
+        parent = twin.get_submodule(path)
+        layers[name] = _Watched(getattr(parent, leaf), name in both)
+        setattr(parent, leaf, layers[name])
+    return twin, layers
 
 
 def pad(rows: list[list[int]], fill: int = 0) -> tuple[Tensor, Tensor]:

@@ -53,6 +53,29 @@ class Journal:
             self._file.truncate(len(data) - len(rest))
 
 
+def undone(records: list[dict]) -> set[int]:
+    """Numbers of the corrections that were taken back."""
+    return {number for r in records if r["kind"] == "undone" for number in r["of"]}
+
+
+def refused(records: list[dict]) -> dict[int, str]:
+    """Why, by number, of the corrections that were tried and not learnt."""
+    return {r["of"]: r["why"] for r in records if r["kind"] == "committed" and not r["accepted"]}
+
+
+def learnt(records: list[dict]) -> list[dict]:
+    """Records of the corrections that the weights follow from, in the order in which they were learnt."""
+    gone = undone(records) | refused(records).keys()
+    tried = dict.fromkeys(r["of"] for r in records if r["kind"] == "committed")
+    return [records[number - 1] for number in tried if number not in gone]
+
+
+def waiting(records: list[dict]) -> list[dict]:
+    """Records of the corrections that were received and not tried yet."""
+    gone = undone(records) | {r["of"] for r in records if r["kind"] == "committed"}
+    return [r for r in records if r["kind"] == "received" and r["id"] not in gone]
+
+
 def _line(record: dict) -> bytes:
     text = json.dumps(record, ensure_ascii=False, sort_keys=True)
     return f"{_checksum(text)} {text}\n".encode()

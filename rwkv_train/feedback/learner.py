@@ -1,6 +1,7 @@
 """A profile: a base model, a journal of corrections, and the weights that follow from both."""
 
 import json
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -10,11 +11,11 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from rwkv_train.data.templates import Template
-from rwkv_train.feedback.background import half_the_threads
+from rwkv_train.feedback.background import half_the_threads, in_a_line
 from rwkv_train.feedback.correction import Correction, Outcome, Reading, correction_of, document_of, row_of
 from rwkv_train.feedback.decode import DECODED, Form, greedy
 from rwkv_train.feedback.guards import Guards
-from rwkv_train.feedback.journal import Journal
+from rwkv_train.feedback.journal import Journal, learnt, waiting
 from rwkv_train.feedback.snapshots import Snapshots, weights_hash
 from rwkv_train.feedback.steps import Diverged, FeedbackConfig, Lesson, between, changed, follow, learn
 from rwkv_train.feedback.texts import Row, answer_loss, divergence
@@ -46,9 +47,11 @@ class Learner:
         template: Template | None = None,
         config: FeedbackConfig | None = None,
         guards: Guards | None = None,
+        recover: bool = True,
     ):
         """base: becomes float32, as corrections are finer than half precision. config: of a profile that is new.
-        guards: None lets the model make them when they are first needed.
+        guards: None lets the model make them when they are first needed. recover: learn what was received and not
+        tried, as after a crash; False leaves it to `commit`.
 
         Raises ValueError for a folder that is in use, damaged, or of another model.
         """
@@ -65,8 +68,9 @@ class Learner:
             self.journal = Journal(self.folder / "journal.jsonl")
             self._snapshots = Snapshots(self.folder / "snapshots", self.base)
             self._check_base()
-            self.model = base
-            self.replay()
+            self.model = self._rebuilt(self.learnt())
+            if recover:
+                self._recover()
         except BaseException:
             self._lock.release()
             raise
@@ -85,7 +89,11 @@ class Learner:
     @property
     def weights(self) -> str:
         """sha256 of the weights that are not the base's."""
-        return weights_hash(changed(self.model, self.base))
+        return self.weights_of(self.model)
+
+    def weights_of(self, model: RWKV) -> str:
+        """The same of a version that was `model` at some time."""
+        return weights_hash(changed(model, self.base))
 
     def close(self) -> None:
         self.journal.close()
@@ -127,53 +135,80 @@ class Learner:
         return self.journal.append("received", **asdict(correction), config=asdict(self.config))["id"]
 
     def commit(self, number: int, tick: Tick = lambda step, loss: None) -> Outcome:
-        """Learn a received correction. Corrections are committed in the order in which they were received."""
-        record = self.journal.records[number - 1]
-        outcome, model = self._judge(record, [r for r in self.active() if r["id"] < number], tick)
+        """Learn a received correction. Corrections are committed in the order in which they were received.
+
+        What fails is recorded as not learnt, with the reason, and raised: it changes nothing, and is not tried again.
+        """
+        record = next((r for r in self.waiting() if r["id"] == number), None)
+        if record is None:
+            raise ValueError(f"no correction with the number {number} waits to be learnt; see the history")
+        try:
+            outcome, model = self._judge(record, self.learnt(), tick)
+        except Exception as error:
+            self.journal.append("committed", of=number, accepted=False, why=f"failed: {in_a_line(error)}")
+            raise
         self.journal.append("committed", of=number, **{k: v for k, v in asdict(outcome).items() if k != "id"})
         self.model = model
         if outcome.accepted:
-            self._snapshots.save(model, [r for r in self.active() if r["id"] <= number])
+            self._snapshots.save(model, self.learnt())
         return outcome
 
     def undo(self, count: int = 1) -> list[int]:
         """Take back the last `count` corrections; returns their ids. The weights before the last are exact."""
-        active = self.active()
-        if not 1 <= count <= len(active):
-            raise ValueError(f"there are {len(active)} corrections to undo, not {count}")
-        return self.forget([record["id"] for record in active[-count:]])
+        known = self.learnt()
+        if not 1 <= count <= len(known):
+            raise ValueError(f"there are {len(known)} corrections to undo, not {count}")
+        return self.forget([record["id"] for record in known[-count:]])
 
     def forget(self, ids: list[int]) -> list[int]:
         """Take back any corrections: the weights become those of a replay without them."""
-        known = {record["id"] for record in self.active()}
-        if unknown := set(ids) - known:
+        known = self.learnt()
+        if unknown := set(ids) - {record["id"] for record in known}:
             raise ValueError(f"no active correction has the number {min(unknown)}; see the history")
+        model = self._rebuilt([record for record in known if record["id"] not in ids])
         self.journal.append("undone", of=list(ids))
-        self.replay()
+        self.model = model
         return list(ids)
 
     def active(self) -> list[dict]:
-        """Records of the corrections that count: received, not rejected, not undone."""
-        gone = {i for r in self.journal.records if r["kind"] == "undone" for i in r["of"]}
-        gone |= {r["of"] for r in self.journal.records if r["kind"] == "committed" and not r["accepted"]}
-        return [r for r in self.journal.records if r["kind"] == "received" and r["id"] not in gone]
+        """Records of the corrections that count: learnt, or waiting to be."""
+        return self.learnt() + self.waiting()
+
+    def learnt(self) -> list[dict]:
+        """Records of the corrections that were learnt and not undone."""
+        return learnt(self.journal.records)
+
+    def waiting(self) -> list[dict]:
+        """Records of the corrections that were received and not tried yet."""
+        return waiting(self.journal.records)
 
     def replay(self) -> str:
         """Rebuild the weights from the base and the journal, from the newest snapshot that fits; returns their hash.
 
         Corrections that were received but not committed, as after a crash, are learnt and committed.
         """
-        active = self.active()
-        committed = {r["of"]: r for r in self.journal.records if r["kind"] == "committed"}
-        done, self.model = next((n, m) for n in range(len(active), -1, -1) if (m := self._snapshots.load(active[:n])))
-        for n in range(done, len(active)):
-            if found := committed.get(active[n]["id"]):
-                model, _ = self._learn(active[n], self._lesson(active[n], active[:n])[0])
-                self.model = between(self.model, model, found["share"])
-                self._snapshots.save(self.model, active[: n + 1])
-            else:
-                self.commit(active[n]["id"])
+        self.model = self._rebuilt(self.learnt())
+        self._recover()
         return self.weights
+
+    def _rebuilt(self, known: list[dict]) -> RWKV:
+        """The model that follows from corrections that were learnt in this order."""
+        shares = {r["of"]: r["share"] for r in self.journal.records if r["kind"] == "committed" and r["accepted"]}
+        found = ((n, self._snapshots.load(known[:n])) for n in range(len(known), -1, -1))
+        done, model = next((n, m) for n, m in found if m)
+        for n in range(done, len(known)):
+            after, _ = self._learn(model, known[n], self._lesson(model, known[n], known[:n])[0])
+            model = between(model, after, shares[known[n]["id"]])
+            self._snapshots.save(model, known[: n + 1])
+        return model
+
+    def _recover(self) -> None:
+        """Learn what waits. What cannot be learnt is told, and in the way of nothing else."""
+        for record in self.waiting():
+            try:
+                self.commit(record["id"])
+            except Exception as error:
+                print(f"{self.folder}: {record['id']} was not learnt: {in_a_line(error)}", file=sys.stderr)
 
     def configure(self, **changes) -> None:
         """Change settings for the corrections to come; they are kept. Raises ValueError, changing nothing."""
@@ -188,11 +223,11 @@ class Learner:
         return {n: float((w - base[n]).norm() / base[n].norm()) if n in base else 1.0 for n, w in ours.items()}
 
     def export(self, path: str | Path) -> int:
-        """Write the active corrections as chats that `prepare` reads, and beside them PATH.pairs.jsonl, preferences.
+        """Write what was learnt as chats that `prepare` reads, and beside them PATH.pairs.jsonl, preferences.
 
         Returns how many chats there are.
         """
-        active, path = [r for r in self.active() if r.get("answer") is not None], Path(path)
+        active, path = [r for r in self.learnt() if r.get("answer") is not None], Path(path)
         chats = [
             {"messages": [{"role": "user", "content": r["question"]}, {"role": "assistant", "content": r["answer"]}]}
             for r in active
@@ -218,9 +253,9 @@ class Learner:
     def _judge(self, record: dict, earlier: list[dict], tick: Tick) -> tuple[Outcome, RWKV]:
         """Learn a correction on top of the current model; (what became of it, the model it leaves)."""
         begun, before = time.monotonic(), self.model
-        lesson, wordings, old = self._lesson(record, earlier)
+        lesson, wordings, old = self._lesson(before, record, earlier)
         try:
-            whole, steps = self._learn(record, lesson, tick)
+            whole, steps = self._learn(before, record, lesson, tick)
             after, share, moved, why, new = self._gate(record, whole, old)
         except Diverged as error:
             after, steps, share, moved, why, new = before, 0, 0.0, 0.0, str(error), old
@@ -232,8 +267,8 @@ class Learner:
             record["id"], accepted, why, *losses, old, new, steps, share, wordings, moved, seconds, weights
         ), after
 
-    def _lesson(self, record: dict, earlier: list[dict]) -> tuple[Lesson, list[str], str]:
-        """(what a correction trains and keeps, other wordings of its question among it, the answer of now)."""
+    def _lesson(self, model: RWKV, record: dict, earlier: list[dict]) -> tuple[Lesson, list[str], str]:
+        """(what a correction trains and keeps, other wordings of its question among it, the model's answer)."""
         config, form = FeedbackConfig(**record["config"]), self.form
         if "text" in record:
             ids = document_of(Reading(record["text"]), form)
@@ -251,10 +286,10 @@ class Learner:
         for talk in _turn(self.guards.talks, config.strangers, record["id"]):
             new.append(Row([*talk, *form.turn(correction.question), *answer], row.answer, len(talk), row.bad))
         with half_the_threads():
-            around = self.guards.around(self.model, correction.question, config.neighbours, FORMS)
+            around = self.guards.around(model, correction.question, config.neighbours, FORMS)
             old = around.own
             if len(old) == DECODED:
-                old = greedy(self.model, form, [row.ids[: -row.answer]], most=MOST)[0]
+                old = greedy(model, form, [row.ids[: -row.answer]], most=MOST)[0]
         taught = {tuple(form.answer(r["answer"])) for r in valid.values() if r["answer"] is not None}
         kept, same = [], []
         for question, prompt, reply, before in around.made:
@@ -263,7 +298,7 @@ class Learner:
             elif reply == before or tuple(reply) not in taught:  # where it differs from the base's, that was not meant
                 kept.append((prompt + before, self.base))
             else:
-                kept.append((prompt + reply, self.model))
+                kept.append((prompt + reply, model))
         kept = _spread(kept, 2 * config.neighbours)
         for question, prompt in [] if row.bad else _spread(same, config.wordings):
             new.append(Row(prompt + answer, row.answer))
@@ -276,12 +311,14 @@ class Learner:
         kept += [(ids, self.base) for ids in _turn(self.guards.talks, config.talks, -record["id"])]
         return Lesson(new, replayed, kept), wordings, form.shown(old)
 
-    def _learn(self, record: dict, lesson: Lesson, tick: Tick = lambda step, loss: None) -> tuple[RWKV, int]:
+    def _learn(
+        self, model: RWKV, record: dict, lesson: Lesson, tick: Tick = lambda step, loss: None
+    ) -> tuple[RWKV, int]:
         config = FeedbackConfig(**record["config"])
         with half_the_threads():
             if "text" in record:
-                return follow(self.model, lesson.new[0].ids, self.guards.curvature, config, tick)
-            return learn(self.model, lesson, self.guards.curvature, config, tick)
+                return follow(model, lesson.new[0].ids, self.guards.curvature, config, tick)
+            return learn(model, lesson, self.guards.curvature, config, tick)
 
     def _gate(self, record: dict, whole: RWKV, old: str) -> tuple[RWKV, float, float, str, str]:
         """(model, share of the change, drift, why, answer): as much of a change as shows, and leaves all else be."""

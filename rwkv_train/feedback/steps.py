@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 
 from rwkv_train.bptt import chunked_loss
 from rwkv_train.feedback.curvature import Curvature
-from rwkv_train.feedback.texts import CHUNK, Batch, Row, Scope, batches, kept, quickly, with_children
+from rwkv_train.feedback.texts import CHUNK, Batch, Row, Scope, batches, kept, opened, quickly
 from rwkv_train.models.base import RWKV
 
 RANK = 8  # of the factors of scope lora
@@ -113,18 +113,11 @@ def changed(model: RWKV, base: RWKV) -> dict[str, Tensor]:
 
 def with_weights(model: RWKV, weights: dict[str, Tensor]) -> RWKV:
     """A model that has these weights of its own and shares all others with `model`; nothing requires gradients."""
-    twin = _opened(model)
+    twin = opened(model)
     for name, weight in weights.items():
         module, _, leaf = name.rpartition(".")
         setattr(twin.get_submodule(module), leaf, nn.Parameter(weight.clone(), requires_grad=False))
     return twin.requires_grad_(False)
-
-
-def _opened(module: nn.Module) -> nn.Module:
-    """A module in which weights can be replaced; until then it shares them all."""
-    twin = with_children(module, **{name: _opened(child) for name, child in module.named_children()})
-    twin._parameters = dict(module._parameters)
-    return twin
 
 
 def between(before: RWKV, after: RWKV, share: float) -> RWKV:

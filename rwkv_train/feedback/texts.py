@@ -282,3 +282,10 @@ def with_children(module: nn.Module, **children: nn.Module) -> nn.Module:
     twin = copy.copy(module)
     twin._modules = {**module._modules, **children}
     return twin
+
+
+def opened(module: nn.Module) -> nn.Module:
+    """A module in which layers and weights can be replaced; until then it shares them all, and itself it is new."""
+    twin = with_children(module, **{name: opened(child) for name, child in module.named_children()})
+    twin._parameters = dict(module._parameters)
+    return twin
