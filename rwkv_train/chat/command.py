@@ -56,6 +56,6 @@ def open_teacher(chat: Chat, config: ChatConfig, wait: bool) -> Teacher:
     """What corrects the chat's model, until the chat ends; wait: see `Teacher`."""
     dialogue, model = chat.dialogue, config.model or opening.STARTER
     folder = profile_folder(chat.folder, config.profile, model)
-    learner = Learner(dialogue.model, dialogue.tokenizer, folder, dialogue.template)
+    learner = Learner(dialogue.model, dialogue.tokenizer, folder, dialogue.template, recover=False)
     chat.closing.callback(learner.close)
     return chat.closing.enter_context(Teacher(chat, learner, wait))

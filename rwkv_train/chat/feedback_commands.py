@@ -1,32 +1,41 @@
 """Corrections in a chat: the commands that teach, and the thread that learns."""
 
-from collections.abc import Iterable
-from contextlib import ExitStack, suppress
+import sys
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import fields
 
 from rwkv_train.chat.session import Chat, Command, Setting, number
 from rwkv_train.feedback import Correction, FeedbackConfig, Learner, Outcome, Reading
-from rwkv_train.feedback.background import Background, half_the_threads
+from rwkv_train.feedback.background import Background, half_the_threads, in_a_line
+from rwkv_train.feedback.journal import refused, undone, waiting
 from rwkv_train.files import read_text
 
 
 class Teacher:
     """What the feedback commands of one chat share: the learner and its thread. A context: it ends with the chat.
 
-    wait: answer a command only when it is done, as scripts expect; otherwise at once, and tell the outcome later.
+    learner: what it has received and not learnt is learnt now. wait: answer a command only when it is done, as scripts
+    expect; otherwise at once, and tell the outcome later.
     """
 
     def __init__(self, chat: Chat, learner: Learner, wait: bool):
         self.chat, self.learner, self.wait = chat, learner, wait
         self._ending = ExitStack()
+        self._now: int | None = None  # the correction that is being learnt
+        self._failed: dict[int, str] = {}  # why, of those whose failure could not be recorded either
 
     def __enter__(self) -> "Teacher":
         if not self.wait:
             self._ending.enter_context(half_the_threads())
-        self.background = Background()
+        self.background = Background(lambda error: self._tell(in_a_line(error)))
         self._ending.callback(self.background.close)
         if not self.wait:
             self.background.submit(self._prepare)
+        for record in self.learner.waiting():  # as after a crash
+            self.background.submit(lambda number=record["id"]: self._tell(self._commit(number)))
+        if self.wait:
+            self.background.wait()
         return self
 
     def __exit__(self, *error) -> None:
@@ -41,7 +50,7 @@ class Teacher:
             ("bad", "/bad", "the last reply was wrong: anything but that", self._bad),
             ("learn", "/learn FILE", "get used to a text, gently", self._read),
             ("undo", "/undo [N]", "forget the last correction, or the last N", self._undo),
-            ("history", "/history", "list what was learnt", self._history),
+            ("history", "/history", "list what was learnt, and what was not", self._history),
             ("diff", "/diff", "how far the model is from where it began", self._diff),
             ("export", "/export FILE", "write corrections as training data", self._export),
         ]
@@ -53,15 +62,28 @@ class Teacher:
 
     def swap(self) -> None:
         """Between replies: go on with the newest weights, on the same transcript."""
-        if self.learner.model is not self.chat.dialogue.model:
-            self.chat.dialogue.reread(self.learner.model, self.learner.weights[:8])
+        model = self.learner.model  # once: the thread may replace it at any time
+        if model is not self.chat.dialogue.model:
+            self.chat.dialogue.reread(model, self.learner.weights_of(model)[:8])
 
     def _prepare(self) -> None:
-        """Make guards, so that the first correction finds them there; what is wrong with them it will tell."""
+        """Make guards, so that the first correction finds them there."""
         self.chat.status = "getting to know the model"
-        with suppress(ValueError, OSError):
+        try:
             self.learner.guards  # noqa: B018
-        self.chat.status = ""
+        except Exception as error:
+            self._tell(
+                f"what the model says could not be measured, the first correction tries again: {in_a_line(error)}"
+            )
+        finally:
+            self.chat.status = ""
+
+    def _tell(self, text: str) -> None:
+        """Say something that is no answer; a script, which expects answers alone, finds it on standard error."""
+        if self.wait:
+            print(text, file=sys.stderr)
+        else:
+            self.chat.tell(text)
 
     def _fix(self, chat: Chat, answer: str) -> Iterable[str]:
         last = chat.dialogue.last()
@@ -90,25 +112,44 @@ class Teacher:
     def _learn(self, correction: Correction | Reading) -> Iterable[str]:
         number = self.learner.receive(correction)
         yield f"received as correction {number}\n"
+        yield from self._run(lambda: self._commit(number))
+
+    def _commit(self, number: int) -> str:
+        """Learn a received correction; what became of it, also where that is a failure of any kind."""
 
         def tick(step: int, loss: float) -> None:
             self.chat.status = f"learning correction {number}: step {step}, loss {loss:.3f}"
 
-        yield from self._run(lambda: told(self.learner.commit(number, tick)))
+        self._now = number
+        try:
+            return told(self.learner.commit(number, tick))
+        except Exception as error:
+            self._failed[number] = in_a_line(error)
+            return f"{number}: not learnt, nothing was changed: {self._failed[number]}"
+        finally:
+            self._now, self.chat.status = None, ""
 
     def _undo(self, chat: Chat, rest: str) -> Iterable[str]:
-        count = int(rest) if rest.isdigit() else 1
+        count = number(rest or "1", int)
         return self._run(lambda: f"forgot {', '.join(map(str, self.learner.undo(count)))}; the weights are as before")
 
     def _history(self, chat: Chat, rest: str) -> Iterable[str]:
-        return ["\n".join(_line(r) for r in self.learner.active()) or "nothing was learnt yet"]
+        records = list(self.learner.journal.records)  # of one moment
+        marks = {r["id"]: "waiting" for r in waiting(records)}
+        failed = {number: why for number, why in self._failed.items() if number in marks} | refused(records)
+        marks |= {number: "being learnt" for number in [self._now] if number in marks}
+        marks |= {number: f"not learnt: {why}" for number, why in failed.items()}
+        listed = [r for r in records if r["kind"] == "received" and r["id"] not in undone(records)]
+        lines = [_line(r) + (f" ({marks[r['id']]})" if r["id"] in marks else "") for r in listed]
+        return ["\n".join(lines) or "nothing was learnt yet"]
 
     def _diff(self, chat: Chat, rest: str) -> Iterable[str]:
-        changes = [f"{name:<32}changed by {share:.2%}" for name, share in self.learner.diff().items()]
+        model, count = self.learner.model, len(self.learner.learnt())
+        changes = [f"{name:<32}changed by {share:.2%}" for name, share in self.learner.diff(model).items()]
         last = chat.dialogue.turns[-1].version if chat.dialogue.turns else None
         spoken = f", the last reply is by version {last}" if last else ""
-        count = len(self.learner.active())
-        return ["\n".join([f"version {self.learner.weights[:8]}, {count} corrections{spoken}", *changes])]
+        version = self.learner.weights_of(model)[:8]
+        return ["\n".join([f"version {version}, {count} corrections{spoken}", *changes])]
 
     def _setting(self, name: str, kind: type) -> Setting:
         def change(value: str) -> None:
@@ -119,18 +160,19 @@ class Teacher:
     def _export(self, chat: Chat, rest: str) -> Iterable[str]:
         if not rest:
             raise ValueError("write /export FILE")
-        return [f"wrote {self.learner.export(rest)} corrections to {rest}, preferences to {rest}.pairs.jsonl"]
+        written, waits = self.learner.export(rest), len(self.learner.waiting())
+        missing = f"; {waits} that are not learnt yet are not among them" if waits else ""
+        return [f"wrote {written} corrections to {rest}, preferences to {rest}.pairs.jsonl{missing}"]
 
-    def _run(self, job) -> Iterable[str]:
-        """Do a job in the background; its result is the answer, or is told when it is there."""
+    def _run(self, job: Callable[[], str]) -> Iterable[str]:
+        """Do a job in the background; its result, or why it failed, is the answer, or is told when it is there."""
         results = []
 
-        def work():
+        def work() -> None:
             try:
                 results.append(job())
-            except (ValueError, OSError) as error:
-                results.append(str(error))
-            self.chat.status = ""
+            except Exception as error:
+                results.append(in_a_line(error))
             if not self.wait:
                 self.chat.tell(results[0])
 

@@ -145,12 +145,15 @@ class Learner:
         try:
             outcome, model = self._judge(record, self.learnt(), tick)
         except Exception as error:
-            self.journal.append("committed", of=number, accepted=False, why=f"failed: {in_a_line(error)}")
+            self.journal.append("committed", of=number, accepted=False, why=in_a_line(error))
             raise
         self.journal.append("committed", of=number, **{k: v for k, v in asdict(outcome).items() if k != "id"})
         self.model = model
         if outcome.accepted:
-            self._snapshots.save(model, self.learnt())
+            try:
+                self._snapshots.save(model, self.learnt())
+            except OSError as error:  # learnt it is, and the journal can be replayed
+                print(f"{self.folder}: no snapshot was kept: {in_a_line(error)}", file=sys.stderr)
         return outcome
 
     def undo(self, count: int = 1) -> list[int]:
@@ -216,10 +219,10 @@ class Learner:
         self.journal.append("settings", config=asdict(config))
         self.config = config
 
-    def diff(self) -> dict[str, float]:
-        """What of the model is not the base's: by name, the length of the change over that of the weight."""
+    def diff(self, model: RWKV | None = None) -> dict[str, float]:
+        """What of a version is not the base's: by name, the length of the change over that of the weight."""
         base = dict(self.base.named_parameters())
-        ours = changed(self.model, self.base)
+        ours = changed(model or self.model, self.base)
         return {n: float((w - base[n]).norm() / base[n].norm()) if n in base else 1.0 for n, w in ours.items()}
 
     def export(self, path: str | Path) -> int:

@@ -1,0 +1,149 @@
+"""Learning beside answering: nothing shared is changed, failures are told and block nothing, versions change whole."""
+
+import threading
+
+import pytest
+import torch
+from feedback_toys import BYTES, DIALOGUES, QUICK, guards, learner, small_model
+
+from rwkv_train.feedback import Learner
+from rwkv_train.feedback.background import Background, in_a_line
+from rwkv_train.feedback.curvature import Curvature
+from rwkv_train.feedback.steps import localised_names, upper_names
+
+
+def test_a_model_may_answer_while_its_curvature_is_measured(monkeypatch, generation):
+    """In another thread, between the forward and the backward of every batch."""
+    model = small_model(generation=generation)
+    names = upper_names(model), localised_names(model)
+    alone, cross_entropy, asked = Curvature.measure(model, *names, DIALOGUES), torch.nn.functional.cross_entropy, []
+
+    def answer_first(*args, **kwargs):
+        thread = threading.Thread(target=lambda: asked.append(model(torch.tensor([[1, 2]]))[0]))
+        thread.start()
+        thread.join()
+        return cross_entropy(*args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "cross_entropy", answer_first)
+    beside = Curvature.measure(model, *names, DIALOGUES)
+    assert all(torch.equal(beside.tensors[name], tensor) for name, tensor in alone.tensors.items())
+    assert asked and torch.equal(asked[0], model(torch.tensor([[1, 2]]))[0]) and not asked[0].requires_grad
+
+
+@pytest.mark.parametrize("error", [ValueError("a\nb"), KeyError("k"), IndexError(), MemoryError(), RuntimeError("r")])
+def test_a_job_that_fails_is_told_and_the_next_one_runs(error):
+    told, done = [], []
+
+    def fail():
+        raise error
+
+    def tell(found):
+        told.append(in_a_line(found))
+        raise BrokenPipeError  # nor does a failure to tell it end the thread
+
+    background = Background(tell)
+    background.submit(fail)
+    background.submit(lambda: done.append(1))
+    background.wait()
+    background.close()
+    assert done == [1] and len(told) == 1
+    assert told[0] == {"ValueError": "a b", "KeyError": "KeyError: 'k'", "RuntimeError": "RuntimeError: r"}.get(
+        type(error).__name__, type(error).__name__
+    )
+
+
+def failing_for(it: Learner, question: str, monkeypatch) -> None:
+    """Let a learner's steps raise for one question."""
+    learn = it._learn
+
+    def learn_or_fail(model, record, lesson, *tick):
+        if record["question"] == question:
+            raise IndexError("a bug")
+        return learn(model, record, lesson, *tick)
+
+    monkeypatch.setattr(it, "_learn", learn_or_fail)
+
+
+def test_a_correction_that_fails_is_recorded_with_the_reason_and_blocks_nothing(tmp_path, monkeypatch):
+    it = learner(tmp_path)
+    failing_for(it, "sun?", monkeypatch)
+    with pytest.raises(IndexError):
+        it.learn(QUICK[0])
+    assert it.model is it.base and it.active() == [] and it.journal.records[-1]["why"] == "IndexError: a bug"
+    assert it.learn(QUICK[1]).accepted
+    weights = it.weights
+    it.close()
+    again = learner(tmp_path)
+    assert again.weights == weights and [r["question"] for r in again.learnt()] == ["ice?"]
+    with pytest.raises(ValueError, match="no correction with the number 2 waits"):
+        again.commit(2)
+    again.close()
+
+
+def test_what_was_received_before_a_crash_and_fails_does_not_keep_a_profile_from_opening(tmp_path, monkeypatch, capsys):
+    it = learner(tmp_path)
+    for correction in QUICK[:2]:
+        it.receive(correction)
+    it.close()
+    learn = Learner._learn
+
+    def fail_once(self, model, record, lesson, *tick):
+        if record["question"] == "sun?":
+            raise RuntimeError("out of memory")
+        return learn(self, model, record, lesson, *tick)
+
+    monkeypatch.setattr(Learner, "_learn", fail_once)
+    again = learner(tmp_path)
+    assert "2 was not learnt: RuntimeError: out of memory" in capsys.readouterr().err
+    assert [r["question"] for r in again.learnt()] == ["ice?"] and again.waiting() == []
+    again.close()
+
+
+def test_an_undo_leaves_alone_what_waits_and_replaces_the_model_as_a_whole(tmp_path, monkeypatch):
+    it = learner(tmp_path)
+    for correction in QUICK[:2]:
+        assert it.learn(correction).accepted
+    before, seen, learn = it.model, [], it._learn
+    waits = it.receive(QUICK[2])
+    for file in (tmp_path / "profile" / "snapshots").iterdir():
+        file.unlink()
+
+    def look(*args):
+        seen.append(it.model is before)
+        return learn(*args)
+
+    monkeypatch.setattr(it, "_learn", look)
+    it.undo()
+    assert seen == [True] and it.model is not before
+    assert [r["question"] for r in it.learnt()] == ["sun?"] and [r["id"] for r in it.waiting()] == [waits]
+    assert it.commit(waits).accepted and it.answer("sea?") == "wet"
+    it.close()
+
+
+def test_an_undo_that_fails_changes_nothing(tmp_path, monkeypatch):
+    it = learner(tmp_path)
+    for correction in QUICK[:2]:
+        it.learn(correction)
+    before, records = it.model, list(it.journal.records)
+    for file in (tmp_path / "profile" / "snapshots").iterdir():
+        file.unlink()
+    failing_for(it, "sun?", monkeypatch)
+    with pytest.raises(IndexError):
+        it.undo()
+    assert it.model is before and it.journal.records == records
+    it.close()
+
+
+def test_a_correction_learnt_late_is_replayed_in_the_order_of_learning(tmp_path):
+    """As after a failure that could not even be recorded: it is learnt at the next start, after later ones."""
+    model = small_model()
+    it = learner(tmp_path)
+    late, early = it.receive(QUICK[0]), it.receive(QUICK[1])
+    assert it.commit(early).accepted and it.commit(late).accepted
+    weights = it.weights
+    it.close()
+    for file in (tmp_path / "profile" / "snapshots").iterdir():
+        file.unlink()
+    again = Learner(model, BYTES, tmp_path / "profile", guards=guards(model))
+    assert again.weights == weights and [r["id"] for r in again.learnt()] == [early, late]
+    again.close()
