@@ -30,11 +30,14 @@ def typed_lines(stream: Iterable[str]) -> Iterator[str]:
 
 
 class BadJSON(ValueError):
-    """What is wrong with a JSON text, in a few words; line: where in it, from 1."""
+    """What is wrong with a JSON text, in a few words.
 
-    def __init__(self, what: str, line: int = 1):
+    line: where in it, from 1. unfinished: whether it would be sound so far, if it only went on.
+    """
+
+    def __init__(self, what: str, line: int = 1, unfinished: bool = False):
         super().__init__(f"bad JSON ({what})")
-        self.line = line
+        self.line, self.unfinished = line, unfinished
 
 
 def parse_json(text: str) -> object:
@@ -46,7 +49,8 @@ def parse_json(text: str) -> object:
     try:
         return json.loads(text, parse_constant=lambda name: None, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
-        raise BadJSON(f"{error.msg} at column {error.colno}", error.lineno) from None
+        unfinished = error.pos >= len(text.rstrip())
+        raise BadJSON(f"{error.msg} at column {error.colno}", error.lineno, unfinished) from None
     except RecursionError:
         raise BadJSON("nested too deeply") from None
     except BadJSON:

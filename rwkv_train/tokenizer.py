@@ -14,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
+from rwkv_train.files import read_text
+
 KEY = "rwkv_train_tokenizer"  # the one key of the small JSON that `save` writes for world and bytes
 EOD_NAMES = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "<|eot_id|>", "<|im_end|>")
 
@@ -74,7 +76,7 @@ class ByteTokenizer(Tokenizer):
         return hashlib.sha256(b"bytes: 0 ends a document, byte b is id b + 1").hexdigest()
 
     def encode(self, text: str) -> list[int]:
-        return [b + 1 for b in _utf8(text)]
+        return [b + 1 for b in to_utf8(text)]
 
 
 class WorldTokenizer(Tokenizer):
@@ -114,12 +116,12 @@ class WorldTokenizer(Tokenizer):
 
     def encode(self, text: str) -> list[int]:
         if not text.isascii():
-            _utf8(text)
+            to_utf8(text)
         return self._rust.encode(text)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         for text in texts:
-            _utf8(text)
+            to_utf8(text)
         return self._rust.encode_batch(list(texts))
 
 
@@ -166,12 +168,12 @@ class JsonTokenizer(Tokenizer):
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
-        _utf8(text)
+        to_utf8(text)
         return self._library.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         for text in texts:
-            _utf8(text)
+            to_utf8(text)
         return [e.ids for e in self._library.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def save(self, path: str | Path) -> None:
@@ -207,7 +209,7 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
         known = 'Give "world", "bytes", a tokenizers JSON file, or a folder that holds tokenizer.json.'
         raise ValueError(f"Tokenizer {str(spec)!r} is unknown: there is no file {path}. {known}")
     try:
-        text = path.read_bytes().decode("utf-8")
+        text = read_text(path)
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no tokenizer JSON ({error}). Copy it again from its source.") from None
@@ -244,7 +246,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> JsonTokenizer:
     return JsonTokenizer(library.to_str(), f"bpe{library.get_vocab_size()}")
 
 
-def _utf8(text: str) -> bytes:
+def to_utf8(text: str) -> bytes:
+    """The bytes of a text; ValueError if it holds half of a surrogate pair, which has none."""
     try:
         return text.encode("utf-8")
     except UnicodeEncodeError as error:

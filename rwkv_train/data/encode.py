@@ -1,7 +1,6 @@
 """Raw records to tokens and masks, in this process or in several, always in order."""
 
 import itertools
-import json
 import multiprocessing
 import os
 import signal
@@ -14,9 +13,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rwkv_train.data.records import Raw
-from rwkv_train.data.templates import Columns, Segment, Template, render
-from rwkv_train.tokenizer import Tokenizer
+from rwkv_train.data.render import Columns, Rendered, render
+from rwkv_train.data.sources import Raw
+from rwkv_train.data.templates import Template
+from rwkv_train.files import parse_json
+from rwkv_train.tokenizer import Tokenizer, to_utf8
 
 BATCH_BYTES, BATCH_RECORDS = 1 << 20, 2048  # what one worker gets at a time
 SMALL = 8  # inputs of up to this many batches are not worth the start of other processes
@@ -26,7 +27,8 @@ SMALL = 8  # inputs of up to this many batches are not worth the start of other 
 class Encoded:
     """A record's tokens (int32 [n], without the end of document), or what is wrong with it.
 
-    mask is bool [n], or one bool for all; ends is None inside a document, else whether its end is trained.
+    mask is bool [n], or one bool for all; ends is None inside a document, else whether its end is trained. about:
+    what the record was, without its text.
     """
 
     raw: Raw  # without its data
@@ -35,19 +37,25 @@ class Encoded:
     mask: np.ndarray | bool = True
     text_bytes: int = 0
     ends: bool | None = None
+    about: Rendered | None = None
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """Raw records to segments to tokens. Pickled once to every worker."""
+    """Raw records to text to tokens. Pickled once to every worker."""
 
     tokenizer: Tokenizer | None
     kind: str
     template: Template
     columns: Columns
 
-    def segments(self, raw: Raw) -> list[Segment]:
-        """The record as segments; ValueError says what is wrong with it."""
+    def text(self, raw: Raw) -> str:
+        """The whole record as text; ValueError says what is wrong with it."""
+        text = "".join(text for text, _ in self._rendered(raw).segments)
+        to_utf8(text)
+        return text
+
+    def _rendered(self, raw: Raw) -> Rendered:
         if raw.form == "bad":
             raise ValueError(raw.data)
         if raw.form == "record":
@@ -59,19 +67,14 @@ class Encoder:
         if raw.form == "text":
             if raw.first and raw.last and not text.strip():
                 raise ValueError("the text is empty")
-            return [(text, True)]
-        try:
-            record = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"bad JSON ({error.msg} at column {error.colno})") from None
-        except RecursionError:
-            raise ValueError("bad JSON (nested too deeply)") from None
-        return render(record, self.kind, self.template, self.columns)
+            return Rendered([(text, True)], "file")
+        return render(parse_json(text), self.kind, self.template, self.columns)
 
     def __call__(self, raw: Raw) -> Encoded:
         bare = Raw(raw.where, raw.form, None, raw.size, raw.first, raw.last)
         try:
-            segments = self.segments(raw)
+            rendered = self._rendered(raw)
+            segments = rendered.segments
             pieces = [self.tokenizer.encode(text) for text, _ in segments]
         except ValueError as error:
             return Encoded(bare, error=str(error))
@@ -79,7 +82,8 @@ class Encoder:
         trained = [trained for _, trained in segments]
         mask = True if all(trained) else np.repeat(trained, [len(piece) for piece in pieces])
         text_bytes = sum(len(text.encode("utf-8")) for text, _ in segments)
-        return Encoded(bare, None, ids, mask, text_bytes, trained[-1] if raw.last else None)
+        about = rendered._replace(segments=[])
+        return Encoded(bare, None, ids, mask, text_bytes, trained[-1] if raw.last else None, about)
 
 
 def encode(encoder: Encoder, records: Iterable[Raw], workers: int = 0) -> Iterator[Encoded]:

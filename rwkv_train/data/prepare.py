@@ -1,5 +1,7 @@
 """`prepare`: texts, chats and pairs from any source to a token store, on all cores, in order."""
 
+import os
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass
@@ -7,12 +9,21 @@ from pathlib import Path
 from typing import Literal
 
 from rwkv_train.data.encode import Encoded, Encoder, encode
-from rwkv_train.data.records import Raw, Source, Split, read, resolve
+from rwkv_train.data.records import Split, read
+from rwkv_train.data.render import Columns
+from rwkv_train.data.sources import Passed, Raw, Source, resolve
 from rwkv_train.data.store import Store, StoreWriter, check_free
-from rwkv_train.data.templates import Columns, Template
+from rwkv_train.data.summary import KINDS, Tally, print_summary
+from rwkv_train.data.templates import Template
 from rwkv_train.tokenizer import Tokenizer, load_tokenizer, train_bpe
 
-LISTED = 10  # bad records that the summary names
+READING = 2  # grows when the same sources are read in another way
+# Settings that only records of one kind know.
+FLAGS = {
+    "text": ("text_field",),
+    "pairs": ("prompt_field", "completion_field"),
+    "messages": ("messages_field", "template", "train_roles"),
+}
 
 
 @dataclass
@@ -77,7 +88,9 @@ def prepare(config: PrepareConfig) -> Store:
     at `out`, and sources without anything to train.
     """
     _check(config)
-    out, sources = Path(config.out).expanduser(), resolve(config.sources)
+    out, (sources, passed) = Path(config.out).expanduser(), resolve(config.sources)
+    if config.split != "file" and all(source.suffix != ".txt" for source in sources):
+        raise ValueError(f"--split {config.split} cuts .txt files, and there is none among the sources. Leave it out.")
     template = Template.load(config.template) if config.template else Template()
     if config.train_roles is not None:
         template = Template(template.roles, config.train_roles, template.collapse_blank_lines)
@@ -94,16 +107,19 @@ def prepare(config: PrepareConfig) -> Store:
         tokenizer = train_bpe(_texts(config, sources, encoder), config.train_bpe)
         encoder = Encoder(tokenizer, config.kind, template, columns)
     with StoreWriter(out, tokenizer, config.overwrite) as writer:
-        bad, listed = _write(config, sources, encoder, writer)
+        tally = _write(config, sources, encoder, writer, Tally(passed, _several_times(sources)))
         if not writer.documents:
-            first = f" The first one: {listed[0]}." if bad else ""
-            raise ValueError(f"{', '.join(config.sources)}: no usable record, {bad} bad ones.{first}")
+            first = f" The first one: {tally.listed[0]}." if tally.bad else ""
+            raise ValueError(f"{', '.join(config.sources)}: no usable record, {tally.bad} bad ones.{first}")
         if not writer.trained_tokens:
-            roles = ", ".join(template.train_roles) or "none"
-            raise ValueError(f"Nothing to train: no message of the trained roles ({roles}). See --train-roles.")
-        writer.manifest = {"sources": list(config.sources), "bad_records": bad, "request": request}
+            what = (
+                f"no message of the trained roles ({', '.join(template.train_roles) or 'none'}) whose weight is not 0"
+            )
+            raise ValueError(f"Nothing to train: {what}. See --train-roles.")
+        writer.manifest = {"sources": list(config.sources), "bad_records": tally.bad, "request": request}
     store = Store.open(out)
-    _print_summary(config.out, store, listed)
+    tally.notes += _without_effect(config, tally)
+    print_summary(config.out, store, tally)
     return store
 
 
@@ -115,7 +131,36 @@ def _check(config: PrepareConfig) -> None:
         raise ValueError(f"{given} contradict each other: use a tokenizer or learn one.")
     for name in ("train_bpe", "limit", "workers"):
         if getattr(config, name) < 0:
-            raise ValueError(f"--{name.replace(chr(95), chr(45))} is {getattr(config, name)}, it must not be negative.")
+            raise ValueError(f"{_flag(name)} is {getattr(config, name)}, it must not be negative.")
+    for kind, names in FLAGS.items():
+        if config.kind not in ("auto", kind) and (given := [name for name in names if _is_given(config, name)]):
+            flags = " and ".join(map(_flag, given))
+            raise ValueError(f"--kind {config.kind} has no use for {flags}. Leave one of them out.")
+
+
+def _is_given(config: PrepareConfig, name: str) -> bool:
+    return getattr(config, name) != PrepareConfig.__dataclass_fields__[name].default
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _several_times(sources: list[Source]) -> list[str]:
+    """A sentence for each file that is read more than once, as a folder and something in it were named."""
+    counts = Counter(os.path.realpath(source.name) for source in sources if source.kind == "file")
+    return [f"{name} was named {count} times, and is read as often" for name, count in counts.items() if count > 1]
+
+
+def _without_effect(config: PrepareConfig, tally: Tally) -> list[str]:
+    """A sentence for each setting of a kind of record that there was none of."""
+    return [
+        f"{_flag(name)} had no effect: no record is a {KINDS[kind]}"
+        for kind, names in FLAGS.items()
+        if not tally.kinds[kind]
+        for name in names
+        if _is_given(config, name)
+    ]
 
 
 def _request(
@@ -129,6 +174,7 @@ def _request(
     return {
         "sources": [source.signature() for source in sources],
         "tokenizer": tokenizer.fingerprint if tokenizer else f"train_bpe {config.train_bpe}",
+        "reading": READING,
         "kind": config.kind,
         "columns": asdict(columns),
         "template": template.as_dict(),
@@ -144,49 +190,55 @@ def _up_to_date(out: Path, request: dict) -> Store | None:
         store = Store.open(out)
     except ValueError as error:
         raise ValueError(f"{error} Replace it with --overwrite.") from None
-    made_by = store.manifest.get("request") or {}
+    made_by = {"reading": 1} | (store.manifest.get("request") or {})
+    older = made_by["reading"] < READING
+    made_by["reading"] = READING
     different = [key for key in request if made_by.get(key) != request[key]]
     if different:
         hint = "Choose another --out, or replace it with --overwrite."
         raise ValueError(f"{out} was made from something else (different: {', '.join(different)}). {hint}")
     print(f"{out} is up to date: {len(store):,} documents, {len(store.tokens):,} tokens.")
+    if older:
+        changed = "messages of weight 0, system columns and null columns"
+        print(f"It was made by an earlier version, which knew no {changed}; --overwrite reads the sources anew.")
     return store
 
 
-def _records(config: PrepareConfig, sources: list[Source]) -> Iterator[Raw]:
+def _records(config: PrepareConfig, sources: list[Source], encoder: Encoder, tally: Tally) -> Iterator[Raw]:
+    """The records of all sources; what is to be told of the sources goes to `tally`."""
     done = 0
     for source in sources:
-        for raw in read(source, config.split):
+        before = done
+        for raw in read(source, config.split, encoder.columns, tally.notes):
             yield raw
             done += raw.last
             if config.limit and done >= config.limit:
                 return
+        if done == before:
+            tally.passed.append(Passed("without a record", source.name))
 
 
 def _texts(config: PrepareConfig, sources: list[Source], encoder: Encoder) -> Iterator[str]:
-    for raw in _records(config, sources):
+    for raw in _records(config, sources, encoder, Tally()):
         try:
-            yield "".join(text for text, _ in encoder.segments(raw))
+            yield encoder.text(raw)
         except ValueError as error:
             if not config.skip_bad:
                 raise _bad_record(raw, str(error)) from None
 
 
 def _bad_record(raw: Raw, error: str) -> ValueError:
-    return ValueError(f"{raw.where}: {error}. Correct it, or leave such records out with --skip-bad.")
+    return ValueError(f"{raw.where}: {error.rstrip('.')}. Correct it, or leave such records out with --skip-bad.")
 
 
-def _write(
-    config: PrepareConfig, sources: list[Source], encoder: Encoder, writer: StoreWriter
-) -> tuple[int, list[str]]:
-    """Write all records; returns the number of bad ones, and "where: what" of the first of them."""
+def _write(config: PrepareConfig, sources: list[Source], encoder: Encoder, writer: StoreWriter, tally: Tally) -> Tally:
+    """Write all records and count them."""
     from tqdm import tqdm
 
     sizes = [source.size for source in sources]
     known = all(size is not None for size in sizes) and not config.limit
     bar = {"total": sum(sizes), "unit": "B"} if known else {"unit": " documents"}
-    bad, listed = 0, []
-    results = encode(encoder, _records(config, sources), config.workers)
+    results = encode(encoder, _records(config, sources, encoder, tally), config.workers)
     # Closing the generator at once, also on an error, ends its processes before the store is put in place.
     with tqdm(desc="prepare", unit_scale=True, disable=None, **bar) as progress, closing(results):
         for encoded in results:
@@ -194,13 +246,13 @@ def _write(
             if encoded.error is not None:
                 if not (config.skip_bad and raw.first and raw.last):
                     raise _bad_record(raw, encoded.error)
-                bad += 1
-                if len(listed) < LISTED:
-                    listed.append(f"{raw.where}: {encoded.error}")
+                tally.add_bad(raw.where, encoded.error)
             else:
                 _write_one(encoded, writer)
+                if raw.last:
+                    tally.add(encoded)
             progress.update(raw.size if known else raw.last)
-    return bad, listed
+    return tally
 
 
 def _write_one(encoded: Encoded, writer: StoreWriter) -> None:
@@ -210,18 +262,3 @@ def _write_one(encoded: Encoded, writer: StoreWriter) -> None:
             writer.end_document(encoded.ends)
     except ValueError as error:
         raise ValueError(f"{encoded.raw.where}: {error}") from None
-
-
-def _print_summary(out: str, store: Store, listed: list[str]) -> None:
-    m = store.manifest
-    size = sum(file.stat().st_size for file in store.path.iterdir())
-    if listed:
-        print(f"{m['bad_records']:,} bad records left out:", *listed, sep="\n  ")
-        if m["bad_records"] > len(listed):
-            print("  ...")
-    print(f"{store.path}: {size / 1e6:,.1f} MB, tokenizer {m['tokenizer']['name']}")
-    print(f"  documents       {m['documents']:>15,}")
-    print(f"  tokens          {m['tokens']:>15,}")
-    print(f"  trained tokens  {m['trained_tokens']:>15,}  ({m['trained_tokens'] / m['tokens']:.0%})")
-    print(f"  bytes per token {m['text_bytes'] / max(1, m['tokens'] - m['documents']):>15.2f}")
-    print(f"Next: python train.py fit --config configs/quickstart.yaml --data.path {out}")

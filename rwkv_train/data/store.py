@@ -13,6 +13,7 @@ Each document ends with the tokenizer's end-of-document id. D documents, N token
 import glob
 import hashlib
 import json
+import re
 import shutil
 from array import array
 from dataclasses import dataclass, field
@@ -174,7 +175,8 @@ def _sha256(content: bytes | str) -> str:
 
 
 def _text(manifest: dict) -> str:
-    return json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
+    text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
+    return re.sub("[\ud800-\udfff]", lambda half: f"\\u{ord(half[0]):04x}", text)  # a file's name may be no UTF-8
 
 
 class StoreWriter:

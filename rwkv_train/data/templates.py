@@ -1,13 +1,15 @@
-"""Records to segments: which text a document consists of, and which parts of it are trained.
+"""How the messages of a chat become text, and which parts of it are trained.
 
-A segment is (text, trained). Three kinds of record: a text, a prompt with its completion, and the messages
-of a chat. `Template` says how messages become text; `Columns` under which names a record keeps its parts.
+A segment is (text, trained).
 """
 
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import NamedTuple
+
+from rwkv_train.files import read_text
 
 Segment = tuple[str, bool]
 SHAREGPT = {"human": "user", "gpt": "assistant"}  # the role names of {"from": ..., "value": ...} messages
@@ -44,7 +46,7 @@ class Template:
         import yaml
 
         try:
-            values = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
+            values = yaml.safe_load(read_text(path))
         except (OSError, ValueError, yaml.YAMLError) as error:
             raise ValueError(f"Template {path} cannot be read ({error}).") from None
         types = {"roles": dict, "train_roles": list, "collapse_blank_lines": bool}
@@ -56,13 +58,19 @@ class Template:
         return cls(**values)
 
     def segments(self, messages: Sequence[dict]) -> list[Segment]:
-        """Segments of a chat. Empty system messages are left out; any other empty one is a ValueError."""
-        segments: list[Segment] = []
-        for number, message in enumerate(messages, 1):
-            role, content = _role_and_content(message, number)
-            role = role if role in self.roles else SHAREGPT.get(role, role)
+        """Segments of a chat. A message of "weight": 0 is not trained; what is one piece stays one piece, so that its
+        tokens do not depend on weights. Empty system messages are left out; any other empty one is a ValueError.
+        """
+        return [(text, trained) for text, _, trained in self._pieces(messages)]
+
+    def _pieces(self, messages: Sequence[dict]) -> list[tuple[str, bool, bool]]:
+        """(text, whether it is a trained role's, whether it is trained)"""
+        pieces: list[tuple[str, bool, bool]] = []
+        for number, raw in enumerate(messages, 1):
+            message = read_message(raw, number)
+            role = self.role_of(message)
             form = self._form(role)
-            content = self._clean(content)
+            content = self._clean(message.content)
             if not content.strip():
                 if role == "system":
                     continue
@@ -70,10 +78,15 @@ class Template:
             before, after = form.split("{content}")
             if role in self.train_roles:
                 prompt = before.rstrip()
-                segments += [(prompt, False), (before[len(prompt) :] + content + after, True)]
+                text = before[len(prompt) :] + content + after
+                pieces += [(prompt, False, False), (text, True, message.weight != 0)]
             else:
-                segments.append((before + content + after, False))
-        return _merge(segments)
+                pieces.append((before + content + after, False, False))
+        return _merge(pieces)
+
+    def role_of(self, message: "Message") -> str:
+        """The template's name for a message's role."""
+        return message.role if message.role in self.roles else SHAREGPT.get(message.role, message.role)
 
     def prompt(self, messages: Sequence[dict], role: str = "assistant") -> list[str]:
         """What asks for the next message of `role`: the messages so far, then "Assistant:".
@@ -81,7 +94,7 @@ class Template:
         In the pieces in which training encodes it; a tokenizer may write them otherwise when joined.
         """
         before = self._form(role).split("{content}")[0].rstrip()
-        return [text for text, _ in _merge([*self.segments(messages), (before, False)])]
+        return [text for text, *_ in _merge([*self._pieces(messages), (before, False, False)])]
 
     def end(self, role: str = "assistant") -> str:
         """What comes after a message of a role."""
@@ -113,107 +126,34 @@ class Template:
         return re.sub(r"\n\s*\n", "\n", content.replace("\r\n", "\n").strip())
 
 
-@dataclass
-class Columns:
-    """The names under which records keep their parts; several prompt columns, comma-separated, are joined
-    with newlines (empty ones left out)."""
+class Message(NamedTuple):
+    """One message. weight: 1 or 0 (not trained), None if it has none. unused: names of its other fields."""
 
-    text: str = "text"
-    prompt: str = "prompt"
-    completion: str = "completion"
-    messages: str = "messages"
-
-    def __post_init__(self) -> None:
-        for f in fields(self):
-            if not all(name.strip() for name in getattr(self, f.name).split(",")):
-                raise ValueError(f"--{f.name}-field {getattr(self, f.name)!r} holds an empty column name.")
-
-    @property
-    def prompts(self) -> list[str]:
-        return [name.strip() for name in self.prompt.split(",")]
-
-    def detect(self, record: dict) -> str:
-        """ "messages", "pairs" or "text": the first of these whose columns the record has."""
-        if self.messages in record or (self.messages == "messages" and "conversations" in record):
-            return "messages"
-        if self.completion in record and self.prompts[0] in record:
-            return "pairs"
-        if self.text in record:
-            return "text"
-        expected = f'"{self.text}", "{self.prompt}" with "{self.completion}", or "{self.messages}"'
-        flags = "--text-field, --prompt-field and --completion-field, or --messages-field"
-        raise ValueError(f"no known column: expected {expected}, found {_names(record)}; name yours with {flags}")
+    role: str
+    content: str
+    weight: int | None
+    unused: tuple[str, ...]
 
 
-def render(record: object, kind: str, template: Template, columns: Columns) -> list[Segment]:
-    """The segments of one record of `kind` ("auto", "text", "pairs" or "messages").
-
-    Raises ValueError that says what is wrong with the record (the caller knows where it lies).
-    """
-    if not isinstance(record, dict):
-        raise ValueError(f"expected an object with named columns, found {record!r:.60}")
-    if kind == "auto":
-        kind = columns.detect(record)
-    if kind == "messages":
-        return template.segments(_messages(record, columns))
-    if kind == "pairs":
-        parts = [_string(record, name, optional=len(columns.prompts) > 1) for name in columns.prompts]
-        prompt, completion = "\n".join(part for part in parts if part), _string(record, columns.completion)
-        _require(prompt, columns.prompt)
-        _require(completion, columns.completion)
-        return [(prompt, False), (completion, True)]
-    text = _string(record, columns.text)
-    _require(text, columns.text)
-    return [(text, True)]
-
-
-def _messages(record: dict, columns: Columns) -> list[dict]:
-    name = columns.messages
-    if name == "messages" and name not in record and "conversations" in record:
-        name = "conversations"
-    if name not in record:
-        raise ValueError(f'no column "{name}", found {_names(record)}; name yours with --messages-field')
-    if not isinstance(record[name], list) or not record[name]:
-        raise ValueError(f'"{name}" must be a list of messages, found {record[name]!r:.60}')
-    return record[name]
-
-
-def _role_and_content(message: object, number: int) -> tuple[str, str]:
+def read_message(message: object, number: int) -> Message:
+    """A message as {"role": text, "content": text} or ShareGPT's {"from": text, "value": text}, with or without the
+    "weight" of OpenAI's fine-tuning format. ValueError if it is none; number: which of its chat it is, from 1."""
+    left = {k: v for k, v in message.items() if v is not None} if isinstance(message, dict) else {}
     for role, content in (("role", "content"), ("from", "value")):
-        if isinstance(message, dict) and role in message and content in message:
-            if isinstance(message[role], str) and isinstance(message[content], str):
-                return message[role], message[content]
-            break
+        if isinstance(left.get(role), str) and isinstance(left.get(content), str):
+            found, weight = (left.pop(role), left.pop(content)), left.pop("weight", None)
+            if isinstance(weight, bool) or weight not in (None, 0, 1):
+                raise ValueError(f"message {number}: weight {weight!r:.60} must be 0 (not trained) or 1 (trained)")
+            return Message(*found, weight, tuple(left))
     raise ValueError(f'message {number} must be {{"role": text, "content": text}}, found {message!r:.60}')
 
 
-def _string(record: dict, name: str, optional: bool = False) -> str:
-    """The text in a column; `optional` reads a missing or null one as ""."""
-    value = record.get(name)
-    if optional and value is None:
-        return ""
-    if name not in record:
-        raise ValueError(f'no column "{name}", found {_names(record)}')
-    if not isinstance(value, str):
-        raise ValueError(f'"{name}" must be text, found {value!r:.60}')
-    return value
-
-
-def _require(text: str, name: str) -> None:
-    if not text.strip():
-        raise ValueError(f'"{name}" is empty')
-
-
-def _names(record: dict) -> str:
-    return ", ".join(f'"{name}"' for name in list(record)[:12]) or "none"
-
-
-def _merge(segments: list[Segment]) -> list[Segment]:
+def _merge(pieces: list[tuple[str, bool, bool]]) -> list[tuple[str, bool, bool]]:
     """Join neighbours that are trained alike, so that they are tokenised as generation tokenises them."""
-    merged: list[Segment] = []
-    for text, trained in segments:
-        if merged and merged[-1][1] == trained:
-            merged[-1] = (merged[-1][0] + text, trained)
+    merged: list[tuple[str, bool, bool]] = []
+    for text, *alike in pieces:
+        if merged and merged[-1][1:] == tuple(alike):
+            merged[-1] = (merged[-1][0] + text, *alike)
         elif text:
-            merged.append((text, trained))
+            merged.append((text, *alike))
     return merged
