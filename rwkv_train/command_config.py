@@ -32,6 +32,9 @@ class ValidateConfig:
     json: str | None = None
     """also write the figures to this file"""
 
+    dtype: Literal["fp32", "fp16", "bf16"] | None = None
+    """number format of the weights in memory; that of the file if not given"""
+
 
 @dataclass
 class GenerateConfig:
@@ -41,7 +44,7 @@ class GenerateConfig:
     """checkpoint or runs/NAME"""
 
     prompt: str = ""
-    """text to continue; "\\n" stands for a line break; an empty one starts a new document"""
+    """text to continue; \\n in it is a line break, \\\\ a backslash; an empty one starts a new document"""
 
     tokenizer: str | None = None
     """world, bytes or a tokenizer JSON; known for runs/NAME and for models with the World vocabulary"""
@@ -63,6 +66,9 @@ class GenerateConfig:
 
     device: str = "cpu"
     """cpu, cuda or cuda:N"""
+
+    dtype: Literal["fp32", "fp16", "bf16"] | None = None
+    """number format of the weights in memory; that of the file if not given"""
 
 
 @dataclass

@@ -15,7 +15,9 @@ from rwkv_train.data.batches import make_batches
 from rwkv_train.data.lanes import LaneBatches, split, trained_tokens
 from rwkv_train.data.store import Store
 from rwkv_train.evaluate import Score, Scorer, byte_lengths, position_table
+from rwkv_train.files import unescaped
 from rwkv_train.generate import Sampling, generate_text
+from rwkv_train.models.finite import broken_weight, finite
 from rwkv_train.models.loss import IGNORE_INDEX
 from rwkv_train.tokenizer import Tokenizer, load_tokenizer
 from rwkv_train.train.runlog import read_metrics
@@ -27,7 +29,7 @@ def validate(config: ValidateConfig) -> None:
     if data is None:
         data, val_share = _held_out(Path(config.model))
     store = Store.open(data)
-    model = load_model(config.model)
+    model = load_model(config.model, DTYPES[config.dtype] if config.dtype else None)
     training, held_out = split(store, val_share)
     documents = held_out if val_share else training
     if config.data is None:
@@ -82,6 +84,7 @@ def _score(model, batches: LaneBatches, tokenizer: Tokenizer | None, forget: boo
     scorer = Scorer(model, byte_lengths(tokenizer, model.config.vocab_size), forget)
     for n in tqdm(range(len(batches)), desc="state dropped" if forget else "state carried", unit="batch", leave=False):
         scorer.add(batches[n])
+        finite(scorer.nats, model)
     return scorer.score()
 
 
@@ -98,8 +101,9 @@ def _figures(score: Score) -> dict:
 def generate(config: GenerateConfig) -> None:
     """Print a prompt and its continuation as it is written."""
     sampling = Sampling(config.temperature, config.top_p, config.top_k)
-    model, tokenizer, _ = open_model(config.model, config.tokenizer, device=config.device, for_chats=False)
-    prompt = config.prompt.replace("\\n", "\n")
+    dtype = DTYPES[config.dtype] if config.dtype else None
+    model, tokenizer, _ = open_model(config.model, config.tokenizer, None, dtype, config.device, for_chats=False)
+    prompt = unescaped(config.prompt)
     sys.stdout.write(prompt)
     for piece in generate_text(model, tokenizer, prompt, sampling, config.tokens, config.seed):
         sys.stdout.write(piece)
@@ -140,6 +144,8 @@ def export(config: ExportConfig) -> None:
         print(f"{config.out}: what {config.model} trained; `--model BASE+{config.out}` puts it on its model")
         return
     model = load_model(config.model)
+    if broken := broken_weight(model):
+        raise ValueError(f"{config.model} gives no finite number: {broken}")
     folder = not Path(config.out).suffix or config.out.endswith("/")
     tokenizer = format_of(config.model).tokenizer if folder else None
     save_model(model, config.out, DTYPES[config.dtype] if config.dtype else None, tokenizer)

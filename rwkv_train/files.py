@@ -7,6 +7,7 @@ that Python's splitlines knows stay inside their line), without the byte order m
 import codecs
 import json
 import os
+import re
 import secrets
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -27,6 +28,11 @@ def typed_lines(stream: Iterable[str]) -> Iterator[str]:
     """The lines of standard input, each when it is there, without a byte order mark before the first."""
     for number, line in enumerate(stream):
         yield line if number else line.removeprefix("\ufeff")
+
+
+def unescaped(line: str) -> str:
+    """The text that was typed as one line: \\n in it is a line break, and a doubled backslash a backslash."""
+    return re.sub(r"\\([n\\])", lambda found: "\n" if found[1] == "n" else "\\", line)
 
 
 class BadJSON(ValueError):

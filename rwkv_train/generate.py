@@ -1,6 +1,5 @@
 """Sampling from a state: constant memory and time per token, however long the text before."""
 
-import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
@@ -10,10 +9,13 @@ import torch
 from torch import Tensor
 
 from rwkv_train.models.base import RWKV
+from rwkv_train.models.finite import finite
 from rwkv_train.models.state import State
 from rwkv_train.tokenizer import StreamDecoder, Tokenizer
 
 PREFILL = 1024  # tokens of a prompt read at once
+COLDEST = 1e-6  # a temperature below it is 0: logits over it could be no number any more
+LARGEST = 1e30  # of a setting
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,8 @@ class Sampling:
 
     def __post_init__(self):
         for f in fields(self):
-            if not math.isfinite(getattr(self, f.name)):
-                raise ValueError(f"{f.name} must be a finite number, found {getattr(self, f.name)}")
+            if not abs(getattr(self, f.name)) <= LARGEST:
+                raise ValueError(f"{f.name} must be a number up to {LARGEST:g}, found {getattr(self, f.name)}")
         if self.temperature < 0:
             raise ValueError(f"temperature must not be negative, found {self.temperature}")
         if not 0 < self.top_p <= 1:
@@ -53,7 +55,7 @@ class Sampling:
             logits = logits.to(torch.float32, copy=True)
             counts = torch.tensor(list(used.values()), device=logits.device)
             logits[list(used)] -= self.presence_penalty + self.frequency_penalty * counts
-        if self.temperature == 0:
+        if self.temperature < COLDEST:
             return int(logits.argmax())
         p = (logits.float() / self.temperature).softmax(-1).cpu()
         if self.top_k or self.top_p < 1:
@@ -65,12 +67,15 @@ class Sampling:
 
 @torch.no_grad()
 def prefill(model: RWKV, tokens: list[int], state: State | None = None) -> tuple[Tensor, State]:
-    """Read a prompt of at least one token: (logits [V] of what follows, state after it)."""
+    """Read a prompt of at least one token: (logits [V] of what follows, state after it).
+
+    Raises NotFinite, a ValueError, if the model gives no finite number.
+    """
     if not tokens:
         raise ValueError("a prompt needs at least one token")
     for i in range(0, len(tokens), PREFILL):
         x, state = model.hidden(torch.tensor([tokens[i : i + PREFILL]], device=model.device), state)
-    return model.head(x[0, -1]), state
+    return finite(model.head(x[0, -1]), model), state
 
 
 def stream_tokens(

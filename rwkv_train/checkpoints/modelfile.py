@@ -87,7 +87,7 @@ def save_model(model: RWKV, path: str | Path, dtype: torch.dtype | None = None, 
     dtype: None keeps the model's. tokenizer: its `save` writes tokenizer.json into a Hugging Face directory.
     A crash leaves the old file or the new one, complete. In an existing Hugging Face directory of an RWKV,
     weights and config are replaced and other files stay; any other directory with something in it is refused.
-    Raises ValueError for a path that cannot be meant.
+    Raises ValueError for a path that cannot be meant, and for a dtype that does not hold a weight.
     """
     _check_dtype(dtype)
     target = Path(path).expanduser().resolve()  # resolved: to replace what a link points at, not the link
@@ -100,8 +100,9 @@ def save_model(model: RWKV, path: str | Path, dtype: torch.dtype | None = None, 
         raise ValueError(f"{path} is {kinds[0]}, expected {kinds[1]} or nothing there; choose another name")
     if tokenizer is not None and is_file:
         raise ValueError(f"{path}: a tokenizer is saved only into a Hugging Face directory, not a file")
-    target.parent.mkdir(parents=True, exist_ok=True)
     tensors = _own(dict(model.state_dict()), dtype, "cpu")
+    _check_range(model, tensors)
+    target.parent.mkdir(parents=True, exist_ok=True)
     if is_file:
         write = write_pth if target.suffix == ".pth" else write_safetensors
         replace_file(target, lambda temporary: write(tensors, temporary))
@@ -283,6 +284,19 @@ def _own(tensors: dict[str, Tensor], dtype: torch.dtype | None, device) -> dict[
         seen.add(storage.data_ptr())
         owned[name] = t.to(device, dtype or t.dtype, copy=shared).contiguous()
     return owned
+
+
+def _check_range(model: RWKV, written: dict[str, Tensor]) -> None:
+    """ValueError if a weight of the model is finite, and no longer in the dtype in which it is to be written."""
+    for name, weight in model.state_dict().items():
+        other = written[name]
+        lost = weight.detach().to(other.device)[~other.isfinite()] if weight.dtype != other.dtype else weight[:0]
+        if lost.isfinite().any():
+            largest, limit = float(lost[lost.isfinite()].abs().max()), torch.finfo(other.dtype).max
+            raise ValueError(
+                f"{name} reaches {largest:,.6g}, and {str(other.dtype).removeprefix('torch.')} ends at {limit:,.6g}; "
+                "write the model as fp32 or bf16"
+            )
 
 
 def _check_dtype(dtype: torch.dtype | None) -> None:

@@ -7,6 +7,7 @@ import torch
 
 from rwkv_train.data.templates import Template
 from rwkv_train.models.base import RWKV
+from rwkv_train.models.finite import finite
 from rwkv_train.models.state import State
 from rwkv_train.tokenizer import Tokenizer
 
@@ -73,7 +74,7 @@ def decode(
     """What a model writes after each prompt, through the text `end`, before the document's end, at most `most` tokens.
 
     prompts: token ids, at least one each. state: of one lane, from which every prompt goes on; None is empty.
-    rng: sample from it; None takes the likeliest.
+    rng: sample from it; None takes the likeliest. Raises NotFinite, a ValueError, if the model gives no finite number.
     """
     written: list[list[int]] = [[] for _ in prompts]
     if state is None and model.initial_wkv is None:
@@ -89,7 +90,7 @@ def decode(
         reset = None if len({len(prompts[r]) for r in rows}) == 1 else torch.arange(width) == begins
         for _ in range(most):
             x, lanes = model.hidden(tokens.to(model.device), lanes, None if reset is None else reset.to(model.device))
-            logits, reset = model.head(x[:, -1]).float().cpu(), None
+            logits, reset = finite(model.head(x[:, -1]).float().cpu(), model), None
             best = logits.argmax(-1) if rng is None else torch.multinomial(logits.softmax(-1), 1, generator=rng)[:, 0]
             going = []
             for place, (r, token) in enumerate(zip(rows, best.tolist(), strict=True)):

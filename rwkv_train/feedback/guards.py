@@ -24,6 +24,7 @@ from rwkv_train.feedback.steps import localised_names, upper_names
 from rwkv_train.feedback.texts import predictions
 from rwkv_train.files import replace_file
 from rwkv_train.models.base import RWKV
+from rwkv_train.models.finite import finite
 
 VERSION = 2  # of the file
 LONGEST = 32  # tokens of a sampled question, and of a sampled answer
@@ -242,7 +243,7 @@ def _wander(base: RWKV, form: Form, rng: torch.Generator) -> list[list[int]]:
     written = [tokens]
     for _ in range(TALK - len(opening)):
         x, state = base.hidden(tokens.to(base.device), state)
-        logits = base.head(x[:, -1]).float().cpu() / HEAT
+        logits = finite(base.head(x[:, -1]).float().cpu(), base) / HEAT
         logits[:, form.tokenizer.eod] = -torch.inf
         tokens = torch.multinomial(logits.softmax(-1), 1, generator=rng)
         written.append(tokens)

@@ -21,6 +21,7 @@ from rwkv_train.feedback.steps import Diverged, FeedbackConfig, Lesson, between,
 from rwkv_train.feedback.texts import Row, answer_loss, divergence
 from rwkv_train.files import replace_file
 from rwkv_train.models.base import RWKV
+from rwkv_train.models.finite import NotFinite
 from rwkv_train.tokenizer import Tokenizer
 
 FORMS = 20  # in which questions about a correction's subject are made up
@@ -260,8 +261,10 @@ class Learner:
         try:
             whole, steps = self._learn(before, record, lesson, tick)
             after, share, moved, why, new = self._gate(record, whole, old)
-        except Diverged as error:
-            after, steps, share, moved, why, new = before, 0, 0.0, 0.0, str(error), old
+        except (Diverged, NotFinite) as error:
+            left = "the steps left numbers that are not finite; a smaller rate may help"
+            after, steps, share, moved, new = before, 0, 0.0, 0.0, old
+            why = left if isinstance(error, NotFinite) else str(error)
         with half_the_threads():
             losses = [answer_loss(m, lesson.new[0]) for m in (before, after)]
         seconds, weights = time.monotonic() - begun, weights_hash(changed(after, self.base))

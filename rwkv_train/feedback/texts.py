@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from rwkv_train.bptt import chunked_loss
 from rwkv_train.generate import prefill
 from rwkv_train.models.base import RWKV
+from rwkv_train.models.finite import finite
 from rwkv_train.models.loss import IGNORE_INDEX
 from rwkv_train.models.state import State
 
@@ -177,12 +178,15 @@ def kept(twin: RWKV, start: RWKV, rows: list[tuple[list[int], RWKV]], scope: Sco
 
 @torch.no_grad()
 def predictions(model: RWKV, rows: list[list[int]], last: list[int] | None = None) -> Tensor:
-    """Log probabilities [N,V] after each of the N tokens of some documents, or only of so many `last` ones of each."""
+    """Log probabilities [N,V] after each of the N tokens of some documents, or only of so many `last` ones of each.
+
+    Raises NotFinite, a ValueError, if the model gives no finite number.
+    """
     packed = pack(rows, [model.initial_wkv is not None] * len(rows), model.device)
     if last is not None:
         places = packed.places.split([len(row) for row in rows])
         packed = replace(packed, places=torch.cat([p[-count:] for p, count in zip(places, last, strict=True)]))
-    return _said(model, packed.tokens, packed, model.empty_state(len(packed.tokens)))
+    return finite(_said(model, packed.tokens, packed, model.empty_state(len(packed.tokens))), model)
 
 
 def _said(model: RWKV, tokens: Tensor, packed: Packed, state: State) -> Tensor:
