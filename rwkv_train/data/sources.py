@@ -109,6 +109,10 @@ def _below(folder: Path) -> Iterator[tuple[str, str | None]]:
     """(path, None or why it is passed over) of what lies in a folder and the folders in it."""
     closed: list[OSError] = []
     for here, folders, files in os.walk(folder, onerror=closed.append):
+        if {"manifest.json", "tokens.idx"} <= set(files):
+            folders.clear()
+            yield here, "token store"
+            continue
         for name in files:
             yield os.path.join(here, name), _reason(os.path.join(here, name))
         for name in folders:

@@ -10,6 +10,7 @@ import pytest
 from prepared import CHAT, documents, files, jsonl, make
 
 from rwkv_train.data import encode as encode_module
+from rwkv_train.data import prepare as prepare_module
 from rwkv_train.data import records as records_module
 from rwkv_train.data.corpora.catalogue import read_corpus
 from rwkv_train.data.render import Columns, render
@@ -64,6 +65,14 @@ def test_a_dead_worker_is_an_error(monkeypatch):
         ),
         ("corpus:chatterbot", {"tokenizer": "wrold"}, "unknown"),
         ("corpus:chatterbot", {"limit": -1}, "--limit is -1"),
+        ("corpus:chatterbot", {"split": "line"}, "--split line cuts .txt files, and there is none"),
+        ("corpus:chatterbot", {"kind": "messages", "text_field": "t"}, "--kind messages has no use for --text-field"),
+        (
+            "corpus:chatterbot",
+            {"kind": "text", "template": "t.yaml", "train_roles": ["user"]},
+            "--kind text has no use for --template and --train-roles",
+        ),
+        ("corpus:chatterbot", {"kind": "pairs", "messages_field": "m"}, "--kind pairs has no use for --messages-field"),
         ("corpus:chatterbot", {"train_roles": ["robot"]}, "role 'robot' is unknown"),
         ("corpus:chatterbot", {"train_roles": []}, "Nothing to train.*--train-roles"),
         ("corpus:chatterbot", {"kind": "text", "skip_bad": True}, "no usable record, 2025 bad ones.*ai.yml"),
@@ -102,6 +111,39 @@ def test_limit_and_learnt_tokenizer(tmp_path):
     assert store.tokenizer().vocab_size == store.manifest["tokenizer"]["vocab_size"] <= 280
     with pytest.raises(ValueError, match=r"x\.jsonl:1: "):
         make(tmp_path, source, kind="messages", train_bpe=280, tokenizer=None, out="other")
+
+
+def test_settings_that_no_record_needed_are_told(tmp_path, capsys):
+    (tmp_path / "t.yaml").write_text("train_roles: [user]\n")
+    source = jsonl(tmp_path / "x.jsonl", [{"text": "a"}])
+    make(tmp_path, source, template=str(tmp_path / "t.yaml"), completion_field="answer")
+    out = capsys.readouterr().out
+    assert "--template had no effect: no record is a chat\n" in out
+    assert "--completion-field had no effect: no record is a pair\n" in out
+    make(tmp_path, source, out="plain")
+    assert "no effect" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("request_of", [{"train_bpe": 300, "tokenizer": None}, {"tokenizer": "bytes"}])
+def test_half_a_surrogate_pair_is_named_and_can_be_left_out(tmp_path, capsys, request_of):
+    (tmp_path / "x.jsonl").write_text('{"text": "good"}\n{"text": "bad \\ud83d half"}\n{"\\ud83d": "column"}\n')
+    with pytest.raises(ValueError, match=r"x\.jsonl:2: .*U\+D83D at character 4\); remove it\. .*--skip-bad"):
+        make(tmp_path, tmp_path / "x.jsonl", **request_of)
+    store = make(tmp_path, tmp_path / "x.jsonl", skip_bad=True, **request_of)
+    assert documents(store) == [("good", "good$")] and store.manifest["bad_records"] == 2
+    assert r'found "\ud83d"; name yours' in capsys.readouterr().out
+
+
+def test_a_store_of_an_earlier_reading_is_kept_and_that_is_told(tmp_path, capsys, monkeypatch):
+    source = jsonl(tmp_path / "x.jsonl", [{"text": "a"}])
+    request = prepare_module._request
+    monkeypatch.setattr(prepare_module, "_request", lambda *a: {k: v for k, v in request(*a).items() if k != "reading"})
+    make(tmp_path, source)
+    monkeypatch.setattr(prepare_module, "_request", request)
+    assert "earlier version" not in capsys.readouterr().out
+    make(tmp_path, source)
+    out = capsys.readouterr().out
+    assert "is up to date" in out and "earlier version" in out and "--overwrite" in out
 
 
 def test_hub_names(tmp_path, monkeypatch):

@@ -109,6 +109,10 @@ def test_bad_line(tmp_path, capsys, line):
         ("x.csv", b'text,n\n"a\nb",1\nc\n', r"x\.csv:4: 1 fields, but the header names 2"),
         ("x.csv", b"text\n\xe9\n", r"x\.csv:2: invalid UTF-8"),
         ("x.csv", b"text,text\na,b\n", r"x\.csv:1: the header"),
+        ("x.csv", b",,text\n1,2,a\n", r"x\.csv:1: the header.* each name once"),
+        ("x.csv", b"\ntext\na\n", r"x\.csv:1: the header"),
+        ("x.csv", "text\na\n".encode("utf-16"), r"x\.csv:1: UTF-16; save the file as UTF-8"),
+        ("x.txt", "text".encode("utf-16"), r"x\.txt:1: UTF-16"),
         ("x.json", b'[{"text": "a"},\n{"text" "b"}]', r"x\.json:2: bad JSON"),
         ("x.json", b'[{"text": "a"}, 5]', r"x\.json: record 2: expected an object"),
         ("x.json", b'[{"text":\n "\xe9"}]', r"x\.json:2: invalid UTF-8"),
@@ -130,3 +134,34 @@ def test_bad_text_among_long_ones(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"a\.txt:11: invalid UTF-8"):
         make(tmp_path, tmp_path / "*.txt")
     assert documents(make(tmp_path, tmp_path / "*.txt", skip_bad=True))[0][0] == "a second text\n" * 10
+
+
+def test_a_column_without_a_name_is_named_as_not_used(tmp_path, capsys):
+    (tmp_path / "x.csv").write_text(",text\n0,hello\n1,world\n")
+    store = make(tmp_path, tmp_path / "x.csv")
+    assert [text for text, _ in documents(store)] == ["hello", "world"]
+    assert 'not used: "(without a name)" (2 records)\n' in capsys.readouterr().out
+
+
+def test_null_columns_of_parquet_are_as_if_absent(tmp_path, capsys):
+    import pyarrow
+    import pyarrow.parquet
+
+    chat = [{"role": "user", "content": "a", "name": None}, {"role": "assistant", "content": "b", "weight": None}]
+    table = pyarrow.Table.from_pylist(
+        [{"text": None, "messages": chat, "system": None}, {"text": "t", "messages": None, "system": None}],
+    )
+    pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
+    store = make(tmp_path, tmp_path / "x.parquet")
+    assert documents(store) == [("User: a\n\nAssistant: b\n\n", " b\n\n$"), ("t", "t$")]
+    assert "not used" not in capsys.readouterr().out
+
+
+def test_separators_that_are_no_line_feeds_stay_in_their_line(tmp_path):
+    text = "a\u2028b\x85c\x0bd\x0ce"
+    jsonl(tmp_path / "x.jsonl", [{"text": text}] * 2)
+    (tmp_path / "x.csv").write_text(f"text\r\n{text}\r\n{text}\r\n", newline="", encoding="utf-8")
+    (tmp_path / "x.txt").write_text(f"{text}\r\n{text}", newline="", encoding="utf-8")
+    for name, options in (("x.jsonl", {}), ("x.csv", {}), ("x.txt", {"split": "line"})):
+        store = make(tmp_path, tmp_path / name, out=name[2:], **options)
+        assert documents(store) == [(text, text + "$")] * 2
