@@ -12,6 +12,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from importlib import import_module
 from itertools import pairwise
+from pathlib import Path
+
+from rwkv_train import program
 
 try:
     from jsonargparse import ArgumentParser, set_parsing_settings
@@ -123,7 +126,7 @@ def main(argv: list[str] | None = None) -> None:
         ValueError,
         OSError,
     ) as e:  # people's mistakes and their machine's; anything else is a bug and shows itself
-        print(f"train.py {name}: {' '.join(str(e).split())}", file=sys.stderr)
+        print(f"{program.name()} {name}: {' '.join(str(e).split())}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
@@ -146,16 +149,14 @@ def _overview(argv: list[str]) -> int:
     wanted = bool(rest) and rest[0] in ("-h", "--help", "help")
     out = sys.stdout if wanted else sys.stderr
     if rest and not wanted:
-        print(f"train.py: there is no command {' '.join([*group, rest[0]])!r}. The commands are:", file=out)
+        print(f"{program.name()}: there is no command {' '.join([*group, rest[0]])!r}. The commands are:", file=out)
     elif not group:
-        print(
-            "Online fine-tuning trainer for RWKV language models.\n\nusage: python train.py COMMAND ...\n",
-            file=out,
-        )
+        usage = f"usage: {program.command('COMMAND')} ..."
+        print(f"Online fine-tuning trainer for RWKV language models.\n\n{usage}\n", file=out)
     for name, command in COMMANDS.items():
         if name.split()[: len(group)] == group:
             print(f"  {name:<16}{command.phrase}", file=out)
-    print("\npython train.py COMMAND --help explains a command's flags.", file=out)
+    print(f"\n{program.command('COMMAND', '--help')} explains a command's flags.", file=out)
     return 0 if wanted else 2
 
 
@@ -163,7 +164,9 @@ def parse(name: str, argv: list[str]) -> tuple[object, dict]:
     """(settings, flags that are no settings) of one command's arguments. Unknown ones end the program, code 2."""
     command = COMMANDS[name]
     config = _find(command.config)
-    parser = _Parser(prog=f"train.py {name}", description=f"{config.__doc__.split(chr(10))[0]}", allow_abbrev=False)
+    parser = _Parser(
+        prog=f"{program.name()} {name}", description=f"{config.__doc__.split(chr(10))[0]}", allow_abbrev=False
+    )
     if not hasattr(parser, "add_class_arguments"):
         return _parse_flat(parser, name, argv), {}
     parser.add_argument("--config", action="config", help="YAML file with any of the settings below")
@@ -171,7 +174,7 @@ def parse(name: str, argv: list[str]) -> tuple[object, dict]:
     parser.add_class_arguments(config, as_group=False, skip={command.positional} - {None})
     if command.positional:
         parser.add_argument(command.positional, nargs="+", type=str, help=_phrase(config, command.positional))
-    found = vars(parser.instantiate(parser.parse_args(_spelled_out(config, argv))))
+    found = vars(parser.instantiate(parser.parse_args(_with_found_config(_spelled_out(config, argv)))))
     settings = {field: found.pop(field) for field in config.__dataclass_fields__}
     found.pop("config")
     return config(**settings), found
@@ -210,6 +213,24 @@ def _spelled_out(config: type, argv: list[str]) -> list[str]:
     argv, switches = [_underscored(a) for a in argv], {f.name for f in fields(config) if f.type is bool}
     bare = [a[2:] in switches and n not in ("true", "false") for a, n in zip(argv, [*argv, ""][1:], strict=True)]
     return [a + "=true" * alone for a, alone in zip(argv, bare, strict=True)]
+
+
+def _with_found_config(argv: list[str]) -> list[str]:
+    """The same where --config names a file that comes along, or a run, whose paths are found from where it lies."""
+    argv = [word for a in argv for word in (a.split("=", 1) if a.startswith("--config=") else [a])]
+    if "--config" not in argv[:-1]:
+        return argv
+    at = argv.index("--config") + 1
+    file, shipped = Path(argv[at]), program.shipped_config(argv[at])
+    if not file.exists() and shipped:
+        print(f"{file} is not in this folder; taking the one that comes along, {shipped}", file=sys.stderr)
+        argv[at] = str(shipped)
+    from rwkv_train.run_config import found_paths, is_run_config
+
+    if is_run_config(file):
+        given = tuple(a[2:].partition("=")[0] for a in argv if a.startswith("--"))
+        argv[at + 1 : at + 1] = [f"--{flag}={value}" for flag, value in found_paths(file, given).items()]
+    return argv
 
 
 def _underscored(argument: str) -> str:

@@ -19,6 +19,7 @@ from rwkv_train.files import unescaped
 from rwkv_train.generate import Sampling, generate_text
 from rwkv_train.models.finite import broken_weight, finite
 from rwkv_train.models.loss import IGNORE_INDEX
+from rwkv_train.run_config import found_paths
 from rwkv_train.tokenizer import Tokenizer, load_tokenizer
 from rwkv_train.train.runlog import read_metrics
 
@@ -63,7 +64,8 @@ def _held_out(run: Path) -> tuple[str, float]:
     data = yaml.safe_load(file.read_text(encoding="utf-8"))["data"]
     if not data["val"] and not data["val_share"]:
         raise ValueError(f"the run {run} held nothing out; say what to score it on with --data STORE")
-    return (data["val"], 0.0) if data["val"] else (data["path"], data["val_share"])
+    found = found_paths(file)
+    return (found["data.val"], 0.0) if data["val"] else (found["data.path"], data["val_share"])
 
 
 def _check_same_part(run: Path, tokens: int) -> None:

@@ -305,7 +305,7 @@ class FitConfig:
 
     def __post_init__(self):
         if not self.data.path:
-            raise ValueError("give data.path: a token store (make one with `python train.py prepare`)")
+            raise ValueError("give data.path: a token store (make one with `prepare`)")
         if self.model.tune == "state" and self.train.strategy.startswith(("fsdp", "deepspeed_stage_3")):
             raise ValueError("model.tune: state and train.strategy contradict each other; use ddp, a state is small")
         if self.model.base != "float" and (self.train.strategy != "auto" or self.train.devices * self.train.nodes > 1):

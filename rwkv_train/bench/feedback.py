@@ -11,11 +11,11 @@ from rwkv_train.bench.correction_cases import fact_cases, small_talk, strangers_
 from rwkv_train.bench.corrections import CONTROLS, SINGLES, Protocol, load_cases, plot, summary, table
 from rwkv_train.bench.measure import about, machine
 from rwkv_train.bench.settings import FeedbackBench
-from rwkv_train.chat.opening import STARTER
 from rwkv_train.checkpoints.opener import open_model
 from rwkv_train.feedback import FeedbackConfig
 from rwkv_train.feedback.decode import Form
 from rwkv_train.files import read_lines, read_text
+from rwkv_train.program import STARTER
 
 
 def feedback(config: FeedbackBench) -> None:

@@ -4,7 +4,7 @@ import io
 import sys
 from dataclasses import fields
 
-from rwkv_train.chat import opening
+from rwkv_train import program
 from rwkv_train.chat.dialogue import Dialogue
 from rwkv_train.chat.feedback_commands import Teacher
 from rwkv_train.chat.opening import data_folder, profile_folder
@@ -43,9 +43,9 @@ def chat(config: ChatConfig) -> None:
 def open_chat(config: ChatConfig) -> Chat:
     """The model, tokenizer and template that the settings name, as a chat about to begin."""
     sampling = Sampling(**{f.name: getattr(config, f.name) for f in fields(Sampling)})
-    if not config.model and not opening.STARTER.exists():
-        raise ValueError(f"the starter model is not there ({opening.STARTER}); name a model with --model")
-    name, dtype = config.model or opening.STARTER, DTYPES[config.dtype]
+    if not config.model and not program.STARTER.exists():
+        raise ValueError(f"the starter model is not there ({program.STARTER}); name a model with --model")
+    name, dtype = config.model or program.STARTER, DTYPES[config.dtype]
     opened = open_model(name, config.tokenizer, config.template, dtype, config.device)
     dialogue = Dialogue(*opened, sampling, config.seed, config.tokens)
     dialogue.system(config.system)
@@ -54,7 +54,7 @@ def open_chat(config: ChatConfig) -> Chat:
 
 def open_teacher(chat: Chat, config: ChatConfig, wait: bool) -> Teacher:
     """What corrects the chat's model, until the chat ends; wait: see `Teacher`."""
-    dialogue, model = chat.dialogue, config.model or opening.STARTER
+    dialogue, model = chat.dialogue, config.model or program.STARTER
     folder = profile_folder(chat.folder, config.profile, model)
     learner = Learner(dialogue.model, dialogue.tokenizer, folder, dialogue.template, recover=False)
     chat.closing.callback(learner.close)

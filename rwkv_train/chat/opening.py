@@ -4,8 +4,6 @@ from pathlib import Path
 
 import platformdirs
 
-STARTER = Path(__file__).parents[2] / "data" / "starter"
-
 
 def data_folder(given: str | None) -> Path:
     """Where what belongs to the user is kept."""

@@ -14,7 +14,7 @@ import numpy as np
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = len(MAGIC) + 8 + 1 + 8 + 8
 DTYPES = {1: np.uint8, 4: np.int32, 5: np.int64, 8: np.uint16}  # the codes that can hold token ids
-REMAKE = "Copy it again, or make the store anew with `python train.py prepare`."
+REMAKE = "Copy it again, or make the store anew with `prepare`."
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -70,7 +70,7 @@ def _read_header(idx: Path, data: np.ndarray) -> tuple[np.dtype, int, int]:
 def map_file(path: Path, dtype: np.dtype | type) -> np.ndarray:
     """The whole file as a read-only, memory-mapped array of `dtype`."""
     if not path.is_file():
-        hint = "Give the folder that `python train.py prepare` made, or the prefix of a .bin and .idx pair."
+        hint = "Give the folder that `prepare` made, or the prefix of a .bin and .idx pair."
         raise ValueError(f"There is no file {path}. {hint}")
     size, width = path.stat().st_size, np.dtype(dtype).itemsize
     if size == 0 or size % width:

@@ -32,6 +32,6 @@ class Blocks:
                 where = f"bytes {block * BLOCK:,} to {min((block + 1) * BLOCK, len(self._data)):,}"
                 raise ValueError(
                     f"{self.path}: {where} are not what was written, the disk or a copy has damaged them; make the "
-                    "store anew with `python train.py prepare`, or copy it again"
+                    "store anew with `prepare`, or copy it again"
                 )
             self._unread[block] = False

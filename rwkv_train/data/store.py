@@ -118,7 +118,7 @@ def _read_manifest(path: Path) -> dict:
         raise ValueError(f"{path} is no JSON ({error}). {REMAKE}") from None
     version = manifest.get("format_version") if isinstance(manifest, dict) else None
     if version != FORMAT_VERSION:
-        hint = "Update rwkv_train, or make the store anew with `python train.py prepare`."
+        hint = "Update rwkv_train, or make the store anew with `prepare`."
         raise ValueError(f"{path}: format_version is {version!r}, expected {FORMAT_VERSION}. {hint}")
     counts = ("eod", "documents", "tokens", "trained_tokens", "text_bytes")
     wrong = [k for k in counts if type(manifest.get(k)) is not int or manifest[k] < 0]

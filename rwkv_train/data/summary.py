@@ -7,6 +7,7 @@ from rwkv_train.data.encode import Encoded
 from rwkv_train.data.sources import Passed, described
 from rwkv_train.data.store import Store
 from rwkv_train.files import counted
+from rwkv_train.program import command
 
 LISTED = 10  # bad records that are named
 KINDS = {"text": "text", "pairs": "pair", "messages": "chat"}
@@ -62,7 +63,7 @@ def print_summary(out: str, store: Store, tally: Tally) -> None:
         f"  tokens          {m['tokens']:>15,}",
         f"  trained tokens  {m['trained_tokens']:>15,}  ({m['trained_tokens'] / m['tokens']:.0%})",
         f"  bytes per token {m['text_bytes'] / max(1, m['tokens'] - m['documents']):>15.2f}",
-        f"Next: python train.py fit --config configs/quickstart.yaml --data.path {out}",
+        f"Next: {command('fit', '--config', 'configs/quickstart.yaml', '--data.path', out)}",
     ]
     for line in lines:  # a file's name may hold bytes that are no text
         print(line.encode(errors="backslashreplace").decode())

@@ -8,6 +8,7 @@ from pathlib import Path
 from rwkv_train.config import FitConfig, ModelConfig, PlanConfig
 from rwkv_train.plan.formulas import memory, seconds
 from rwkv_train.plan.sizes import RWKV4Sizes, RWKV7Sizes, Sizes
+from rwkv_train.program import command
 
 GB = 2**30
 SHARED = ["ddp", "deepspeed_stage_2", "deepspeed_stage_3", "fsdp"]  # the columns of the table
@@ -82,7 +83,7 @@ def _one(config: PlanConfig, machine: Machine, tokens: int) -> None:
     if machine.memory is not None and total > machine.memory:
         _advise(config, machine)
     elif machine.memory is not None:
-        print("Next: the same settings with `python train.py fit`.")
+        print(f"Next: the same settings with `{command('fit')}`.")
 
 
 def _time(config: FitConfig, machine: Machine, tokens: int) -> str:

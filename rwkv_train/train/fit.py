@@ -28,6 +28,7 @@ from rwkv_train.models.base import RWKV
 from rwkv_train.models.fresh import fresh_sizes
 from rwkv_train.models.rwkv4 import RWKV4
 from rwkv_train.models.rwkv7 import RWKV7
+from rwkv_train.program import command
 from rwkv_train.tokenizer import Tokenizer, load_tokenizer
 from rwkv_train.train.callbacks import SIGNALS, Monitor, Saver, Stopper
 from rwkv_train.train.module import OnlineTrainingModule
@@ -211,14 +212,14 @@ def _farewell(config, run, trainer, monitor, tokenizer, stopped) -> None:
         before = f"{scores[0].loss:.3f} -> " if len(scores) > 1 else ""
         print(f"Validation loss {before}{scores[-1].loss:.3f} (perplexity {scores[-1].perplexity:.1f}{bits}).")
     if stopped:
-        print(f"Saved. Continue with:\n  python train.py fit --config {run}/config.yaml --resume")
+        print(f"Saved. Continue with:\n  {command('fit', '--config', run / 'config.yaml', '--resume')}")
         return
     if tokenizer:
         _write_samples(config, run, trainer)
     print(f"\nThe run is in {run}: config.yaml, metrics.jsonl, checkpoints/.\nNext:")
-    print(f'  python train.py generate --model {run} --prompt "Once"')
-    print(f"  python train.py validate --model {run}\n  python train.py report {run}")
-    print(f"  python train.py export --model {run} --out model.pth")
+    print(f"  {command('generate', '--model', run, '--prompt', 'Once')}")
+    print(f"  {command('validate', '--model', run)}\n  {command('report', run)}")
+    print(f"  {command('export', '--model', run, '--out', 'model.pth')}")
 
 
 def _write_samples(config: FitConfig, run: Path, trainer: L.Trainer) -> None:

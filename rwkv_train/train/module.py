@@ -11,6 +11,7 @@ from rwkv_train.data.lanes import LaneBatches
 from rwkv_train.evaluate import Score, Scorer
 from rwkv_train.models.base import RWKV
 from rwkv_train.models.state import State
+from rwkv_train.program import command
 from rwkv_train.train.optim import make_optimizer
 from rwkv_train.train.strategies import is_deepspeed, shard
 
@@ -115,7 +116,7 @@ class OnlineTrainingModule(L.LightningModule):
         """What to tell of steps without a finite gradient."""
         step = self.batches_done // self.trainer.accumulate_grad_batches
         documents = ", ".join(map(str, self.train_batches.documents_in(self.batches_done - 1)[:20]))
-        look = f"python train.py inspect --run {self.trainer.default_root_dir} --step {step}"
+        look = command("inspect", "--run", self.trainer.default_root_dir, "--step", step)
         return (
             f"the loss or its gradient was no finite number in {which} step {step}, with documents {documents} "
             f"(`{look}` shows it); {then} a lower optim.lr"

@@ -13,6 +13,8 @@ import yaml
 from tqdm import tqdm
 
 from rwkv_train.files import replace_file
+from rwkv_train.program import command
+from rwkv_train.run_config import whole_paths
 
 QUIET = 10.0  # seconds between lines where there is no terminal to draw a bar on
 
@@ -26,6 +28,10 @@ def new_run(runs: str, name: str) -> Path:
             path.mkdir(parents=True)
         except FileExistsError:
             number += 1
+        except OSError as error:
+            raise ValueError(
+                f"the run's folder {path} cannot be made ({error}); give another place with --runs"
+            ) from None
         else:
             (path / "checkpoints").mkdir()
             return path
@@ -33,8 +39,8 @@ def new_run(runs: str, name: str) -> Path:
 
 def write_config(path: Path, config: dict) -> None:
     """runs/NAME/config.yaml, which `fit --config` reads again."""
-    header = f"# The settings of this run. Continue it with: python train.py fit --config {path} --resume\n"
-    text = header + yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+    header = f"# The settings of this run. Continue it with: {command('fit', '--config', path, '--resume')}\n"
+    text = header + yaml.safe_dump(whole_paths(config), sort_keys=False, allow_unicode=True)
     replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 

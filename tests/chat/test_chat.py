@@ -10,8 +10,8 @@ from helpers import random_model, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rwkv_train import save_model
-from rwkv_train.chat import opening, session
+from rwkv_train import program, save_model
+from rwkv_train.chat import session
 from rwkv_train.chat.dialogue import Dialogue
 from rwkv_train.chat.room import MINUTE, Message, Room
 from rwkv_train.chat.session import COMMANDS, Chat, Command
@@ -31,7 +31,7 @@ def model(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_model(random_model(vocab_size=257), "starter/model.pth")
     TextFormat(BYTES, Template()).save(tmp_path / "starter")
-    monkeypatch.setattr(opening, "STARTER", tmp_path / "starter")
+    monkeypatch.setattr(program, "STARTER", tmp_path / "starter")
 
 
 def talk(text, *argv, capsys, monkeypatch) -> list[str]:
@@ -128,7 +128,7 @@ def test_a_mistake_is_one_line_and_the_chat_goes_on(line, message, say):
     ],
 )
 def test_a_chat_that_cannot_begin(argv, message, capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(opening, "STARTER", tmp_path / "nothing")
+    monkeypatch.setattr(program, "STARTER", tmp_path / "nothing")
     code, out, err = run("chat", *argv, capsys=capsys)
     assert code == 1 and message in err and err.count("\n") == 1 and not out
 

@@ -1,0 +1,54 @@
+"""How the program was called, for hints that can be pasted; and where what comes along with it lies.
+
+rwkv_train/starter and rwkv_train/configs are links into the clone; in a wheel they are folders of that name.
+"""
+
+import os
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+STARTER = HERE / "starter"  # the small model that `chat` opens
+CONFIGS = HERE / "configs"
+SCRIPT, INSTALLED = "train.py", "rwkv-train"
+
+
+def name() -> str:
+    """train.py in a clone and rwkv-train where it is installed: what begins a line of error."""
+    return SCRIPT if _script() else INSTALLED
+
+
+def command(*words: object) -> str:
+    """A command line of this program as a shell takes it, called as it was called this time."""
+    return " ".join([_called(), *(shlex.quote(str(word)) for word in words)])
+
+
+def shipped_config(path: str) -> Path | None:
+    """The file that comes along under this name, as configs/quickstart.yaml."""
+    found = CONFIGS / Path(path).name
+    return found if Path(path) == Path("configs") / found.name and found.is_file() else None
+
+
+def _script() -> Path | None:
+    """The train.py that was called, or that of this clone where something else called us; None where installed."""
+    called = Path(sys.argv[0])
+    if called.name == SCRIPT:
+        return called
+    return Path(SCRIPT) if called.name != INSTALLED and (HERE.parent / SCRIPT).is_file() else None
+
+
+def _called() -> str:
+    script = _script()
+    if script is None:
+        called = sys.argv[0]
+        return _typed(called, INSTALLED) if Path(called).name == INSTALLED else INSTALLED
+    return f"{_typed(sys.executable, 'python')} {shlex.quote(str(script))}"
+
+
+def _typed(path: str, short: str) -> str:
+    """`short` where a shell would find this program under it, and its whole path elsewhere."""
+    found = shutil.which(short)
+    here = found and os.path.dirname(os.path.abspath(found)) == os.path.dirname(os.path.abspath(path))
+    return short if here else shlex.quote(path)
