@@ -2,7 +2,9 @@
 
 import io
 import sys
+import tempfile
 from dataclasses import fields
+from pathlib import Path
 
 from rwkv_train import program
 from rwkv_train.chat.dialogue import Dialogue
@@ -49,7 +51,16 @@ def open_chat(config: ChatConfig) -> Chat:
     opened = open_model(name, config.tokenizer, config.template, dtype, config.device)
     dialogue = Dialogue(*opened, sampling, config.seed, config.tokens)
     dialogue.system(config.system)
-    return Chat(dialogue, data_folder(config.folder))
+    try:
+        return Chat(dialogue, data_folder(config.folder))
+    except ValueError as error:
+        if config.folder:
+            raise
+        print(f"{error}. Typed lines, saved dialogues and corrections are lost when this chat ends.", file=sys.stderr)
+    lost = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+    chat = Chat(dialogue, Path(lost.name))
+    chat.closing.enter_context(lost)
+    return chat
 
 
 def open_teacher(chat: Chat, config: ChatConfig, wait: bool) -> Teacher:

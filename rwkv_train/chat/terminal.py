@@ -16,7 +16,6 @@ def in_terminal(chat: Chat) -> None:
     from prompt_toolkit.history import FileHistory
     from prompt_toolkit.patch_stdout import patch_stdout
 
-    chat.folder.mkdir(parents=True, exist_ok=True)
     names = WordCompleter([f"/{name}" for name in chat.commands], sentence=True)
     session = PromptSession(history=FileHistory(chat.folder / "history"), completer=names, complete_while_typing=False)
     write("Type a message, or /help. Ctrl-C stops a reply, Ctrl-D leaves.\n\n")

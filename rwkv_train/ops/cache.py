@@ -1,8 +1,10 @@
 """Compiled kernels in the user's cache. A file's name ends in its digest, for half a library could kill Python."""
 
+import atexit
 import functools
 import hashlib
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -30,14 +32,33 @@ def find(stem: str, suffix: str) -> Iterator[Path]:
 
 
 def keep(stem: str, suffix: str, build: Callable[[Path], None]) -> Path:
-    """Have a file built under a name of our own, then rename it: other processes may be doing the same now."""
-    folder().mkdir(parents=True, exist_ok=True)
+    """Have a file built under a name of our own, then rename it: other processes may be doing the same now.
+
+    Where the cache cannot be written, the file is this process's own, and gone when it ends.
+    """
+    try:
+        if folder().parts[:1] == ("~",):
+            raise OSError("no home folder is known")
+        folder().mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder()).close()
+    except OSError as error:
+        say_once(f"{folder()} cannot be written ({error}), so every start builds the kernels again.")
+        path = Path(_own_folder()) / f"{stem}{suffix}"
+        build(path)
+        return path
     with tempfile.TemporaryDirectory(dir=folder()) as own:
         built = Path(own) / f"kernel{suffix}"
         build(built)
         path = folder() / f"{stem}-{key(built.read_bytes())}{suffix}"
         os.replace(built, path)
     return path
+
+
+@functools.cache
+def _own_folder() -> str:
+    made = tempfile.mkdtemp(prefix="rwkv_train-")
+    atexit.register(shutil.rmtree, made, ignore_errors=True)
+    return made
 
 
 @functools.cache
