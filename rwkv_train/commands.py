@@ -103,6 +103,8 @@ def _figures(score: Score) -> dict:
 def generate(config: GenerateConfig) -> None:
     """Print a prompt and its continuation as it is written."""
     sampling = Sampling(config.temperature, config.top_p, config.top_k)
+    if config.tokens < 1:
+        raise ValueError(f"--tokens must be at least 1, found {config.tokens}")
     dtype = DTYPES[config.dtype] if config.dtype else None
     model, tokenizer, _ = open_model(config.model, config.tokenizer, None, dtype, config.device, for_chats=False)
     prompt = unescaped(config.prompt)

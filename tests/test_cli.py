@@ -88,6 +88,8 @@ def test_generate_is_repeatable(model, capsys):
     first, second = run(*argv, capsys=capsys), run(*argv, capsys=capsys)
     assert first == second and first[0] == 0 and first[1].startswith("a\nb")
     assert "--tokenizer" in run("generate", "--model", model, capsys=capsys)[2]
+    typed = [*argv[:4], r"--prompt=C:\\new \frac\n.", "--tokens=1"]
+    assert run(*typed, capsys=capsys)[1].startswith("C:\\new \\frac\n.")
 
 
 @pytest.mark.parametrize("out", ["o.pth", "o.safetensors", "folder/"])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rwkv_train import program
 from rwkv_train.chat.dialogue import Dialogue
-from rwkv_train.chat.feedback_commands import Teacher
+from rwkv_train.chat.feedback_commands import TEACHING, Teacher
 from rwkv_train.chat.opening import data_folder, profile_folder
 from rwkv_train.chat.room import Room
 from rwkv_train.chat.session import Chat
@@ -21,6 +21,7 @@ from rwkv_train.generate import Sampling
 
 def chat(config: ChatConfig) -> None:
     """Talk to a model until the end of input or /quit."""
+    _check_flags(config)
     operators = frozenset(name.strip() for name in config.operators.split(",") if name.strip())
     limits = {"queue": config.queue, "per_user": config.per_user, "rate": config.rate}
     room = Room(config.prefix, config.pick, **limits, operators=operators, seed=config.seed)
@@ -30,6 +31,8 @@ def chat(config: ChatConfig) -> None:
         if config.dtype == "fp32":
             teacher = open_teacher(opened, config, wait=not (in_person or config.room))
             opened.add(teacher.commands(), teacher.settings(), before_answer=teacher.swap)
+        else:
+            opened.missing |= dict.fromkeys(TEACHING, "corrections need --dtype fp32")
         if in_person:
             return in_terminal(opened)
         if isinstance(sys.stdin, io.TextIOWrapper):  # bytes that are no UTF-8 are a mistake of one line, not the end
@@ -40,6 +43,18 @@ def chat(config: ChatConfig) -> None:
             in_room(opened, sys.stdin, room)
         else:
             in_plain(opened, sys.stdin)
+
+
+def _check_flags(config: ChatConfig) -> None:
+    """ValueError for a flag that would do nothing."""
+    usual = {f.name: f.default for f in fields(ChatConfig)}
+    for name in ("prefix", "pick", "queue", "per_user", "rate", "operators"):
+        if not config.room and getattr(config, name) != usual[name]:
+            raise ValueError(f"--{name.replace('_', '-')} is for a live room; give --room as well, or leave it out")
+    if config.room and config.plain:
+        raise ValueError("found both --room and --plain; a live room has its own way to answer: give one of them")
+    if config.profile is not None and config.dtype != "fp32":
+        raise ValueError(f"--profile keeps corrections, which need --dtype fp32, found {config.dtype}")
 
 
 def open_chat(config: ChatConfig) -> Chat:

@@ -11,6 +11,8 @@ from rwkv_train.feedback.background import Background, half_the_threads, in_a_li
 from rwkv_train.feedback.journal import refused, undone, waiting
 from rwkv_train.files import read_text
 
+TEACHING = ("fix", "teach", "good", "bad", "learn", "undo", "history", "diff", "export")
+
 
 class Teacher:
     """What the feedback commands of one chat share: the learner and its thread. A context: it ends with the chat.

@@ -101,7 +101,7 @@ class Room:
             return "empty"
         if len(text) > self.longest:
             return "too long"
-        command = text.startswith("/")
+        command = text.startswith("/") and not text.startswith("//")
         if command and user not in self.operators:
             return "not an operator"
         return Message(user, text, command)

@@ -16,7 +16,8 @@ from rwkv_train.generate import Sampling
 class Command:
     """A slash command: how it is typed, one phrase for /help, and what it does.
 
-    run(chat, what follows the name) returns pieces of the answer; a ValueError becomes an answer of one line.
+    run(chat, what follows the name) returns pieces of the answer; a ValueError becomes an answer of one line. One whose
+    usage is its name alone is refused if anything follows it.
     """
 
     usage: str
@@ -35,7 +36,8 @@ class Setting:
 class Chat:
     """A dialogue and the commands that go with it; whoever shows it asks it to answer one line after the other.
 
-    commands, settings: by name; `add` takes more of them. closing: what must end with the chat, as
+    commands, settings: by name; `add` takes more of them. missing: why there is no command of that name. typing: for
+    /help, how a text is typed here that is not taken as it stands. closing: what must end with the chat, as
     `chat.closing.callback(f)`. folder: for saved dialogues.
     """
 
@@ -43,6 +45,8 @@ class Chat:
         self.dialogue, self.folder, self.done = dialogue, folder, False
         self.commands = dict(COMMANDS)
         self.settings = _settings(dialogue)
+        self.missing: dict[str, str] = {}
+        self.typing = ""
         self._before_answer: list[Callable[[], None]] = []
         self.closing = ExitStack()
         self.status = ""  # what goes on in the background, in a few words
@@ -61,27 +65,37 @@ class Chat:
         self._before_answer.append(before_answer)
 
     def answer(self, line: str) -> Iterator[str]:
-        """Pieces of the answer to a message or slash command; what is wrong with it is an answer too."""
+        """Pieces of the answer to a message or slash command; what is wrong with it is an answer too.
+
+        A message that begins with a slash itself is given with two.
+        """
         try:
             for call in self._before_answer:
                 call()
-            if not line.startswith("/"):
-                yield from spoken(self.dialogue.say(line))
-                return
-            name, _, rest = line[1:].partition(" ")
-            if name in self.commands:
-                yield from self.commands[name].run(self, rest.strip())
+            if line.startswith("/") and not line.startswith("//"):
+                yield from self._run(*re.fullmatch(r"/(\S*)\s*(.*)", line, re.DOTALL).groups())
             else:
-                yield f"there is no command /{name}; /help lists them"
+                yield from spoken(self.dialogue.say(line[1:] if line.startswith("//") else line))
         except (ValueError, OSError) as error:
             yield " ".join(str(error).split())
 
-    def show(self, line: str, plain: bool = False) -> None:
+    def _run(self, name: str, rest: str) -> Iterable[str]:
+        if name not in self.commands:
+            why = self.missing.get(name, "/help lists them; a message that begins with / is written with //")
+            raise ValueError(f"there is no command /{name}: {why}")
+        command, rest = self.commands[name], rest.strip()
+        if rest and command.usage == f"/{name}":
+            raise ValueError(f"/{name} takes nothing after it, found {rest!r}")
+        return command.run(self, rest)
+
+    def show(self, line: str, plain: bool = False, before: str = "") -> None:
         """Print the answer to a line as it comes, and an empty line. Ctrl-C breaks the answer off.
 
-        plain: at once instead and without empty lines in it; then Ctrl-C goes on to the caller.
+        plain: at once instead and without empty lines in it; then Ctrl-C goes on to the caller. before: printed first.
         """
         with self._screen, closing(self.answer(line)) as pieces:
+            if before:
+                write(before)
             if plain:
                 write(re.sub(r"\n\s*\n", "\n", "".join(pieces).strip()))
             else:
@@ -111,7 +125,8 @@ def spoken(reply: Iterator[str]) -> Iterator[str]:
 
 
 def _help(chat: Chat, rest: str) -> Iterable[str]:
-    return ["\n".join(f"{c.usage:<28}{c.phrase}" for c in chat.commands.values())]
+    listed = [f"{c.usage:<28}{c.phrase}" for c in chat.commands.values()]
+    return ["\n".join([*listed, f"{chat.typing}A message that begins with / is written with //."])]
 
 
 def _retry(chat: Chat, rest: str) -> Iterable[str]:

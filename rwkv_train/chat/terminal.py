@@ -3,22 +3,38 @@
 import threading
 import time
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from rwkv_train.chat.room import Room
 from rwkv_train.chat.session import Chat, write
-from rwkv_train.files import typed_lines
+from rwkv_train.files import typed_lines, unescaped
+
+if TYPE_CHECKING:
+    from prompt_toolkit.key_binding import KeyBindings
+
+BREAKS = "Alt-Enter, or Esc and then Enter, begins another line."
 
 
 def in_terminal(chat: Chat) -> None:
-    """Line editing, history, streamed replies. Ctrl-C stops a reply or clears the line, Ctrl-D leaves."""
+    """Line editing, history, streamed replies. Ctrl-C stops a reply or clears the line, Ctrl-D leaves.
+
+    A text is taken as it is typed or pasted; it can have several lines.
+    """
     from prompt_toolkit import PromptSession
     from prompt_toolkit.completion import WordCompleter
     from prompt_toolkit.history import FileHistory
     from prompt_toolkit.patch_stdout import patch_stdout
 
     names = WordCompleter([f"/{name}" for name in chat.commands], sentence=True)
-    session = PromptSession(history=FileHistory(chat.folder / "history"), completer=names, complete_while_typing=False)
-    write("Type a message, or /help. Ctrl-C stops a reply, Ctrl-D leaves.\n\n")
+    session = PromptSession(
+        history=FileHistory(chat.folder / "history"),
+        completer=names,
+        complete_while_typing=False,
+        multiline=True,
+        key_bindings=_keys(),
+    )
+    write(f"Type a message, or /help. {BREAKS} Ctrl-C stops a reply, Ctrl-D leaves.\n\n")
+    chat.typing = f"{BREAKS} "
     while not chat.done:
         try:
             with patch_stdout():  # what other threads tell goes above the line being typed
@@ -28,20 +44,36 @@ def in_terminal(chat: Chat) -> None:
         except EOFError:
             return
         if line:
-            chat.show(line.replace("\\n", "\n"))
+            chat.show(line)
+
+
+def _keys() -> "KeyBindings":
+    """Enter sends; Esc or Alt and Enter begins another line."""
+    from prompt_toolkit.enums import DEFAULT_BUFFER
+    from prompt_toolkit.filters import has_focus
+    from prompt_toolkit.key_binding import KeyBindings
+
+    keys, typing = KeyBindings(), has_focus(DEFAULT_BUFFER)
+    keys.add("enter", filter=typing)(lambda event: event.current_buffer.validate_and_handle())
+    keys.add("escape", "enter", filter=typing)(lambda event: event.current_buffer.insert_text("\n"))
+    return keys
 
 
 def in_plain(chat: Chat, lines: Iterable[str]) -> None:
-    """Each line that is not blank is a message or command; its answer is one block, followed by an empty line."""
+    """Each line that is not blank is a message or command; its answer is one block, followed by an empty line.
+
+    So that any text can be one line: \\n in it is a line break, and a doubled backslash is one.
+    """
+    chat.typing = r"In what is typed, \n is a line break and \\ a backslash. "
     for line in typed_lines(lines):
         if line := line.strip():
-            chat.show(line.replace("\\n", "\n"), plain=True)
+            chat.show(unescaped(line), plain=True)
         if chat.done:
             return
 
 
 def in_room(chat: Chat, lines: Iterable[str], room: Room) -> None:
-    """Answer what the room picks, while a thread goes on reading lines."""
+    """Answer what the room picks, while a thread goes on reading lines. A message is taken as it was typed."""
     ready, ended = threading.Condition(), threading.Event()
 
     def listen() -> None:
@@ -62,5 +94,4 @@ def in_room(chat: Chat, lines: Iterable[str], room: Room) -> None:
             message = room.pick()
         if message is None:
             return
-        write(f"{message.user}: {message.text}\n")
-        chat.show(message.text)
+        chat.show(message.text, before=f"{message.user}: {message.text}\n")

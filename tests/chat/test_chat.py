@@ -82,6 +82,21 @@ def test_commands(say):
     }
 
 
+def test_any_text_can_be_typed_in_one_line(say):
+    r"""\n is a line break, \\ a backslash, everything else itself; a byte order mark is none of the text."""
+    typed = r"C:\\new \\\\srv\dir a\nb \t \\"
+    meant = "C:\\new \\\\srv\\dir a\nb \\t \\"
+    saved = say(b"\xef\xbb\xbf" + typed.encode() + b"\n/state save one\n")
+    assert saved == [*as_library([meant]), "saved 1 turns as one"]
+    assert say("//etc/passwd") == as_library(["/etc/passwd"])
+    assert r"\n is a line break and \\ a backslash" in say("/help")[0]
+
+
+def test_commands_that_need_another_number_format_say_so(say):
+    (why,) = say("/fix x", "--dtype=bf16")
+    assert why == "there is no command /fix: corrections need --dtype fp32"
+
+
 def test_settings_and_system_are_those_of_the_flags(say):
     flags = say("a\nb", "--temperature=0", "--tokens=7", "--system=S")
     assert flags == say("/settings temperature 0\n/settings tokens 7\n/system S\na\nb")[3:]
@@ -98,6 +113,19 @@ def test_settings_and_system_are_those_of_the_flags(say):
     [
         ("/hlep", "/help"),
         ("/back", "0 turns"),
+        ("/back 1 2", "whole number, found '1 2'"),
+        ("/retry now", "/retry takes nothing after it, found 'now'"),
+        ("/quit now", "/quit takes nothing"),
+        ("/help back", "/help takes nothing"),
+        ("/history all", "/history takes nothing"),
+        ("/good text", "/good takes nothing"),
+        ("/bad\\ntext", "/bad takes nothing"),
+        ("/diff x", "/diff takes nothing"),
+        ("/undo x", "whole number, found 'x'"),
+        ("/undo 1 2", "whole number, found '1 2'"),
+        ("/undo 0", "0 corrections to undo, not 0"),
+        ("/state load x y", "/state load NAME"),
+        ("/settings seed 1 2", "whole number, found '1 2'"),
         ("/back x", "whole number, found 'x'"),
         ("/retry", "nothing has been said"),
         ("/state", "/state save NAME"),
@@ -125,6 +153,11 @@ def test_a_mistake_is_one_line_and_the_chat_goes_on(line, message, say):
         (["--model=nothing.pth"], "nothing.pth"),
         (["--temperature=-1"], "temperature"),
         (["--room", "--queue=0"], "queue"),
+        (["--prefix=?"], "--prefix is for a live room"),
+        (["--per-user=1"], "--per-user is for a live room"),
+        (["--operators=op", "--plain"], "--operators is for a live room"),
+        (["--room", "--plain"], "both --room and --plain"),
+        (["--profile=me", "--dtype=bf16"], "--profile keeps corrections"),
     ],
 )
 def test_a_chat_that_cannot_begin(argv, message, capsys, tmp_path, monkeypatch):
@@ -136,7 +169,6 @@ def test_a_chat_that_cannot_begin(argv, message, capsys, tmp_path, monkeypatch):
 def test_switches_stand_alone():
     for argv, wanted in (
         (["--plain"], (True, False)),
-        (["--room", "--plain"], (True, True)),
         (["--plain", "false", "--room", "--seed=1"], (False, True)),
     ):
         config, _ = parse("chat", argv)
@@ -157,10 +189,13 @@ def test_typed_in_a_terminal(tmp_path, capsys):
     with create_pipe_input() as keys, create_app_session(input=keys, output=DummyOutput()):
         keys.send_text("wrong\x03")  # Ctrl-C clears the line
         keys.send_text("Helo\x02l\r\r")  # Ctrl-B goes left: Hello, then an empty line
-        keys.send_text("/back\rone\\ntwo\r\x04never\r")  # Ctrl-D leaves
+        keys.send_text("/back\rone\x1b\rtwo \\nabla\\\\\r")  # Alt-Enter breaks the line; a backslash is one
+        keys.send_text("\x1b[200~a\r\nb\n\tc\x1b[201~\r")  # pasted
+        keys.send_text("/help\r\x04never\r")  # Ctrl-D leaves
         in_terminal(chat)
-    assert [turn.user for turn in chat.dialogue.turns] == ["one\ntwo"]
-    assert chat.dialogue.last().reply in capsys.readouterr().out
+    assert [turn.user for turn in chat.dialogue.turns] == ["one\ntwo \\nabla\\\\", "a\nb\n\tc"]
+    out = capsys.readouterr().out
+    assert chat.dialogue.last().reply in out and out.count("Alt-Enter") == 2  # in the greeting and in /help
     assert "+Hello\n" in (tmp_path / "history").read_text()
 
 
@@ -218,6 +253,10 @@ def test_a_room(say):
     assert (answers["ann: Hello"], answers["eve: 你好"]) == (hello, hi)
     assert say("ann: !/quit\n", "--room", "--operators=ann") == ["ann: /quit\nbye"]
     assert say("", "--room") == []
+    assert say("ann: !a\\nb\nann: !//x\n", "--room", "--temperature=0") == [
+        f"ann: {typed}\n{reply}"
+        for typed, reply in zip(["a\\nb", "//x"], as_library(["a\\nb", "/x"], sampling=Sampling(0)), strict=True)
+    ]
 
 
 def test_which_lines_are_for_the_room():
