@@ -1,14 +1,30 @@
-"""Fixtures that several files use."""
+"""How the suite is run, and fixtures that several files use."""
 
 import functools
+import os
+
+# Tensors are so small here that threads would take longer to wait for each other than to compute. Before torch comes.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["OMP_WAIT_POLICY"] = "passive"
 
 import host_gpu
+import hypothesis
 import pytest
 from helpers import GENERATIONS
 from runs import config_of, store_in
 
 from rwkv_train.ops import build_cuda
 from rwkv_train.train.fit import fit
+
+# The same examples each time, and none that an earlier run has left; a busy machine is no failure.
+hypothesis.settings.register_profile("same", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("same")
+
+
+def pytest_xdist_auto_num_workers(config) -> int:
+    """The whole suite is shared among processes; tests that are named run in this one (0), as do those under --pdb."""
+    whole = config.args_source is config.ArgsSource.TESTPATHS and not config.option.keyword
+    return min(4, os.cpu_count() or 1) if whole else 0
 
 
 @pytest.fixture(params=GENERATIONS)
@@ -42,8 +58,12 @@ def finished(finished_of):
 
 
 @pytest.fixture(scope="session")
-def kernels_folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("kernels")
+def kernels_folder(tmp_path_factory, worker_id):
+    """One for all processes of the suite."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base if worker_id == "master" else base.parent) / "kernels"
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 @pytest.fixture

@@ -4,6 +4,8 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from rwkv_train.bench import gpu, measure, memory, models
 from rwkv_train.bench.apart import Apart, apart, peak_mb
 from rwkv_train.bench.limits import matrices_of, matrix_products
 from rwkv_train.bench.settings import GpuBench
+from rwkv_train.bench.wkv import OPERATORS
 from rwkv_train.ops.wkv4 import BACKENDS
 
 COLUMNS = {
@@ -39,7 +42,27 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.fixture
+def few_checks(monkeypatch):
+    """One small shape to check each operator on: tests/ops has all the others."""
+    for name, operator in OPERATORS.items():
+        monkeypatch.setitem(OPERATORS, name, replace(operator, checks=[(2, 17, 21)]))
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """What `apart` would do in a process of its own, which the tests of `apart` show."""
+
+    def here(function, limit_gb, limit_s, **arguments):
+        module, name = function.split(":")
+        return Apart(getattr(import_module(module), name)(**arguments), peak_mb())
+
+    for module in (gpu, memory):
+        monkeypatch.setattr(module, "apart", here)
+
+
 @pytest.mark.parametrize("name", COLUMNS)
+@pytest.mark.usefixtures("few_checks", "in_this_process")
 def test_a_benchmark_prints_a_table_and_writes_json(name, here, capsys):
     pytest.importorskip("transformers")
     pytest.importorskip("rwkv")
@@ -77,6 +100,7 @@ fallback_wkv4 = BACKENDS["torch"]
 @pytest.mark.parametrize(
     ("wrong", "told"), [(off_by_a_tenth, "is off by 1.0e-01"), (without_the_states_gradient, "gradient of state")]
 )
+@pytest.mark.usefixtures("few_checks")
 def test_a_wrong_backend_gets_no_speed(wrong, told, here, monkeypatch, capsys):
     monkeypatch.setitem(BACKENDS, "torch", wrong)
     code, out, _ = run(
@@ -100,6 +124,7 @@ def test_a_wrong_step_and_wrong_logits_get_no_speed(here, monkeypatch, capsys):
         assert any("disagrees" in line and "refused" in line for line in ours), out
 
 
+@pytest.mark.usefixtures("few_checks")
 def test_a_failing_peer_is_told_and_the_rest_is_measured(here, monkeypatch, capsys):
     def broken(*args, **kwargs):
         raise TypeError("not today")
@@ -140,6 +165,7 @@ def test_exact_and_truncated_steps_are_what_they_say():
     assert difference(models.truncated_step(model, text, 8)) > 1e-3
 
 
+@pytest.mark.usefixtures("few_checks", "in_this_process")
 def test_gpu_sections_run_on_a_cpu_too(here, capsys):
     code = gpu.gpu(GpuBench(**TOY_GPU, json="f.json", deepspeed_steps=4), device="cpu")
     out = capsys.readouterr().out
@@ -163,12 +189,15 @@ def test_a_failing_gpu_section_does_not_take_the_others_with_it(here, monkeypatc
     def broken(config, device, results):
         raise RuntimeError("the card is on fire")
 
-    for section in ("kernels", "training", "flat_memory", "generation", "deepspeed"):
+    def whole(config, device, results):
+        return [], [{"what": "the last one", "found": "here"}], True
+
+    for section in ("correctness", "kernels", "training", "flat_memory", "generation"):
         monkeypatch.setattr(gpu, section, broken)
-    broken.__name__ = "training"
+    monkeypatch.setattr(gpu, "deepspeed", whole)
     code = gpu.gpu(GpuBench(**TOY_GPU), device="cpu")
     out = capsys.readouterr().out
-    assert code == 1 and "failed: RuntimeError: the card is on fire" in out and "all agree" in out
+    assert code == 1 and "failed: RuntimeError: the card is on fire" in out and "the last one" in out
     assert gpu.gpu(GpuBench(**TOY_GPU, minutes=0, json="f.json"), device="cpu") == 0
     assert "left out: 0 minutes are over" in capsys.readouterr().out
     assert "left out: 0 minutes are over" in (here / "f.json").read_text()
@@ -191,8 +220,8 @@ def test_without_a_gpu_one_line_says_so(name, capsys):
 
 
 @pytest.fixture
-def this_module(monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+def tools(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1] / "tools"))
 
 
 def test_bench_gpu_needs_nothing_but_torch():
@@ -221,22 +250,18 @@ cli.main(["fit", "--name=x"])
     assert done.returncode == 1 and "--nonsense=1" in last[0] and "fit: this command needs packages" in last[1], last
 
 
-def hold(megabytes: int) -> int:
-    return len(bytes(megabytes * 10**6).replace(b"\0", b"\1"))
-
-
-def test_a_process_of_its_own_has_its_own_peak(this_module):
+def test_a_process_of_its_own_has_its_own_peak(tools):
     here = peak_mb()
     ballast = torch.ones(300 * 250_000)  # held by this process, and not by those that it starts
-    little, much = (apart("test_bench:hold", 10, 300, megabytes=m) for m in (1, 200))
+    little, much = (apart("hold:hold", 10, 300, megabytes=m) for m in (1, 200))
     assert little.result == 10**6 and 150 < much.peak_mb - little.peak_mb < 250
     assert little.peak_mb < here + ballast.nbytes / 1e6
 
 
-def test_limits_end_a_process(this_module):
-    assert apart("test_bench:hold", 10, 0, megabytes=1).why_not == "over 0 s"
-    assert apart("test_bench:hold", 0.01, 300, megabytes=100).why_not == "over 0.01 GB"
-    assert "unexpected keyword argument" in apart("test_bench:hold", 10, 300, gigabytes=1).why_not
+def test_limits_end_a_process(tools):
+    assert apart("hold:hold", 10, 0, megabytes=1).why_not == "over 0 s"
+    assert apart("hold:hold", 0.01, 300, megabytes=100).why_not == "over 0.01 GB"
+    assert "unexpected keyword argument" in apart("hold:hold", 10, 300, gigabytes=1).why_not
 
 
 def test_a_peer_over_its_limit_is_told_and_longer_texts_are_not_tried(here, monkeypatch, capsys):

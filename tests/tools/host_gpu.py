@@ -3,6 +3,7 @@
 import ctypes
 import functools
 import io
+import os
 import re
 import shutil
 import subprocess
@@ -29,13 +30,18 @@ for _name, _module in (("wkv4", wkv4_cuda), ("wkv7", wkv7_cuda)):
 
 @functools.cache
 def library(folder: Path, variant) -> ctypes.CDLL:
-    source, built = (folder / f"{'-'.join(map(str, variant))}{suffix}" for suffix in (".cpp", ".so"))
+    """Built once in a folder; another process may build the same beside this one."""
+    built = folder / f"{'-'.join(map(str, variant))}.so"
+    if built.exists():
+        return ctypes.CDLL(str(built))
+    source, mine = (built.with_suffix(f".{os.getpid()}{suffix}") for suffix in (".cpp", ".so"))
     macros = [f"#define {m if isinstance(m, str) else ' '.join(m)}\n" for m in variant.macros]
     defined = [f"HOST_KERNEL({name})\n" for name in variant.kernels]
     source.write_text("".join(macros) + f'#include "{HOST}"\n#include "{variant.source}"\n' + "".join(defined))
     flags = ("-O1", "-std=c++17", "-shared", "-fPIC", "-Wall", "-Wno-unknown-pragmas", "-Werror")
-    done = subprocess.run(["g++", *flags, "-o", built, source], capture_output=True, text=True)
+    done = subprocess.run(["g++", *flags, "-o", mine, source], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    mine.rename(built)
     return ctypes.CDLL(str(built))
 
 
