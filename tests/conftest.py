@@ -14,7 +14,6 @@ from helpers import GENERATIONS
 from runs import config_of, store_in
 
 from rwkv_train.ops import build_cuda
-from rwkv_train.train.fit import fit
 
 # The same examples each time, and none that an earlier run has left; a busy machine is no failure.
 hypothesis.settings.register_profile("same", derandomize=True, deadline=None)
@@ -41,6 +40,7 @@ def store(tmp_path_factory):
 @pytest.fixture(scope="session")
 def finished_of(store, tmp_path_factory):
     """finished_of(generation): the folder of an uninterrupted run."""
+    from rwkv_train.train.fit import fit  # here, since few tests need it and Lightning takes seconds
 
     @functools.cache
     def run(generation):

@@ -26,19 +26,23 @@ class Alive(TorchDispatchMode):
 
     def __init__(self, tensors):
         super().__init__()
-        self.storages, self.peak = {}, 0
+        self.storages, self.bytes, self.peak = {}, 0, 0  # bytes: of all that were seen, gone or not
         self.add(tensors)
 
     def add(self, tensors):
         for storage in (t.untyped_storage() for t in tensors if isinstance(t, torch.Tensor)):
-            self.storages[StorageWeakRef(storage)] = storage.nbytes()
+            ref = StorageWeakRef(storage)
+            self.bytes += storage.nbytes() - self.storages.get(ref, 0)
+            self.storages[ref] = storage.nbytes()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
         self.add(tree_leaves(out))
-        self.storages = {ref: size for ref, size in self.storages.items() if not ref.expired()}
         inside = args[0].nbytes if function is torch.ops.aten.logsumexp.default else 0  # a copy that it makes
-        self.peak = max(self.peak, sum(self.storages.values()) + inside)
+        if self.bytes + inside > self.peak:  # else it is no peak with those that are gone, nor without them
+            self.storages = {ref: size for ref, size in self.storages.items() if not ref.expired()}
+            self.bytes = sum(self.storages.values())
+            self.peak = max(self.peak, self.bytes + inside)
         return out
 
 
