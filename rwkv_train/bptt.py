@@ -1,6 +1,6 @@
 """The one loss: a long text in chunks, with gradients through all of them and the memory of one.
 
-Used by training and by feedback. See "Chunk and horizon" in the README for the picture.
+Used by training and by feedback. See "Chunk and horizon" in docs/train.md for the picture.
 """
 
 import torch

@@ -139,13 +139,16 @@ class Protocol:
         """What a reply that streams meanwhile feels of `count` corrections; and the process's memory."""
         with half_the_threads(), self._learner(config) as learner:
             idle, memory_idle = self._gaps(lambda tokens: tokens < 1000)
-            background, done = Background(), threading.Event()
+            errors: list[Exception] = []
+            background, done = Background(errors.append), threading.Event()
             for case in self.cases[:count]:
                 number = learner.receive(Correction(case.question, case.answer))
                 background.submit(lambda number=number: learner.commit(number))
             background.submit(done.set)
             busy, memory_busy = self._gaps(lambda tokens: not done.is_set())
             background.close()
+        if errors:
+            raise errors[0]
         slower = {
             f"busy over idle, p{share}": _percentile(busy, share) / _percentile(idle, share) for share in (50, 99)
         }

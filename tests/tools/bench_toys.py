@@ -24,5 +24,13 @@ TOY = {
     "bench memory": ["--size=16x2x31", "--lengths=[16]", "--chunk-len=8", "--peers=false", "--lora-size=16x2x31"],
     "bench generate": ["--size=16x2x31", "--tokens=4", "--prompt=6", "--repeats=2"],
     "bench gpu": [f"--{name.replace('_', '-')}={json.dumps(value)}" for name, value in TOY_GPU.items()],
-    "bench feedback": ["--seeds=1"],
+    "bench feedback": [
+        "--model=runs/chats",
+        "--cases=cases.jsonl",
+        "--unrelated=questions.txt",
+        "--heldout=book.txt",
+        "--counts=[1]",
+        "--controls=[]",
+        "--seeds=1",
+    ],
 }

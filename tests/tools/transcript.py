@@ -13,8 +13,6 @@ LINES = [
     "What is the capital of Scotland?",
     "Tell me the capital of Scotland.",
     "What is the capital of South Korea?",
-    "Who are you?",
-    "/history",
     "/undo",
     "What is the capital of Scotland?",
 ]
