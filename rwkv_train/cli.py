@@ -15,6 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from rwkv_train import program
+from rwkv_train.files import read_yaml
 
 try:
     from jsonargparse import ArgumentParser, set_parsing_settings
@@ -174,7 +175,14 @@ def parse(name: str, argv: list[str]) -> tuple[object, dict]:
     parser.add_class_arguments(config, as_group=False, skip={command.positional} - {None})
     if command.positional:
         parser.add_argument(command.positional, nargs="+", type=str, help=_phrase(config, command.positional))
-    found = vars(parser.instantiate(parser.parse_args(_with_found_config(_spelled_out(config, argv)))))
+    argv = _with_found_config(_spelled_out(config, argv))
+    try:
+        for flag, file in pairwise(argv):
+            if flag == "--config" and Path(file).is_file():
+                read_yaml(file)  # the parser would tell what is wrong without the file's name, or not at all
+    except ValueError as error:
+        parser.error(error)
+    found = vars(parser.instantiate(parser.parse_args(argv)))
     settings = {field: found.pop(field) for field in config.__dataclass_fields__}
     found.pop("config")
     return config(**settings), found

@@ -4,7 +4,6 @@ import json
 import sys
 from pathlib import Path
 
-import yaml
 from tqdm import tqdm
 
 from rwkv_train.checkpoints.modelfile import load_model, save_adapter, save_model
@@ -15,7 +14,7 @@ from rwkv_train.data.batches import make_batches
 from rwkv_train.data.lanes import LaneBatches, split, trained_tokens
 from rwkv_train.data.store import Store
 from rwkv_train.evaluate import Score, Scorer, byte_lengths, position_table
-from rwkv_train.files import unescaped
+from rwkv_train.files import read_yaml, unescaped
 from rwkv_train.generate import Sampling, generate_text
 from rwkv_train.models.finite import broken_weight, finite
 from rwkv_train.models.loss import IGNORE_INDEX
@@ -61,7 +60,7 @@ def _held_out(run: Path) -> tuple[str, float]:
     file = run / "config.yaml"
     if not file.is_file():
         raise ValueError(f"{run} is no run folder, so say what to score it on with --data STORE")
-    data = yaml.safe_load(file.read_text(encoding="utf-8"))["data"]
+    data = read_yaml(file)["data"]
     if not data["val"] and not data["val_share"]:
         raise ValueError(f"the run {run} held nothing out; say what to score it on with --data STORE")
     found = found_paths(file)

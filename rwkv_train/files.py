@@ -103,6 +103,33 @@ def read_lines(path: str | Path) -> list[tuple[int, str]]:
     return [(number, line.removesuffix("\r")) for number, line in lines if line.strip()]
 
 
+def read_yaml(path: str | Path) -> object:
+    """The value of a YAML file. ValueError, with file and line, if it is none or a key stands twice in a mapping, of
+    which YAML's readers keep the last without a word."""
+    import yaml
+
+    text = read_text(path)
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        found = yaml.safe_load(text)
+    except yaml.MarkedYAMLError as error:
+        raise ValueError(f"{path}:{error.problem_mark.line + 1}: no YAML ({error.problem})") from None
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"{path}: no YAML ({error})") from None
+    nodes = [root] if root is not None else []
+    for node in nodes:
+        if isinstance(node, yaml.MappingNode):
+            seen = set()
+            for key, value in node.value:
+                if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                    raise ValueError(f"{path}:{key.start_mark.line + 1}: the key {quoted(key.value)} stands twice")
+                seen.add(str(key.value))
+                nodes.append(value)
+        elif isinstance(node, yaml.SequenceNode):
+            nodes += node.value
+    return found
+
+
 def temporary_beside(target: Path) -> Path:
     """A new name in target's directory, so that renaming it to target is one step."""
     return target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")

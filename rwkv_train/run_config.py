@@ -4,7 +4,7 @@ import os
 import sys
 from pathlib import Path
 
-import yaml
+from rwkv_train.files import read_yaml
 
 PATHS = (("data", "path"), ("data", "val"), ("data", "tokenizer"), ("model", "init"))
 
@@ -30,7 +30,7 @@ def found_paths(file: Path, given: tuple[str, ...] = ()) -> dict[str, str]:
     both may have been moved, then as it is written, then from the folder above the runs. One that is in none of these
     is told on standard error, unless a flag in `given` replaces it.
     """
-    config = yaml.safe_load(file.read_text(encoding="utf-8"))
+    config = read_yaml(file)
     run = file.parent if file.parent.name else file.parent.absolute()
     was = Path(str(config.get("runs", "runs")), str(config.get("name", run.name)))
     found = {"runs": str(run.parent), "name": run.name}

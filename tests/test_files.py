@@ -2,12 +2,14 @@
 
 import io
 import json
+import re
 
 import pytest
+from helpers import run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rwkv_train.files import BadJSON, numbered_lines, parse_json, quoted, read_lines, read_text, typed_lines
+from rwkv_train.files import BadJSON, numbered_lines, parse_json, quoted, read_lines, read_text, read_yaml, typed_lines
 
 SEPARATORS = "\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e"  # where str.splitlines cuts and an editor does not
 lines = st.lists(st.text(st.sampled_from("ab {}你🤖\ufeff" + SEPARATORS), max_size=6), max_size=5)
@@ -90,3 +92,26 @@ def test_quoted_names_can_be_shown_anywhere(name):
     shown.encode()
     if name.isprintable() and len(name) <= 60:
         assert shown == f'"{name}"'
+
+
+def test_yaml_is_read_without_a_mark(tmp_path):
+    (tmp_path / "x.yaml").write_text("\ufeffa: {b: [1, 2]}\n", encoding="utf-8")
+    assert read_yaml(tmp_path / "x.yaml") == {"a": {"b": [1, 2]}}
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"a: 1\nb: {c: 1,\n c: 2}\n", r'x\.yaml:3: the key "c" stands twice'),
+        (b"a: [{b: 1}, {c: 1, c: 2}]\n", r'x\.yaml:1: the key "c" stands twice'),
+        (b"a: 1\nb: {\n", r"x\.yaml:3: no YAML"),
+        (b"a: 1\nb: caf\xe9\n", r"x\.yaml:2: invalid UTF-8"),
+        (b"a: \x07\n", r"x\.yaml: no YAML"),
+    ],
+)
+def test_what_is_no_yaml_is_named_with_its_line(tmp_path, content, words, capsys):
+    (tmp_path / "x.yaml").write_bytes(content)
+    with pytest.raises(ValueError, match=words):
+        read_yaml(tmp_path / "x.yaml")
+    code, _, err = run("generate", f"--config={tmp_path / 'x.yaml'}", capsys=capsys)
+    assert code == 2 and re.search(words, err) and err.count("\n") == 1

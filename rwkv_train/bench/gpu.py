@@ -31,6 +31,7 @@ from rwkv_train.bench.settings import GpuBench, TrainBench
 from rwkv_train.bench.train import check as check_step
 from rwkv_train.bench.train import times as step_times
 from rwkv_train.bench.wkv import OPERATORS, backends, check, dtypes_of, measured, peers, shown
+from rwkv_train.files import read_lines
 from rwkv_train.generate import prefill
 from rwkv_train.models.base import RWKV
 from rwkv_train.models.state import State
@@ -303,5 +304,5 @@ def fit(strategy: str, device: str, steps: int) -> list[float]:
             samples=SampleConfig(prompts=[]),
         )
         run(config)
-        lines = Path(f"{folder}/bench/metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        lines = [line for _, line in read_lines(f"{folder}/bench/metrics.jsonl")]
     return [record["loss"] for record in map(json.loads, lines) if "loss" in record]

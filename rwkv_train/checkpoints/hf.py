@@ -13,7 +13,7 @@ from pathlib import Path
 from torch import Tensor
 
 from rwkv_train.checkpoints.weightfile import write_safetensors
-from rwkv_train.files import sync, temporary_beside
+from rwkv_train.files import read_text, sync, temporary_beside
 from rwkv_train.models.base import RWKV
 from rwkv_train.models.rwkv4 import RWKV4, RWKV4Config
 from rwkv_train.models.rwkv7 import HEAD_NORM_EPS, RWKV7, RWKV7Config
@@ -135,7 +135,7 @@ def hf_files(folder: Path) -> list[Path]:
 
 def read_json(path: Path) -> dict:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(read_text(path))
     except (OSError, ValueError, RecursionError) as e:
         raise ValueError(f"{path} cannot be read as JSON ({e}); download it again") from e
     if not isinstance(found, dict):

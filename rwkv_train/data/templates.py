@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from rwkv_train.files import read_text
+from rwkv_train.files import read_yaml
 
 Segment = tuple[str, bool]
 SHAREGPT = {"human": "user", "gpt": "assistant"}  # the role names of {"from": ..., "value": ...} messages
@@ -43,11 +43,9 @@ class Template:
     @classmethod
     def load(cls, path: str | Path) -> "Template":
         """Read a YAML file with any of the fields as keys; ValueError if it is not that."""
-        import yaml
-
         try:
-            values = yaml.safe_load(read_text(path))
-        except (OSError, ValueError, yaml.YAMLError) as error:
+            values = read_yaml(path)
+        except (OSError, ValueError) as error:
             raise ValueError(f"Template {path} cannot be read ({error}).") from None
         types = {"roles": dict, "train_roles": list, "collapse_blank_lines": bool}
         if not isinstance(values, dict) or not values.keys() <= types.keys():

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rwkv_train.checkpoints.run_checkpoint import run_checkpoints, verify
 from rwkv_train.command_config import ReportConfig
-from rwkv_train.files import replace_file
+from rwkv_train.files import read_lines, read_text, replace_file
 from rwkv_train.train.runlog import duration, read_metrics
 
 PAGE = """<!doctype html>
@@ -146,7 +146,7 @@ def _embedded(path: Path) -> str:
 
 def _samples(run: Path) -> str:
     path = run / "samples.jsonl"
-    samples = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    samples = [json.loads(line) for _, line in read_lines(path)] if path.is_file() else []
     shown = [f"<pre><b>{html.escape(s['prompt'])}</b>{html.escape(s['text'])}</pre>" for s in samples]
     return "<h2>Samples</h2>" + "".join(shown) if shown else ""
 
@@ -158,7 +158,7 @@ def _checkpoints(run: Path) -> str:
 
 def _config(run: Path) -> str:
     path = run / "config.yaml"
-    text = path.read_text(encoding="utf-8") if path.is_file() else "(no config.yaml)"
+    text = read_text(path) if path.is_file() else "(no config.yaml)"
     return f"<h2>Settings</h2><pre>{html.escape(text)}</pre>"
 
 

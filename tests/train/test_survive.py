@@ -187,9 +187,11 @@ def test_a_report_needs_nothing_else_and_works_on_an_unfinished_run(finished, tm
     assert not re.search(r"(src|href)=\"(?!data:)", page)
     assert page.count("data:image/png") == len(list((run / "report").glob("*.png"))) == 7
     (run / "metrics.jsonl").write_text('{"step": 3, "val_loss": "nan"}\n')
+    (run / "samples.jsonl").write_text('{"prompt": "a", "text": "b\u2028c"}\n', encoding="utf-8")
     with pytest.raises(SystemExit, match="0"):
         cli.main(["report", str(run)])
-    assert "none is a number" in (run / "report.html").read_text(encoding="utf-8")
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert "none is a number" in page and "b\u2028c" in page
     (run / "metrics.jsonl").write_text("")
     with pytest.raises(SystemExit, match="0"):
         cli.main(["report", str(run)])
