@@ -15,10 +15,11 @@ from itertools import pairwise
 from pathlib import Path
 
 from rwkv_train import program
+from rwkv_train.config import RENAMED, renamed
 from rwkv_train.files import read_yaml
 
 try:
-    from jsonargparse import ArgumentParser, set_parsing_settings
+    from jsonargparse import ArgumentParser, get_loader, set_loader, set_parsing_settings
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)  # a setting's help stands under it
 except ImportError:  # a bare machine with torch and a GPU, where `bench gpu` runs all the same
@@ -170,6 +171,7 @@ def parse(name: str, argv: list[str]) -> tuple[object, dict]:
     )
     if not hasattr(parser, "add_class_arguments"):
         return _parse_flat(parser, name, argv), {}
+    _read_old_names(parser)
     parser.add_argument("--config", action="config", help="YAML file with any of the settings below")
     command.extend(parser)
     parser.add_class_arguments(config, as_group=False, skip={command.positional} - {None})
@@ -216,9 +218,34 @@ class _Parser(ArgumentParser):
         return re.sub(r"--[a-z][a-z_.]*", lambda flag: flag[0].replace("_", "-"), super().format_help())
 
 
+def _read_old_names(parser: ArgumentParser) -> None:
+    """Settings in YAML may have the names of before, as in the config.yaml of an old run."""
+    from yaml import YAMLError
+
+    load = get_loader("yaml")
+
+    def load_settings(text: str):
+        found = load(text)
+        return renamed(found) if isinstance(found, dict) else found
+
+    set_loader("settings", load_settings, (YAMLError, ValueError))
+    parser.parser_mode = "settings"
+
+
+def _todays_flags(argv: list[str]) -> list[str]:
+    """Flags by their names of today. ValueError where one is given under both its names."""
+    flags = {a.partition("=")[0][2:] for a in argv if a.startswith("--")}
+    for old, new in RENAMED.items():
+        if {old, new} <= flags:
+            raise ValueError(f"--{old} is the old name of --{new}, and both are given; drop --{old}")
+        argv = ["--" + new + a[2 + len(old) :] if a.partition("=")[0] == f"--{old}" else a for a in argv]
+    return argv
+
+
 def _spelled_out(config: type, argv: list[str]) -> list[str]:
     """Flags as the parser knows them: with underscores, and a yes-or-no flag on its own as --plain=true."""
-    argv, switches = [_underscored(a) for a in argv], {f.name for f in fields(config) if f.type is bool}
+    argv = _todays_flags([_underscored(a) for a in argv])
+    switches = {f.name for f in fields(config) if f.type is bool}
     bare = [a[2:] in switches and n not in ("true", "false") for a, n in zip(argv, [*argv, ""][1:], strict=True)]
     return [a + "=true" * alone for a, alone in zip(argv, bare, strict=True)]
 

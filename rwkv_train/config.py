@@ -15,6 +15,23 @@ Strategy = Literal[
     "deepspeed_stage_3_offload",
 ]
 
+RENAMED = {"train.recompute": "train.checkpoint_blocks"}  # old names, still read in files and as flags
+
+
+def renamed(settings: dict) -> dict:
+    """Nested settings with the names of today. ValueError where a setting is given under both its names."""
+    for old, new in RENAMED.items():
+        *path, last = old.split(".")
+        section = settings
+        for name in path:
+            section = section.get(name) if isinstance(section, dict) else None
+        if isinstance(section, dict) and last in section:
+            now = new.rpartition(".")[2]
+            if now in section:
+                raise ValueError(f"{old} is the old name of {new}, and both are given; drop {old}")
+            section[now] = section.pop(last)
+    return settings
+
 
 @dataclass
 class ModelConfig:

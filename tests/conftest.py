@@ -2,6 +2,7 @@
 
 import functools
 import os
+import signal
 
 # Tensors are so small here that threads would take longer to wait for each other than to compute. Before torch comes.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -30,6 +31,18 @@ def pytest_xdist_auto_num_workers(config) -> int:
 def generation(request):
     """What `random_model` takes: both generations of models, one after the other."""
     return request.param
+
+
+@pytest.fixture
+def heard_signals():
+    """This process and its children take signals that the shell that started the tests may have it ignore."""
+    defaults = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    if hasattr(signal, "SIGHUP"):
+        defaults[signal.SIGHUP] = signal.SIG_DFL
+    before = {number: signal.signal(number, handler) for number, handler in defaults.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

@@ -71,6 +71,23 @@ def test_config_files_and_flags(tmp_path):
         cli.parse("fit", ["--config", str(file), "--train.epochs=1"])
 
 
+def test_settings_are_read_by_their_old_names_too(tmp_path, capsys):
+    """In files, as flags and by plan; under both names they are refused."""
+    file = tmp_path / "a.yaml"
+    text = "name: a\ndata: {path: d}\nmodel: {n_layer: 1, n_embd: 8}\ntrain: {steps: 5, recompute: true}\n"
+    file.write_text(text)
+    for name in ("fit", "plan"):
+        assert cli.parse(name, ["--config", str(file)])[0].train.checkpoint_blocks is True
+        for flag in (["--train.recompute=false"], ["--train.recompute", "false"], ["--train.checkpoint-blocks=false"]):
+            assert cli.parse(name, ["--config", str(file), *flag])[0].train.checkpoint_blocks is False
+    with pytest.raises(ValueError, match=r"--train\.recompute is the old name of --train\.checkpoint_blocks"):
+        cli.parse("fit", ["--train.recompute=false", "--train.checkpoint-blocks=true"])
+    file.write_text(text.replace("recompute: true", "recompute: true, checkpoint_blocks: true"))
+    with pytest.raises(SystemExit, match="2"):
+        cli.parse("fit", ["--config", str(file)])
+    assert "train.recompute is the old name of train.checkpoint_blocks" in capsys.readouterr().err
+
+
 def test_installed_command_is_the_script():
     script = subprocess.run([sys.executable, "train.py", "--help"], cwd=ROOT, capture_output=True, text=True)
     assert script.returncode == 0 and "fit" in script.stdout

@@ -1,8 +1,8 @@
 """The checkpoints of a run: folders that are written whole, checked before they are used, and found again.
 
 runs/NAME/checkpoints/step=00000500/ holds what training needs to go on (trainer.ckpt: one file, or DeepSpeed's folder
-with model.safetensors beside it) and manifest.json, which names every file with its size and SHA-256. A folder gets its
-name when all of it is on the disk.
+with model.safetensors beside it), settings.json, which says how it was made, and manifest.json, which names every file
+with its size and SHA-256. A folder gets its name when all of it is on the disk.
 """
 
 import hashlib
@@ -18,6 +18,7 @@ from rwkv_train.files import replace_file, sync
 TRAINER = "trainer.ckpt"
 WEIGHTS = "model.safetensors"
 MANIFEST = "manifest.json"
+FACTS = "settings.json"
 
 
 def checkpoint_folder(run: Path, step: int) -> Path:
@@ -73,6 +74,18 @@ def newest_sound(run: str | Path) -> Path | None:
             return path
         print(f"{path} is damaged ({wrong}); looking for the one before", file=sys.stderr)
     return None
+
+
+def step_of(path: Path) -> int:
+    """The optimizer step after which a checkpoint was written."""
+    found = _manifest(path).get("step")
+    return int(path.name.rpartition("=")[2]) if found is None else found
+
+
+def facts_of(path: Path) -> dict | None:
+    """What `fit` said of the run when it wrote a checkpoint; None for one that was written before it did."""
+    file = path / FACTS
+    return json.loads(file.read_bytes()) if file.is_file() else None
 
 
 def prune(run: Path, keep: int, best: int) -> None:

@@ -1,5 +1,6 @@
 """What happens between optimizer steps: signals, figures and validation, checkpoints. In this order."""
 
+import json
 import math
 import shutil
 import signal
@@ -14,7 +15,16 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from rwkv_train.checkpoints.run_checkpoint import TRAINER, WEIGHTS, checkpoint_folder, commit, draft, is_best, prune
+from rwkv_train.checkpoints.run_checkpoint import (
+    FACTS,
+    TRAINER,
+    WEIGHTS,
+    checkpoint_folder,
+    commit,
+    draft,
+    is_best,
+    prune,
+)
 from rwkv_train.checkpoints.weightfile import write_safetensors
 from rwkv_train.config import FitConfig
 from rwkv_train.evaluate import Score, perplexity
@@ -22,7 +32,19 @@ from rwkv_train.train.module import OnlineTrainingModule
 from rwkv_train.train.runlog import RunLog, peak_memory_mb
 from rwkv_train.train.strategies import is_deepspeed, whole_weights
 
-SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143}  # and the exit codes that tell a shell of them
+# And the exit codes that tell a shell of them. The last one comes when a terminal is closed; Windows has none.
+SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143} | ({signal.SIGHUP: 129} if hasattr(signal, "SIGHUP") else {})
+
+
+class AtStart(L.Callback):
+    """Does something on the first rank once a checkpoint, if there is one, has been read without an error."""
+
+    def __init__(self, work: Callable[[], object]):
+        self._work = work
+
+    def on_train_start(self, trainer, module):
+        if trainer.is_global_zero:
+            self._work()
 
 
 class BetweenSteps(L.Callback):
@@ -39,16 +61,19 @@ class BetweenSteps(L.Callback):
 class Stopper(BetweenSteps):
     """Ends the run, on all ranks at the same step, once a signal came to any of them.
 
-    A second Ctrl-C interrupts at once.
+    A second Ctrl-C interrupts at once. A signal that this process was started to ignore (by nohup, or by a shell in
+    the background) stays ignored.
     """
 
     def __init__(self):
         self.signal: int | None = None
+        self._ignored = [number for number in SIGNALS if signal.getsignal(number) == signal.SIG_IGN]
         self._old = {}
 
     def on_train_start(self, trainer, module):
         for number in SIGNALS:
-            self._old[number] = signal.signal(number, self._on_signal)
+            handler = signal.SIG_IGN if number in self._ignored else self._on_signal
+            self._old[number] = signal.signal(number, handler)
 
     def _on_signal(self, number, frame):
         if self.signal is not None and number == signal.SIGINT:
@@ -63,6 +88,9 @@ class Stopper(BetweenSteps):
     def on_train_end(self, trainer, module):
         for number, handler in self._old.items():
             signal.signal(number, handler)
+
+    def on_exception(self, trainer, module, exception):
+        self.on_train_end(trainer, module)
 
 
 class Monitor(BetweenSteps):
@@ -174,9 +202,9 @@ def log_by_position(logger, score: Score, step: int) -> None:
 class Saver(BetweenSteps):
     """Checkpoints every so many steps, at the end, at validations among the best, and when the run is to stop."""
 
-    def __init__(self, run: Path, config: FitConfig, monitor: Monitor):
-        self.run, self.config, self.monitor = run, config.train, monitor
-        self.io = HeldCheckpoint()
+    def __init__(self, run: Path, config: FitConfig, monitor: Monitor, io: "HeldCheckpoint", facts: dict):
+        """io: the trainer's, too. facts: what each checkpoint says of how it was made, as `resume.Resumed` reads it."""
+        self.run, self.config, self.monitor, self.io, self.facts = run, config.train, monitor, io, facts
         self._worker, self._pending = ThreadPoolExecutor(1), None  # one at a time, in order
 
     def setup(self, trainer, module, stage):
@@ -209,6 +237,7 @@ class Saver(BetweenSteps):
                 torch.save(content, draft(target) / TRAINER)
             if weights is not None:
                 write_safetensors(weights, draft(target) / WEIGHTS)
+            (draft(target) / FACTS).write_text(json.dumps(self.facts, indent=1) + "\n", encoding="utf-8")
             commit(target, step=step, val_loss=score)
             prune(self.run, self.config.keep, self.config.keep_best)
 

@@ -6,7 +6,7 @@ import os
 import secrets
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import torch
 
 from rwkv_train.checkpoints.modelfile import load_model
 from rwkv_train.checkpoints.opener import open_model
-from rwkv_train.checkpoints.run_checkpoint import TRAINER, newest_sound, run_checkpoints, verify
+from rwkv_train.checkpoints.run_checkpoint import TRAINER
 from rwkv_train.config import FitConfig, LogConfig, ModelConfig
 from rwkv_train.data.batches import make_batches
 from rwkv_train.data.store import Store
@@ -30,47 +30,79 @@ from rwkv_train.models.rwkv4 import RWKV4
 from rwkv_train.models.rwkv7 import RWKV7
 from rwkv_train.program import command
 from rwkv_train.tokenizer import Tokenizer, load_tokenizer
-from rwkv_train.train.callbacks import SIGNALS, Monitor, Saver, Stopper
+from rwkv_train.train.callbacks import SIGNALS, AtStart, HeldCheckpoint, Monitor, Saver, Stopper
 from rwkv_train.train.module import OnlineTrainingModule
-from rwkv_train.train.runlog import duration, new_run, write_config
+from rwkv_train.train.output import lasting_output
+from rwkv_train.train.resume import compare, find_run, open_run, texts_of
+from rwkv_train.train.runlog import duration, new_run, only_writer, write_config
 from rwkv_train.train.strategies import make_strategy
 
 
 def fit(config: FitConfig, resume: str | None = None) -> int:
     """Train as configured; resume: "newest" or the path of a checkpoint. Returns the exit code."""
-    rank = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0)))  # set by the launcher, not by people
     _check_machine(config)
-    checkpoint = _checkpoint(config, resume) if resume else None
-    store = Store.open(config.data.path)
-    tokenizer = store.tokenizer() or (load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None)
-    torch.manual_seed(config.seed)
-    model = make_model(config.model, tokenizer)
-    train, val = make_batches(config, store, model.config.vocab_size)
-    run = checkpoint.parent.parent if checkpoint else Path(config.runs) / config.name
-    if rank == 0 and not checkpoint:
-        run = run if resume else new_run(config.runs, config.name)
-        write_config(run / "config.yaml", asdict(replace(config, name=run.name)))
-        TextFormat(tokenizer, store.template()).save(run)
-    module = OnlineTrainingModule(model, config, train, val, byte_lengths(tokenizer, model.config.vocab_size))
-    stopper, monitor = Stopper(), Monitor(config, run)
-    saver = Saver(run, config, monitor)
-    trainer = make_trainer(config, len(train) // config.train.accumulate, run, [stopper, monitor, saver])
-    if rank == 0:
-        parameters = sum(p.numel() for p in model.parameters())
-        print(
-            f"{run}: {parameters / 1e6:.1f}M parameters, {train.documents.tokens:,} tokens to train on, "
-            f"{trainer.max_steps} steps of {config.data.lanes} x {train.width} tokens"
-            + (f" x {config.train.accumulate}" if config.train.accumulate > 1 else "")
-        )
+    with lasting_output(), ExitStack() as writing:
+        then = None
+        if resume:
+            run = find_run(config, resume)
+            writing.enter_context(_only_writer(run))
+            then = open_run(run, resume)
+        store = Store.open(config.data.path)
+        tokenizer = store.tokenizer() or (load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None)
+        torch.manual_seed(config.seed)
+        model = make_model(config.model, tokenizer)
+        train, val = make_batches(config, store, model.config.vocab_size)
+        steps, texts = len(train) // config.train.accumulate, texts_of(config, store)
+        changes = compare(then, config, model.config, steps, texts) if then else []
+        if not then:
+            run = new_run(config.runs, config.name) if _rank() == 0 else Path(config.runs) / config.name
+            writing.enter_context(_only_writer(run))
+        if _rank() == 0:
+            parameters = sum(p.numel() for p in model.parameters())
+            print(
+                f"{run}: {parameters / 1e6:.1f}M parameters, {train.documents.tokens:,} tokens to train on, "
+                f"{steps} steps of {config.data.lanes} x {train.width} tokens"
+                + (f" x {config.train.accumulate}" if config.train.accumulate > 1 else "")
+            )
+            print("".join(line + "\n" for line in changes), end="")
+        bytes_of, layout = byte_lengths(tokenizer, model.config.vocab_size), then.layout if then else {}
+        module = OnlineTrainingModule(model, config, train, val, bytes_of, layout)
+        form = TextFormat(tokenizer, store.template())
+        return _train(replace(config, name=run.name), run, module, form, texts, then)
+
+
+def _train(config: FitConfig, run: Path, module: OnlineTrainingModule, form: TextFormat, texts: dict, then) -> int:
+    """The run itself, which is nobody else's now. Returns the exit code."""
+
+    def record():
+        write_config(run / "config.yaml", asdict(config))
+        form.save(run)
+
+    if not then and _rank() == 0:
+        record()
+    stopper, monitor, io = Stopper(), Monitor(config, run), HeldCheckpoint()
+    saver = Saver(run, config, monitor, io, {"settings": asdict(config), "texts": texts})
+    steps = len(module.train_batches) // config.train.accumulate
+    trainer = make_trainer(config, steps, run, [AtStart(record), stopper, monitor, saver], io)
+    checkpoint = then.checkpoint / TRAINER if then and then.checkpoint else None
     with _closing(trainer):
         try:
-            trainer.fit(module, ckpt_path=checkpoint and checkpoint / TRAINER, weights_only=True)
+            trainer.fit(module, ckpt_path=checkpoint, weights_only=True)
         finally:
             monitor.close()
-        stopped = stopper.signal
-        if rank == 0:
-            _farewell(config, run, trainer, monitor, tokenizer, stopped)
-    return SIGNALS[stopped] if stopped else 0
+        if _rank() == 0:
+            _farewell(config, run, trainer, monitor, form.tokenizer, stopper.signal)
+    return SIGNALS[stopper.signal] if stopper.signal else 0
+
+
+def _rank() -> int:
+    """This process's, as the launcher says, not people."""
+    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0)))
+
+
+def _only_writer(run: Path):
+    """All ranks of a run are one writer."""
+    return only_writer(run) if _rank() == 0 else nullcontext()
 
 
 def make_model(config: ModelConfig, tokenizer: Tokenizer | None) -> RWKV:
@@ -95,8 +127,10 @@ def make_model(config: ModelConfig, tokenizer: Tokenizer | None) -> RWKV:
     return model.train()
 
 
-def make_trainer(config: FitConfig, steps: int, run: Path, callbacks: list[L.Callback]) -> L.Trainer:
-    """Lightning's trainer for one endless epoch of `steps` optimizer steps."""
+def make_trainer(
+    config: FitConfig, steps: int, run: Path, callbacks: list[L.Callback], io: HeldCheckpoint
+) -> L.Trainer:
+    """Lightning's trainer for one endless epoch of `steps` optimizer steps. io: takes what it would write itself."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning")
     warnings.filterwarnings("ignore", message=".*torch.jit.*|.*isinstance.*LeafSpec.*")
@@ -114,7 +148,7 @@ def make_trainer(config: FitConfig, steps: int, run: Path, callbacks: list[L.Cal
         use_distributed_sampler=False,
         logger=_loggers(config.log, run),
         callbacks=callbacks,
-        plugins=[callbacks[-1].io],
+        plugins=[io],
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -183,24 +217,6 @@ def _check_machine(config: FitConfig) -> None:
         raise ValueError(f"train.strategy: {config.train.strategy} needs a GPU; on a CPU use ddp or fsdp")
     if config.train.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("train.device: cuda, but torch sees no GPU; use train.device: cpu")
-
-
-def _checkpoint(config: FitConfig, resume: str) -> Path | None:
-    """The folder of the checkpoint to go on from; None for a run that has not saved one yet."""
-    run = Path(config.runs) / config.name
-    if resume == "newest":
-        found = newest_sound(run)
-        if found is None and (not run.is_dir() or run_checkpoints(run)):
-            what = "no sound checkpoint in" if run.is_dir() else "no run to resume in"
-            raise ValueError(f"{what} {run}; without --resume a new run begins")
-        return found
-    path = Path(resume).expanduser()
-    path = path.parent if path.name == TRAINER else path
-    if not path.is_dir():
-        raise ValueError(f"no checkpoint to resume from in {resume}; name a folder runs/NAME/checkpoints/step=N")
-    if wrong := verify(path):
-        raise ValueError(f"{path} is damaged ({wrong}); --resume without a path takes the newest sound checkpoint")
-    return path
 
 
 def _farewell(config, run, trainer, monitor, tokenizer, stopped) -> None:

@@ -1,6 +1,9 @@
 """The LightningModule: lanes in, one loss a step, the detached state carried on."""
 
+from dataclasses import replace
+
 import lightning as L
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
@@ -12,8 +15,9 @@ from rwkv_train.evaluate import Score, Scorer
 from rwkv_train.models.base import RWKV
 from rwkv_train.models.state import State
 from rwkv_train.program import command
-from rwkv_train.train.optim import make_optimizer
-from rwkv_train.train.strategies import is_deepspeed, shard
+from rwkv_train.train.optim import make_optimizer, number_by_model, put_in_force
+from rwkv_train.train.resume import refuse_changes
+from rwkv_train.train.strategies import is_deepspeed, is_fsdp, part_of_step_mean, shard
 
 
 class OnlineTrainingModule(L.LightningModule):
@@ -22,8 +26,18 @@ class OnlineTrainingModule(L.LightningModule):
     The lane state is a plain attribute: as a buffer, DDP would overwrite every rank's with rank 0's.
     """
 
-    def __init__(self, model: RWKV, config: FitConfig, train: LaneBatches, val: LaneBatches | None, byte_lengths=None):
+    def __init__(
+        self,
+        model: RWKV,
+        config: FitConfig,
+        train: LaneBatches,
+        val: LaneBatches | None,
+        byte_lengths: np.ndarray | None = None,
+        layout: dict | None = None,
+    ):
+        """layout: what the optimizer's groups were made of in the checkpoint to go on from, where it is known."""
         super().__init__()
+        self.layout = layout or {}
         self.model, self.config = model, config
         self.train_batches, self.val_batches, self.byte_lengths = train, val, byte_lengths
         self.lane_state: State | None = None
@@ -62,15 +76,12 @@ class OnlineTrainingModule(L.LightningModule):
         self.batches_done += 1
         sums = torch.stack([loss.detach().double(), tokens.double()])
         self.sums = self.sums.to(loss.device) + torch.where(sums.isfinite().all(), sums, 0.0)
-        # Lightning divides by `accumulate` and the strategy by the number of ranks: what is left is the mean over
-        # all trained tokens of the optimizer step, however they are spread over batches and ranks.
-        share = self.trainer.world_size * self.trainer.accumulate_grad_batches
-        if is_deepspeed(self.trainer.strategy):  # divides by `accumulate` once more
-            share *= self.trainer.accumulate_grad_batches
-        return loss * share / batch["step_tokens"].clamp(min=1)
+        return part_of_step_mean(loss, batch["step_tokens"], self.trainer)
 
     def configure_optimizers(self):
-        optimizer, scheduler = make_optimizer(self.model, self.config.optim, self.trainer.max_steps)
+        steps, then = self.trainer.max_steps, replace(self.config.optim, **self.layout)
+        self._asked = make_optimizer(self.model, self.config.optim, steps)
+        optimizer, scheduler = make_optimizer(self.model, then, steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
@@ -126,6 +137,9 @@ class OnlineTrainingModule(L.LightningModule):
         return _loader(self.train_batches, sampler=_From(self.batches_done, len(self.train_batches)))
 
     def on_train_start(self) -> None:
+        loaded = self.trainer.optimizers[0], self.trainer.lr_scheduler_configs[0].scheduler
+        put_in_force(self._asked, loaded, regroup=not is_deepspeed(self.trainer.strategy))
+        self._asked = None
         if self._resumed_rng is not None:
             set_rng_states(self._resumed_rng, self.device)
         elif self.global_rank:  # every rank its own dropout
@@ -151,8 +165,11 @@ class OnlineTrainingModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         """Lane states and random state of all ranks go with the weights; only rank 0's dict is written."""
+        strategy = self.trainer.strategy
+        if not is_deepspeed(strategy) and not is_fsdp(strategy):
+            groups, states = self.trainer.optimizers[0].param_groups, checkpoint["optimizer_states"]
+            states[0] = number_by_model(states[0], groups, self.parameters())
         checkpoint["rwkv_train"] = {
-            "order": self._order(),
             "batches_done": self.batches_done,
             "lane_state": None if self.lane_state is None else [self._gather(s) for s in self.lane_state],
             "rng": [self._gather(s[None].to(self.device)) for s in rng_states(self.device)],
@@ -161,12 +178,7 @@ class OnlineTrainingModule(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         saved = checkpoint["rwkv_train"]
-        for name, value in self._order().items():
-            if value != (then := saved["order"][name]):
-                raise ValueError(
-                    f"{name} is {value}, and was {then} when the checkpoint was written, so its batches were others; "
-                    "resume with the old value, or start a new run with model.init"
-                )
+        refuse_changes(saved.get("order", {}), self._order(), self.trainer.default_root_dir)
         self.batches_done = saved["batches_done"]
         self.skipped, self.skipped_in_a_row = saved["skipped"]
         if saved["lane_state"] is not None:
@@ -176,7 +188,7 @@ class OnlineTrainingModule(L.LightningModule):
         self._resumed_rng = [states[min(self.global_rank, len(states) - 1)].cpu() for states in kinds]
 
     def _order(self) -> dict[str, int]:
-        """The settings that decide what batch n is."""
+        """What decides what batch n is, as checkpoints have kept it that know no settings."""
         data, train = self.config.data, self.train_batches
         return {
             "seed": self.config.seed,

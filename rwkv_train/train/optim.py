@@ -1,6 +1,7 @@
 """Parameter groups and learning-rate schedules of the RWKV recipe (design note models.md)."""
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -48,3 +49,34 @@ def make_optimizer(model: RWKV, config: OptimConfig, steps: int):
     optimizer = torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), eps=eps, fused=True)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(config, step, steps) / config.lr)
     return optimizer, scheduler
+
+
+def put_in_force(asked, loaded, regroup: bool) -> None:
+    """Settings over those that a checkpoint has brought along; moments and the count of steps stay.
+
+    asked, loaded: what `make_optimizer` gives. regroup: sort the parameters anew, as another weight decay may want it;
+    DeepSpeed's groups cannot be, since they hold pieces.
+    """
+    (wanted, fresh), (optimizer, scheduler) = asked, loaded
+    if regroup:
+        optimizer.param_groups[:] = wanted.param_groups
+    scheduler.base_lrs, scheduler.lr_lambdas = fresh.base_lrs, fresh.lr_lambdas
+    rates = [base * rate(scheduler.last_epoch) for base, rate in zip(fresh.base_lrs, fresh.lr_lambdas, strict=True)]
+    for group, new, lr in zip(optimizer.param_groups, wanted.param_groups, rates, strict=True):
+        group.update({name: value for name, value in new.items() if name != "params"} | {"lr": lr})
+    scheduler._last_lr = rates
+
+
+def number_by_model(state: dict, groups: list[dict], parameters: Iterable[torch.Tensor]) -> dict:
+    """An optimizer's state dict with its parameters numbered as the model has them, not as its groups do.
+
+    FSDP takes numbers for those of the model; without it, only their order within the groups counts.
+    """
+    number = {id(p): n for n, p in enumerate(parameters)}
+    new = [[number[id(p)] for p in group["params"]] for group in groups]
+    pairs = [zip(group["params"], ns, strict=True) for group, ns in zip(state["param_groups"], new, strict=True)]
+    names = {old: n for pair in pairs for old, n in pair}
+    return {
+        "state": {names[old]: moments for old, moments in state["state"].items()},
+        "param_groups": [group | {"params": ns} for group, ns in zip(state["param_groups"], new, strict=True)],
+    }

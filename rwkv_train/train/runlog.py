@@ -5,11 +5,14 @@ import math
 import resource
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import takewhile
 from pathlib import Path
 
 import torch
 import yaml
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from rwkv_train.files import replace_file
@@ -35,6 +38,20 @@ def new_run(runs: str, name: str) -> Path:
         else:
             (path / "checkpoints").mkdir()
             return path
+
+
+@contextmanager
+def only_writer(run: Path) -> Iterator[None]:
+    """Keep other processes from writing into a run's folder. The system ends that with the process, even on SIGKILL."""
+    lock = FileLock(run / "lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(f"the run {run} is in use by another process; wait for its end, or stop it first") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def write_config(path: Path, config: dict) -> None:

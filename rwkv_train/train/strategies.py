@@ -32,7 +32,7 @@ def deepspeed(stage: int, offload: bool, kind: type[DeepSpeedStrategy] = DeepSpe
 
 def shard(model: RWKV, strategy: Strategy) -> None:
     """Cut a model's weights up, where the strategy wants the model to do that itself."""
-    if not isinstance(strategy, ModelParallelStrategy):
+    if not is_fsdp(strategy):
         return
     from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
@@ -48,6 +48,23 @@ def shard(model: RWKV, strategy: Strategy) -> None:
 def is_deepspeed(strategy: Strategy) -> bool:
     """Whether DeepSpeed holds the gradients, clips them and writes the checkpoints."""
     return isinstance(strategy, DeepSpeedStrategy)
+
+
+def is_fsdp(strategy: Strategy) -> bool:
+    """Whether weights and the optimizer's state are in pieces that know their names."""
+    return isinstance(strategy, ModelParallelStrategy)
+
+
+def part_of_step_mean(loss_sum: Tensor, step_tokens: Tensor, trainer: Trainer) -> Tensor:
+    """What a batch gives to the backward, so that an optimizer step follows the mean over all its trained tokens.
+
+    loss_sum: of this batch, on this rank. step_tokens: trained tokens of the step, over all its batches and ranks.
+    Lightning divides by the number of batches and the strategy by the number of ranks; both are undone here.
+    """
+    undo = trainer.world_size * trainer.accumulate_grad_batches
+    if is_deepspeed(trainer.strategy):  # divides by the number of batches once more
+        undo *= trainer.accumulate_grad_batches
+    return loss_sum * undo / step_tokens.clamp(min=1)
 
 
 def whole_weights(model: RWKV, trainer: Trainer) -> dict[str, Tensor] | None:

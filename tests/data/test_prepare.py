@@ -205,7 +205,7 @@ if __name__ == "__main__":
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
-def test_a_stopped_run_leaves_no_store_and_no_process(tmp_path, sent):
+def test_a_stopped_run_leaves_no_store_and_no_process(tmp_path, sent, heard_signals):
     (tmp_path / "run.py").write_text(KILLED)
     source, out = jsonl(tmp_path / "x.jsonl", [{"text": "a"}] * 50), tmp_path / "store"
     arguments = [sys.executable, str(tmp_path / "run.py"), str(source), str(out), str(int(sent))]

@@ -70,7 +70,9 @@ def test_steps_without_a_trained_token_have_no_loss(tmp_path, capsys):
     assert "scored 7 tokens while it trained, and would score 24 now" in capsys.readouterr().err
 
 
-def test_interrupted_and_resumed_is_uninterrupted(finished_of, store, tmp_path, monkeypatch, capsys, generation):
+def test_interrupted_and_resumed_is_uninterrupted(
+    finished_of, store, tmp_path, monkeypatch, capsys, generation, heard_signals
+):
     """To the bit: with dropout, accumulation, weight decay, in mid-document, and after Ctrl-C in mid-step."""
     finished = finished_of(generation)
     read = LaneBatches.__getitem__

@@ -20,6 +20,7 @@ from runs import config_of, metrics, model_of, weights
 from rwkv_train.checkpoints.run_checkpoint import checkpoint_folder, verify
 from rwkv_train.config import DataConfig, FitConfig, OptimConfig, TrainConfig
 from rwkv_train.data.prepare import PrepareConfig, prepare
+from rwkv_train.train.callbacks import SIGNALS
 from rwkv_train.train.fit import fit
 
 ROOT = Path(__file__).parents[2]
@@ -100,11 +101,12 @@ def test_two_ranks_are_one_and_go_on_from_their_checkpoint(single_of, store, tmp
     assert all(torch.equal(again[name], whole[name]) for name in whole)
 
 
-def test_one_rank_with_all_lanes_goes_on_as_two_with_half_of_them(single, store, tmp_path):
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_one_rank_with_all_lanes_goes_on_as_two_with_half_of_them(single, store, tmp_path, strategy):
     shutil.copytree(single, tmp_path / "run")
     shutil.rmtree(checkpoint_folder(tmp_path / "run", 8))
-    config = config_of(store, tmp_path, model=PLAIN, optim=OPTIM, train=replace(TRAIN, devices=2))
-    on_ranks(config, tmp_path, "--resume")
+    train = replace(TRAIN, devices=2, strategy=strategy)
+    on_ranks(config_of(store, tmp_path, model=PLAIN, optim=OPTIM, train=train), tmp_path, "--resume")
     assert_close_rel(flat(weights(tmp_path / "run")), flat(weights(single)), 1e-6)
 
 
@@ -127,8 +129,8 @@ def test_however_a_step_is_split_its_gradient_is_the_mean_over_its_trained_token
         assert_close_rel(found["two"][name], gradient, 1e-6, name)
 
 
-@pytest.mark.parametrize("hit", ["first", "second", "both"])
-def test_a_signal_to_any_rank_ends_all_of_them_saved(store, tmp_path, hit):
+@pytest.mark.parametrize(("hit", "sent"), [("first", "SIGTERM"), ("second", "SIGHUP"), ("both", "SIGHUP")])
+def test_a_signal_to_any_rank_ends_all_of_them_saved(store, tmp_path, heard_signals, hit, sent):
     """The first rank starts the second one by itself, as `fit` does without torchrun."""
     config = config_of(store, tmp_path, model=PLAIN, train=replace(TRAIN, steps=100_000, devices=2, save_every=10**6))
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(asdict(config)))
@@ -141,9 +143,11 @@ def test_a_signal_to_any_rank_ends_all_of_them_saved(store, tmp_path, hit):
         second = [p for p in psutil.Process(first.pid).children() if "train.py" in " ".join(p.cmdline())]
         assert len(second) == 1
         for process in {"first": [first], "second": second, "both": [first, *second]}[hit]:
-            process.send_signal(signal.SIGTERM)
+            process.send_signal(signal.Signals[sent])
         out, _ = first.communicate(timeout=120)
-    assert first.returncode == 143
+    assert first.returncode == (
+        143 if hit == "second" else SIGNALS[signal.Signals[sent]]
+    )  # another rank's is not known
     assert not second[0].is_running() or second[0].status() == psutil.STATUS_ZOMBIE  # which nobody asked about
     step = int(out.split("Stopped at step ")[1].split()[0])
     assert verify(checkpoint_folder(tmp_path / "run", step)) is None
