@@ -29,6 +29,7 @@ from rwkv_train.models.fresh import fresh_sizes
 from rwkv_train.models.rwkv4 import RWKV4
 from rwkv_train.models.rwkv7 import RWKV7
 from rwkv_train.program import command
+from rwkv_train.run_config import whole_paths
 from rwkv_train.tokenizer import Tokenizer, load_tokenizer
 from rwkv_train.train.callbacks import SIGNALS, AtStart, HeldCheckpoint, Monitor, Saver, Stopper
 from rwkv_train.train.module import OnlineTrainingModule
@@ -81,7 +82,7 @@ def _train(config: FitConfig, run: Path, module: OnlineTrainingModule, form: Tex
     if not then and _rank() == 0:
         record()
     stopper, monitor, io = Stopper(), Monitor(config, run), HeldCheckpoint()
-    saver = Saver(run, config, monitor, io, {"settings": asdict(config), "texts": texts})
+    saver = Saver(run, config, monitor, io, {"settings": whole_paths(asdict(config)), "texts": texts})
     steps = len(module.train_batches) // config.train.accumulate
     trainer = make_trainer(config, steps, run, [AtStart(record), stopper, monitor, saver], io)
     checkpoint = then.checkpoint / TRAINER if then and then.checkpoint else None

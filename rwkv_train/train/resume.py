@@ -14,6 +14,7 @@ from rwkv_train.config import FitConfig, renamed
 from rwkv_train.data.identity import identity
 from rwkv_train.data.store import Store
 from rwkv_train.models.rwkv7 import RWKV7Config
+from rwkv_train.run_config import whole_paths
 from rwkv_train.train.resume_rules import IGNORES, RULES
 
 UNKNOWN = object()
@@ -82,7 +83,7 @@ def compare(then: Resumed, config: FitConfig, sizes, steps: int, texts: dict) ->
 
     Raises ValueError for what must not change; the model.* sizes are compared as they are, not as they were asked for.
     """
-    now = flat(asdict(config))
+    now = flat(whole_paths(asdict(config)))
     if then.checkpoint is None:
         return _changes(then, now)
     asked, was = _decisive(now), _decisive(then.settings)
@@ -140,8 +141,8 @@ def _read_config(run: Path) -> dict[str, object]:
     """The settings in a run's config.yaml; none where it cannot be read."""
     try:
         found = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-        return flat(renamed(found)) if isinstance(found, dict) else {}
-    except (OSError, ValueError, yaml.YAMLError):
+        return flat(whole_paths(renamed(found))) if isinstance(found, dict) else {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):  # no file that `fit` wrote
         return {}
 
 
@@ -191,7 +192,9 @@ def _changes(then: Resumed, now: dict[str, object]) -> list[str]:
         was = then.settings.get(name, value)
         if was != value:
             kind, why = RULES[name]
-            effect = f": {why}" if kind == IGNORES or name == "data.path" else f", from step {then.step + 1} on"
+            effect = f": {why}" if kind == IGNORES else f", from step {then.step + 1} on"
+            if name == "data.path":
+                effect = ": the same text" if then.texts else ""
             told.append(f"{name}: {was} -> {value}{effect}")
     return told
 

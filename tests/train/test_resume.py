@@ -13,6 +13,8 @@ from helpers import random_model
 from runs import config_of, losses_of, metrics, store_in, weights
 
 from rwkv_train.checkpoints.run_checkpoint import FACTS, TRAINER, checkpoint_folder, run_checkpoints
+from rwkv_train.command_config import InspectConfig
+from rwkv_train.commands import inspect
 from rwkv_train.config import FitConfig, ModelConfig
 from rwkv_train.data.prepare import PrepareConfig, prepare
 from rwkv_train.models.fresh import fresh_sizes
@@ -220,7 +222,7 @@ def sizes_of(config: FitConfig):
 
 @pytest.mark.parametrize(("settings", "changes", "message"), MODELS)
 def test_what_the_weights_are_made_of_is_refused(store, monkeypatch, settings, changes, message):
-    before = changed(config_of(store, "runs"), {"model.architecture": None} | settings)
+    before = changed(config_of(store, "/runs"), {"model.architecture": None} | settings)
     after = changed(before, changes)
     monkeypatch.setattr(resume, "model_sizes", lambda path: sizes_of(before))
     name = next(iter(changes))
@@ -235,7 +237,7 @@ def test_what_the_weights_are_made_of_is_refused(store, monkeypatch, settings, c
 @pytest.mark.parametrize(("changes", "message"), DEEPSPEED)
 def test_what_deepspeeds_pieces_are_made_of_is_refused(store, monkeypatch, changes, message):
     monkeypatch.setattr(resume, "model_sizes", lambda path: sizes_of(before))
-    before = changed(config_of(store, "runs"), {"train.devices": 2, "train.strategy": "deepspeed_stage_2"})
+    before = changed(config_of(store, "/runs"), {"train.devices": 2, "train.strategy": "deepspeed_stage_2"})
     then = resume.Resumed(Path("runs/run"), Path("step=5"), 5, resume.flat(asdict(before)), None)
     with pytest.raises(ValueError, match=message):
         resume.compare(then, changed(before, changes), sizes_of(before), 8, {})
@@ -277,6 +279,11 @@ def test_more_epochs_go_on_as_if_there_had_been_as_many_from_the_beginning(store
     assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
     assert fit(replace(short, train=train), resume="newest") == 0
     assert "step 6 is the last of this run; more train.steps or train.epochs" in capsys.readouterr().out
+    for step in (2, 6):
+        inspect(InspectConfig(str(tmp_path / "run"), step))
+        ours = capsys.readouterr().out
+        inspect(InspectConfig(str(tmp_path / "long"), step))
+        assert ours == capsys.readouterr().out
     with pytest.raises(ValueError, match=r"would have 4 steps, and .*step=00000006 is of step 6; give more"):
         fit(short, resume="newest")
 
