@@ -20,7 +20,10 @@ LAYERS = [
     ["__init__", "ops", "wkv", "tokenizer", "config", "command_config", "files", "program", "run_config"],
     ["models"],
     ["bptt", "generate", "evaluate", "checkpoints", "data"],
-    ["train", "feedback", "plan", "chat", "bench", "commands", "cli"],
+    ["train", "feedback", "plan"],
+    ["chat"],
+    ["bench"],
+    ["commands", "cli"],
 ]
 HEAVY = {"lightning": {"train"}, "deepspeed": {"train"}, "wandb": {"train"}, "datasets": {"data"}}
 
