@@ -9,7 +9,8 @@ from tqdm import tqdm
 from rwkv_train.chat.opening import data_folder, profile_folder
 from rwkv_train.checkpoints.opener import open_model
 from rwkv_train.command_config import FeedbackFileConfig
-from rwkv_train.feedback import Correction, Learner
+from rwkv_train.feedback import Correction, Learner, Outcome
+from rwkv_train.feedback.background import in_a_line
 from rwkv_train.files import BadJSON, counted, parse_json, read_lines
 
 
@@ -23,22 +24,40 @@ def feedback(config: FeedbackFileConfig) -> int:
         print(f"not used: {counted(ignored, 'correction')}", file=sys.stderr)
     model, tokenizer, template = open_model(config.model, config.tokenizer, config.template, torch.float32)
     folder = profile_folder(data_folder(config.folder), config.profile, config.model)
-    with Learner(model, tokenizer, folder, template) as learner:
+    with Learner(model, tokenizer, folder, template, recover=False) as learner:
         for n, correction in corrections.items():  # all of them, before any is learnt
             try:
                 learner.check(correction)
             except ValueError as error:
                 raise ValueError(f"{config.file}:{n}: {error}") from None
-        bar = tqdm(corrections.values(), desc="feedback", unit="correction", leave=False)
-        outcomes = [learner.learn(correction) for correction in bar]
+        left = [record["id"] for record in learner.waiting()]  # by a crash, or by a chat that was killed
+        if left:
+            print(f"received before and not learnt yet, so learnt first: {', '.join(map(str, left))}", file=sys.stderr)
+        found = {number: _commit(learner, number) for number in left}
+        for correction in tqdm(corrections.values(), desc="feedback", unit="correction", leave=False):
+            number = learner.receive(correction)
+            found[number] = _commit(learner, number)
     print(f"{'':>4}  {'loss':>15}  {'steps':>5}  {'s':>5}  {'drift':>7}  answer")
-    for o in outcomes:
-        losses = f"{o.loss_before:.3f} -> {o.loss_after:.3f}"
-        mark = o.answer_after if o.accepted else f"not learnt: {o.why}"
-        print(f"{o.id:>4}  {losses:>15}  {o.steps:>5}  {o.seconds:>5.1f}  {o.drift:>7.4f}  {mark}")
-    learned = sum(o.accepted for o in outcomes)
-    print(f"\n{learned} of {len(outcomes)} learnt; kept in {folder}")
-    return 0 if learned == len(outcomes) else 1
+    print("\n".join(_row(number, outcome) for number, outcome in found.items()))
+    learned = sum(isinstance(o, Outcome) and o.accepted for o in found.values())
+    print(f"\n{learned} of {len(found)} learnt; kept in {folder}")
+    return 0 if learned == len(found) else 1
+
+
+def _commit(learner: Learner, number: int) -> Outcome | str:
+    """What became of a correction, or what went wrong, which keeps no other from being learnt."""
+    try:
+        return learner.commit(number)
+    except Exception as error:
+        return in_a_line(error)
+
+
+def _row(number: int, o: Outcome | str) -> str:
+    if isinstance(o, str):
+        return f"{number:>4}  {'':>15}  {'':>5}  {'':>5}  {'':>7}  not learnt: {o}"
+    losses = f"{o.loss_before:.3f} -> {o.loss_after:.3f}"
+    mark = o.answer_after if o.accepted else f"not learnt: {o.why}"
+    return f"{number:>4}  {losses:>15}  {o.steps:>5}  {o.seconds:>5.1f}  {o.drift:>7.4f}  {mark}"
 
 
 def _correction(where: str, line: str, ignored: Counter[str]) -> Correction:

@@ -4,6 +4,7 @@ One JSON record a line, each with a checksum of itself. A record is on the disk 
 that a crash left unfinished was never acknowledged and is dropped with a notice; any other damage is an error.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -21,17 +22,25 @@ class Journal:
         self.records: list[dict] = []
         self._lock = threading.Lock()
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(self.path, "a+b")  # noqa: SIM115
+        self._file = open(self.path, "a+b", buffering=0)  # noqa: SIM115
         self._file.seek(0)
         self._read(self._file.read())
 
     def append(self, kind: str, **content) -> dict:
-        """Write one record {"id", "kind", ...content} and wait until it is on the disk; from any thread."""
+        """Write one record {"id", "kind", ...content} and wait until it is on the disk; from any thread.
+
+        Raises OSError, leaving the file as it was, if it cannot be written, as on a full disk.
+        """
         with self._lock:
             record = {"id": len(self.records) + 1, "kind": kind, **content}
-            self._file.write(_line(record))
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            line, size = _line(record), self._file.seek(0, os.SEEK_END)
+            try:
+                if self._file.write(line) < len(line):
+                    raise OSError(errno.ENOSPC, "there is no room for another record", str(self.path))
+                os.fsync(self._file.fileno())
+            except OSError:
+                self._file.truncate(size)  # half a record would be damage to all that come after it
+                raise
             self.records.append(record)
         return record
 

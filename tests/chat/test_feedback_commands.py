@@ -12,13 +12,13 @@ from feedback_toys import CONFIG
 from helpers import random_model, run
 
 import rwkv_train.feedback.learner as learner_module
-from rwkv_train import save_model
+from rwkv_train import load_model, save_model
 from rwkv_train.bench.correction_cases import fact_cases, small_talk, strangers_talk
 from rwkv_train.bench.corrections import TARGETS, load_cases
 from rwkv_train.data.corpora.facts import facts
 from rwkv_train.data.templates import Template
 from rwkv_train.data.text_format import TextFormat
-from rwkv_train.feedback import FeedbackConfig
+from rwkv_train.feedback import Correction, FeedbackConfig, Learner
 from rwkv_train.feedback.decode import Form, greedy
 from rwkv_train.generate import prefill
 from rwkv_train.tokenizer import load_tokenizer
@@ -113,6 +113,26 @@ def test_feedback_from_a_file(model, tmp_path, capsys):
     assert 'not used: "note" (1 correction)\n' in err
     (journal,) = (tmp_path / "home").rglob("journal.jsonl")
     assert '"question": "sun?\u2028"' in journal.read_text(encoding="utf-8")
+
+
+def test_what_fails_in_a_file_keeps_nothing_else_from_being_learnt(model, tmp_path, capsys, monkeypatch):
+    questions = ("sun?", "ice?", "sea?")
+    (tmp_path / "c.jsonl").write_text("".join(f'{{"question": "{q}", "answer": "cold"}}\n' for q in questions[1:]))
+    argv = ["feedback", "--model", model, "--file=c.jsonl", "--folder=home"]
+    learn, failing = Learner._learn, ["ice?", "sea?"]
+
+    def learn_or_fail(self, model, record, *rest):
+        if record["question"] in failing:
+            raise RuntimeError("out of memory")
+        return learn(self, model, record, *rest)
+
+    monkeypatch.setattr(Learner, "_learn", learn_or_fail)
+    with Learner(load_model(model), BYTES, tmp_path / "home" / "profiles" / tmp_path.name) as it:
+        it.receive(Correction(questions[0], "hot"))  # and then a crash
+    failing.pop()
+    code, out, err = run(*argv, capsys=capsys)
+    assert code == 1 and "2 of 3 learnt" in out and "learnt first: 2" in err
+    assert " hot\n" in out and "not learnt: RuntimeError: out of memory\n" in out and " cold\n" in out
 
 
 def test_an_empty_file_of_corrections_is_refused(model, tmp_path, capsys):

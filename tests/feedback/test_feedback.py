@@ -1,6 +1,7 @@
 """Corrections: learnt means decoded, replayed = learnt, undone = before, nothing acknowledged is lost."""
 
 import json
+import os
 import random
 import re
 import signal
@@ -8,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -197,6 +199,28 @@ def test_a_damaged_journal_is_told_and_an_unfinished_end_is_dropped(tmp_path_fac
     found.append("received", text="after")
     found.close()
     assert Journal(path).records == found.records
+
+
+@pytest.mark.parametrize("failure", ["short", "fsync"])
+def test_a_record_that_cannot_be_written_leaves_the_journal_as_it_was(tmp_path, monkeypatch, failure):
+    journal = Journal(tmp_path / "journal.jsonl")
+    journal.append("received", text="before")
+    before = journal.path.read_bytes()
+    with monkeypatch.context() as patched:
+        if failure == "fsync":
+            patched.setattr(os, "fsync", lambda descriptor: os.fstat(-1))
+        else:
+            file = journal._file
+            patched.setattr(
+                journal, "_file", SimpleNamespace(**{n: getattr(file, n) for n in dir(file) if n[0] != "_"})
+            )
+            journal._file.write = lambda line: file.write(line[:5])
+        with pytest.raises(OSError):
+            journal.append("received", text="lost")
+    assert journal.path.read_bytes() == before
+    journal.append("received", text="after")
+    journal.close()
+    assert [(r["id"], r["text"]) for r in Journal(journal.path).records] == [(1, "before"), (2, "after")]
 
 
 @pytest.mark.parametrize("scope", ["upper", "lora", "full"])
