@@ -7,19 +7,21 @@ from pathlib import Path
 from tqdm import tqdm
 
 from rwkv_train.checkpoints.modelfile import load_model, save_adapter, save_model
-from rwkv_train.checkpoints.opener import DTYPES, format_of, open_model
+from rwkv_train.checkpoints.opener import DTYPES, format_of, open_model, remedy_of, told
 from rwkv_train.cli import parse
 from rwkv_train.command_config import ExportConfig, GenerateConfig, InspectConfig, ValidateConfig
-from rwkv_train.data.batches import make_batches
+from rwkv_train.config import DataConfig
+from rwkv_train.data.batches import make_batches, validation_batches
 from rwkv_train.data.lanes import LaneBatches, split, trained_tokens
 from rwkv_train.data.store import Store
+from rwkv_train.data.text_format import TextFormat, compare, compare_templates
 from rwkv_train.evaluate import Score, Scorer, byte_lengths, position_table
 from rwkv_train.files import read_yaml, unescaped
 from rwkv_train.generate import Sampling, generate_text
 from rwkv_train.models.finite import broken_weight, finite
 from rwkv_train.models.loss import IGNORE_INDEX
 from rwkv_train.run_config import found_paths
-from rwkv_train.tokenizer import Tokenizer, load_tokenizer
+from rwkv_train.tokenizer import Tokenizer
 from rwkv_train.train.runlog import read_metrics
 
 
@@ -34,14 +36,12 @@ def validate(config: ValidateConfig) -> None:
     documents = held_out if val_share else training
     if config.data is None:
         _check_same_part(Path(config.model), int(trained_tokens(store, documents).sum()))
-    batches = LaneBatches(
-        store,
-        documents,
-        tokens_per_row=config.chunk_len,
-        lanes=min(config.lanes, len(documents)),
-        vocab_size=model.config.vocab_size,
-    )
-    tokenizer = store.tokenizer() or (load_tokenizer(config.tokenizer) if config.tokenizer else None)
+    how = DataConfig(path=data, val_lanes=config.lanes, chunk_len=config.chunk_len)
+    batches = validation_batches(how, store, documents, model.config.vocab_size)
+    known, text = format_of(config.model), store.text_format(config.tokenizer)
+    told(compare(config.model, known.tokenizer, store.path, text.tokenizer, remedy_of(config.model)))
+    told(compare_templates(config.model, known.template, store.path, text.template))
+    tokenizer = text.tokenizer or known.tokenizer
     score = _score(model, batches, tokenizer, forget=False)
     forgotten = _score(model, batches, tokenizer, forget=True) if config.compare else None
     without = "unknown (no tokenizer)" if score.bytes is None else "none (no text)"
@@ -125,7 +125,7 @@ def inspect(config: InspectConfig) -> None:
     accumulate = settings.train.accumulate
     if not 1 <= config.step <= len(batches) // accumulate:
         raise ValueError(f"the run has steps 1 to {len(batches) // accumulate}, found {config.step}")
-    tokenizer = store.tokenizer() or (load_tokenizer(settings.data.tokenizer) if settings.data.tokenizer else None)
+    tokenizer = store.tokenizer(settings.data.tokenizer)
     first = (config.step - 1) * accumulate
     print(f"step {config.step} trains {int(batches[first]['step_tokens']):,} tokens")
     for n in range(first, first + accumulate):
@@ -142,15 +142,38 @@ def inspect(config: InspectConfig) -> None:
 
 def export(config: ExportConfig) -> None:
     """Write a model in another format, or what a run with model.tune has trained."""
+    known = format_of(config.model)
     if config.adapter:
         save_adapter(config.model, config.out)
         print(f"{config.out}: what {config.model} trained; `--model BASE+{config.out}` puts it on its model")
+        print(_left_out(known))
         return
     model = load_model(config.model)
     if broken := broken_weight(model):
         raise ValueError(f"{config.model} gives no finite number: {broken}")
-    folder = not Path(config.out).suffix or config.out.endswith("/")
-    tokenizer = format_of(config.model).tokenizer if folder else None
-    save_model(model, config.out, DTYPES[config.dtype] if config.dtype else None, tokenizer)
+    folder = config.out.endswith("/") or Path(config.out).suffix not in (".pth", ".safetensors")
+    save_model(model, config.out, DTYPES[config.dtype] if config.dtype else None, *(known if folder else ()))
     c = model.config
     print(f"{config.out}: {model.name}, {c.n_layer} layers x {c.n_embd} channels, vocabulary {c.vocab_size}")
+    print(_taken_along(known, model.config.vocab_size) if folder else _left_out(known))
+
+
+def _taken_along(known: TextFormat, vocab_size: int) -> str:
+    """Which program opens the tokenizer of an exported folder."""
+    if known.tokenizer and known.tokenizer.library_json:
+        lines = [f"tokenizer {known.tokenizer}: AutoTokenizer opens it there, too"]
+    elif known.tokenizer or vocab_size == 65536:
+        lines = ["tokenizer: RWKV World's, which only this program opens there; AutoTokenizer has no file for it"]
+    else:
+        lines = ["tokenizer: unknown, so there is none in it; give --tokenizer where the folder is used"]
+    lines.append(
+        "chats: written as its template.yaml says" if known.template else "chats: unknown how they are written"
+    )
+    return "\n".join(lines)
+
+
+def _left_out(known: TextFormat) -> str:
+    """What a single file of weights does not say."""
+    names = [f"tokenizer {known.tokenizer}"] * bool(known.tokenizer) + ["template of its chats"] * bool(known.template)
+    without = " and the ".join(names) or "tokenizer, which is unknown"
+    return f"weights alone, without the {without}: give --tokenizer and --template with it, or export to a folder"

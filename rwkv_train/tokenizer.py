@@ -15,9 +15,21 @@ from pathlib import Path
 import numpy as np
 
 from rwkv_train.files import read_text
+from rwkv_train.tokenizer_json import (
+    BYTE_ALPHABET,
+    EOD_NAMES,
+    UnknownEnd,
+    end_of_document,
+    from_byte_alphabet,
+    from_sentencepiece,
+    mentions,
+    said_beside,
+    said_in,
+    vocabulary,
+)
 
-KEY = "rwkv_train_tokenizer"  # the one key of the small JSON that `save` writes for world and bytes
-EOD_NAMES = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "<|eot_id|>", "<|im_end|>")
+KEY = "rwkv_train_tokenizer"  # of its name: alone in the small JSON that stands for World, or in tokenizer_config.json
+OWN_FILE = "rwkv_train_tokenizer.json"  # in folders: a tokenizer.json there is one that `tokenizers` opens
 
 
 class Tokenizer:
@@ -57,15 +69,59 @@ class Tokenizer:
         """int64 [vocab_size]: bytes of text behind each id, for loss in bits per byte."""
         return np.fromiter(map(len, self.table), np.int64, count=self.vocab_size)
 
+    def __str__(self) -> str:
+        return f"{self.name} (fingerprint {self.fingerprint[:12]}, end of document {self.eod})"
+
+    @property
+    def end_in_texts(self) -> str | None:
+        """The text of the end of a document, if texts can hold it, too: they would end there. None if not."""
+        text = self.decode([self.eod])
+        return text if text and self.eod in self.encode(text) else None
+
+    @property
+    def library_json(self) -> str | None:
+        """What the library `tokenizers` opens, and encodes alike; None if there is no such thing."""
+        return None
+
     def save(self, path: str | Path) -> None:
-        """Write a JSON file that `load_tokenizer` reads back."""
-        Path(path).write_text(json.dumps({KEY: self.name}) + "\n", encoding="utf-8")
+        """Write a JSON file that `load_tokenizer` reads back, given the same end of document."""
+        text = self.library_json or json.dumps({KEY: self.name}) + "\n"
+        Path(path).write_text(text, encoding="utf-8", newline="\n")
+
+    def save_in(self, folder: str | Path) -> list[str]:
+        """Write the files by which `load_tokenizer` opens a folder, and AutoTokenizer where it can; their names."""
+        folder = Path(folder)
+        if not self.library_json:
+            self.save(folder / OWN_FILE)
+            return [OWN_FILE]
+        (end,) = (token for token, index in vocabulary(json.loads(self.library_json)).items() if index == self.eod)
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": end, "eos_token": end}
+        config |= {"clean_up_tokenization_spaces": False, "model_max_length": 10**30, KEY: self.name}
+        self.save(folder / "tokenizer.json")
+        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+        (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
+        return ["tokenizer.json", "tokenizer_config.json"]
 
 
 class ByteTokenizer(Tokenizer):
     """Id 0 ends a document, byte b is id b + 1."""
 
     name, vocab_size, eod = "bytes", 257, 0
+
+    @property
+    def library_json(self) -> str:
+        """Written here and not by the library, whose next version may write it otherwise: it is known again by it."""
+        bytewise = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+        vocab = {EOD_NAMES[0]: 0} | {letter: b + 1 for letter, b in BYTE_ALPHABET.items()}
+        end = {"id": 0, "content": EOD_NAMES[0], "special": True}
+        spec = {
+            "version": "1.0",
+            "added_tokens": [end | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)],
+            "pre_tokenizer": bytewise,
+            "decoder": bytewise,
+            "model": {"type": "BPE", "vocab": vocab, "merges": []},
+        }
+        return json.dumps(spec) + "\n"
 
     @cached_property
     def table(self) -> list[bytes]:
@@ -132,32 +188,40 @@ class JsonTokenizer(Tokenizer):
     SentencePiece ones up to the space that some of those put before a text.
     """
 
-    def __init__(self, text: str, name: str = "json") -> None:
+    def __init__(self, text: str, name: str = "json", eod: str | int | None = None, beside: Sequence = ()) -> None:
+        """eod: the name or the id of what ends a document; None: what files beside it say, or a usual name.
+
+        Raises UnknownEnd if there is no such token, ValueError if `eod` is none.
+        """
         from tokenizers import Tokenizer as Library
 
         self.name, self._text = name, text
         self._spec = json.loads(text)
+        self.eod, end = end_of_document(vocabulary(self._spec), eod, beside)
         for token in self._spec["added_tokens"]:  # so that no text can spell an end of document
-            token["special"] |= token["content"] in EOD_NAMES
+            token["special"] |= token["content"] in (*EOD_NAMES, end)
         self._library = Library.from_str(json.dumps(self._spec))
         self._library.no_truncation()
         self._library.no_padding()
         self._library.encode_special_tokens = True  # "<|endoftext|>" typed by a user stays text
         vocab = self._library.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocab.values(), default=-1) + 1
-        self.eod = next((vocab[name] for name in EOD_NAMES if name in vocab), 0)
 
     def __reduce__(self):
-        return JsonTokenizer, (self._text, self.name)
+        return JsonTokenizer, (self._text, self.name, self.eod)
+
+    @property
+    def library_json(self) -> str:
+        return self._text
 
     @cached_property
     def table(self) -> list[bytes]:
         added = {token["id"]: token for token in self._spec["added_tokens"]}
-        byte_level = _mentions(self._spec.get("decoder"), "ByteLevel")
+        byte_level = mentions(self._spec.get("decoder"), "ByteLevel")
         table = [b""] * self.vocab_size
         for token, index in self._library.get_vocab(with_added_tokens=True).items():
             if index not in added:
-                table[index] = _from_byte_alphabet(token) if byte_level else _from_sentencepiece(token)
+                table[index] = from_byte_alphabet(token) if byte_level else from_sentencepiece(token)
             elif not added[index]["special"]:
                 table[index] = added[index]["content"].encode("utf-8")
         return table
@@ -176,9 +240,6 @@ class JsonTokenizer(Tokenizer):
             to_utf8(text)
         return [e.ids for e in self._library.encode_batch_fast(list(texts), add_special_tokens=False)]
 
-    def save(self, path: str | Path) -> None:
-        Path(path).write_text(self._text, encoding="utf-8", newline="\n")
-
 
 class StreamDecoder:
     """Decodes one id at a time, holding bytes back until their character is complete."""
@@ -196,15 +257,18 @@ class StreamDecoder:
         return self._utf8.decode(b"", final=True)
 
 
-def load_tokenizer(spec: str | Path) -> Tokenizer:
-    """ "world", "bytes", a tokenizers JSON, a file written by `save`, or a folder with tokenizer.json.
+def load_tokenizer(spec: str | Path, eod: str | int | None = None) -> Tokenizer:
+    """ "world", "bytes", a tokenizers JSON, a file written by `save`, or a folder with one of them.
 
-    Raises ValueError if `spec` is none of these or the JSON is damaged.
+    eod: the name or the id of the token that ends a document; None: what files beside the JSON say, or a usual name.
+    Raises ValueError if `spec` is none of these, the JSON is damaged, or `eod` is no token of it; UnknownEnd where
+    nothing tells the end of a document.
     """
     if spec in ("world", "bytes"):
+        if eod not in (None, 0, "0"):
+            raise ValueError(f"The tokenizer {spec} ends a document with id 0, not with {eod!r}; drop --eod.")
         return WorldTokenizer() if spec == "world" else ByteTokenizer()
-    path = Path(spec).expanduser()
-    path = path / "tokenizer.json" if path.is_dir() else path
+    path = tokenizer_file(Path(spec).expanduser())
     if not path.is_file():
         known = 'Give "world", "bytes", a tokenizers JSON file, or a folder that holds tokenizer.json.'
         raise ValueError(f"Tokenizer {str(spec)!r} is unknown: there is no file {path}. {known}")
@@ -216,11 +280,29 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
     if isinstance(content, dict) and KEY in content:
         if content[KEY] not in ("world", "bytes"):
             raise ValueError(f'{path}: {KEY} is {content[KEY]!r}, expected "world" or "bytes". Correct it.')
-        return load_tokenizer(content[KEY])
+        return load_tokenizer(content[KEY], eod)
     try:
-        return JsonTokenizer(text, path.parent.name if path.stem == "tokenizer" else path.stem)
+        if content == json.loads(ByteTokenizer().library_json):
+            return load_tokenizer("bytes", eod)
+        return JsonTokenizer(text, _name(path), eod, said_beside(path))
+    except UnknownEnd as error:
+        raise UnknownEnd(f"{path} {error}") from None
     except Exception as error:  # the Rust library raises bare Exception for every flaw in a file
         raise ValueError(f"{path} is no tokenizers JSON ({error}). Copy it again from its source.") from None
+
+
+def tokenizer_file(path: Path) -> Path:
+    """Of a folder, the file in it that holds its tokenizer; there may be none."""
+    own = path / OWN_FILE
+    return path if not path.is_dir() else own if own.is_file() else path / "tokenizer.json"
+
+
+def _name(path: Path) -> str:
+    """What messages call a tokenizers JSON."""
+    if path.name != "tokenizer.json":
+        return path.stem
+    said = said_in(path.with_name("tokenizer_config.json"), KEY)
+    return said if isinstance(said, str) else path.parent.name
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> JsonTokenizer:
@@ -253,31 +335,3 @@ def to_utf8(text: str) -> bytes:
     except UnicodeEncodeError as error:
         found = f"U+{ord(text[error.start]):04X} at character {error.start}"
         raise ValueError(f"The text holds half a surrogate pair ({found}); remove it.") from None
-
-
-def _mentions(part: object, kind: str) -> bool:
-    """Whether a (possibly nested) piece of a tokenizers JSON has `type` == kind anywhere."""
-    if isinstance(part, dict):
-        return part.get("type") == kind or any(_mentions(value, kind) for value in part.values())
-    return isinstance(part, list) and any(_mentions(value, kind) for value in part)
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's letters for bytes: printable Latin-1 stands for itself, the rest for U+0100 onwards."""
-    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [b for b in range(256) if b not in plain]
-    return {chr(b): b for b in plain} | {chr(0x100 + n): b for n, b in enumerate(others)}
-
-
-_ALPHABET = _byte_alphabet()
-
-
-def _from_byte_alphabet(token: str) -> bytes:
-    known = all(letter in _ALPHABET for letter in token)
-    return bytes(_ALPHABET[letter] for letter in token) if known else token.encode("utf-8")
-
-
-def _from_sentencepiece(token: str) -> bytes:
-    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-        return bytes.fromhex(token[3:5])
-    return token.replace("\u2581", " ").encode("utf-8")

@@ -17,7 +17,18 @@ MODULES = sorted((ROOT / "rwkv_train").rglob("*.py"))
 
 # Layers from the bottom up: a module may import from its own layer and those before it.
 LAYERS = [
-    ["__init__", "ops", "wkv", "tokenizer", "config", "command_config", "files", "program", "run_config"],
+    [
+        "__init__",
+        "ops",
+        "wkv",
+        "tokenizer",
+        "tokenizer_json",
+        "config",
+        "command_config",
+        "files",
+        "program",
+        "run_config",
+    ],
     ["models"],
     ["bptt", "generate", "evaluate", "checkpoints", "data"],
     ["train", "feedback", "plan"],

@@ -13,10 +13,12 @@ from pathlib import Path
 from torch import Tensor
 
 from rwkv_train.checkpoints.weightfile import write_safetensors
+from rwkv_train.data.text_format import TextFormat
 from rwkv_train.files import read_text, sync, temporary_beside
 from rwkv_train.models.base import RWKV
 from rwkv_train.models.rwkv4 import RWKV4, RWKV4Config
 from rwkv_train.models.rwkv7 import HEAD_NORM_EPS, RWKV7, RWKV7Config
+from rwkv_train.tokenizer import OWN_FILE
 
 # BlinkDL's word for a part of an RWKV-4, and Hugging Face's.
 RWKV4_WORDS = {
@@ -57,6 +59,7 @@ HF_WEIGHTS = (
     "pytorch_model.bin.index.json",
 )
 HF_STALE = (*HF_WEIGHTS[1:], "model-*-of-*.safetensors", "pytorch_model-*-of-*.bin")
+HF_TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", OWN_FILE)
 
 
 def hf_generation(keys: list[str]) -> type[RWKV] | None:
@@ -143,10 +146,11 @@ def read_json(path: Path) -> dict:
     return found
 
 
-def save_hf(tensors: dict[str, Tensor], model: RWKV, target: Path, tokenizer) -> None:
+def save_hf(tensors: dict[str, Tensor], model: RWKV, target: Path, text_format: TextFormat) -> None:
     """What transformers loads: a new directory appears complete, in an old one file by file is replaced.
 
-    tensors: the model's, by our names. Raises ValueError if target holds something else than an RWKV.
+    tensors: the model's, by our names. text_format: what is known of it is written too, in place of what lay there.
+    Raises ValueError if target holds something else than an RWKV.
     """
     if model.initial_wkv is not None:
         raise ValueError(f"{target}: a Hugging Face directory has no place for the state a model begins in; use .pth")
@@ -158,10 +162,11 @@ def save_hf(tensors: dict[str, Tensor], model: RWKV, target: Path, tokenizer) ->
     try:
         building.mkdir()
         write_safetensors(to_hf(type(model), tensors), building / "model.safetensors")
-        if tokenizer is not None:
-            tokenizer.save(building / "tokenizer.json")
+        about = text_format.save(building)
         dtype = str(tensors["head.weight"].dtype).removeprefix("torch.")
         config = (_rwkv7_config if isinstance(model, RWKV7) else _rwkv4_config)(model.config)
+        end = text_format.tokenizer.eod if text_format.tokenizer else 0
+        config |= {"bos_token_id": end, "eos_token_id": end}
         config |= {"tie_word_embeddings": False, "use_cache": True, "torch_dtype": dtype}
         (building / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         for entry in building.iterdir():
@@ -169,11 +174,12 @@ def save_hf(tensors: dict[str, Tensor], model: RWKV, target: Path, tokenizer) ->
         if not target.exists():
             os.rename(building, target)
         else:
-            for name in ("model.safetensors", "tokenizer.json", "config.json"):
-                if (building / name).exists():
-                    os.replace(building / name, target / name)
-            for stale in (entry for pattern in HF_STALE for entry in target.glob(pattern)):
-                stale.unlink()
+            for name in ("model.safetensors", *about, "config.json"):
+                os.replace(building / name, target / name)
+            others = HF_TOKENIZERS if text_format.tokenizer else ()
+            for stale in (entry for pattern in (*HF_STALE, *others) for entry in target.glob(pattern)):
+                if stale.name not in about:
+                    stale.unlink()
             sync(target)
         sync(target.parent)
     finally:
@@ -191,8 +197,6 @@ def _rwkv4_config(c: RWKV4Config) -> dict:
         "intermediate_size": c.n_ffn,
         "layer_norm_epsilon": 1e-5,
         "context_length": 1024,
-        "bos_token_id": 0,
-        "eos_token_id": 0,
         "rescale_every": 6,
     }
 
@@ -219,6 +223,4 @@ def _rwkv7_config(c: RWKV7Config) -> dict:
         "norm_bias": True,
         "norm_eps": 1e-5,
         "max_position_embeddings": 4096,
-        "bos_token_id": 0,
-        "eos_token_id": 0,
     }

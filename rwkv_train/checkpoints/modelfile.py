@@ -16,11 +16,14 @@ from torch.overrides import TorchFunctionMode
 from rwkv_train.checkpoints.hf import from_hf_name, hf_files, hf_generation, save_hf, to_hf_name, turned
 from rwkv_train.checkpoints.run_checkpoint import TRAINER, WEIGHTS, newest_sound
 from rwkv_train.checkpoints.weightfile import read_weights, write_pth, write_safetensors
+from rwkv_train.data.templates import Template
+from rwkv_train.data.text_format import TextFormat
 from rwkv_train.files import replace_file
 from rwkv_train.models.adapters import is_adapter, put_on
 from rwkv_train.models.base import RWKV
 from rwkv_train.models.rwkv4 import RWKV4, RWKV4Config
 from rwkv_train.models.rwkv7 import RWKV7, RWKV7Config
+from rwkv_train.tokenizer import Tokenizer
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -81,10 +84,17 @@ def model_sizes(path: str | Path) -> RWKV4Config | RWKV7Config:
     return _sizes(_read(Path(path).expanduser(), shapes_only=True))
 
 
-def save_model(model: RWKV, path: str | Path, dtype: torch.dtype | None = None, tokenizer=None) -> None:
+def save_model(
+    model: RWKV,
+    path: str | Path,
+    dtype: torch.dtype | None = None,
+    tokenizer: Tokenizer | None = None,
+    template: Template | None = None,
+) -> None:
     """Write a model's weights: `.pth`, `.safetensors`, or a Hugging Face directory (no suffix, or "name/").
 
-    dtype: None keeps the model's. tokenizer: its `save` writes tokenizer.json into a Hugging Face directory.
+    dtype: None keeps the model's. tokenizer, template: go into a Hugging Face directory, as files that are read back
+    with it (see `TextFormat`); a file has no place for them.
     A crash leaves the old file or the new one, complete. In an existing Hugging Face directory of an RWKV,
     weights and config are replaced and other files stay; any other directory with something in it is refused.
     Raises ValueError for a path that cannot be meant, and for a dtype that does not hold a weight.
@@ -98,8 +108,8 @@ def save_model(model: RWKV, path: str | Path, dtype: torch.dtype | None = None, 
     if target.exists() and is_file == target.is_dir():
         kinds = ("a directory", "a file") if target.is_dir() else ("a file", "a directory")
         raise ValueError(f"{path} is {kinds[0]}, expected {kinds[1]} or nothing there; choose another name")
-    if tokenizer is not None and is_file:
-        raise ValueError(f"{path}: a tokenizer is saved only into a Hugging Face directory, not a file")
+    if is_file and (tokenizer or template):
+        raise ValueError(f"{path}: a tokenizer or template is saved only into a Hugging Face directory, not a file")
     tensors = _own(dict(model.state_dict()), dtype, "cpu")
     _check_range(model, tensors)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -107,7 +117,7 @@ def save_model(model: RWKV, path: str | Path, dtype: torch.dtype | None = None, 
         write = write_pth if target.suffix == ".pth" else write_safetensors
         replace_file(target, lambda temporary: write(tensors, temporary))
     else:
-        save_hf(tensors, model, target, tokenizer)
+        save_hf(tensors, model, target, TextFormat(tokenizer, template))
 
 
 def _read(path: Path, shapes_only: bool = False) -> "_Found":

@@ -1,5 +1,6 @@
 """One name -> a model, its tokenizer and how chats are written for it."""
 
+import shlex
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -7,10 +8,11 @@ from typing import NamedTuple
 import torch
 
 from rwkv_train.checkpoints.modelfile import load_model, parts_of
+from rwkv_train.data.store import Store
 from rwkv_train.data.templates import Template
-from rwkv_train.data.text_format import TextFormat
+from rwkv_train.data.text_format import TextFormat, compare, compare_templates
 from rwkv_train.models.base import RWKV
-from rwkv_train.tokenizer import Tokenizer, load_tokenizer
+from rwkv_train.tokenizer import Tokenizer, UnknownEnd, load_tokenizer, tokenizer_file
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -39,46 +41,80 @@ def open_model(
     """
     model = load_model(name, dtype, device)
     known = format_of(name)
-    found = _tokenizer(name, known, tokenizer, model.config.vocab_size)
+    found = _tokenizer(name, known.tokenizer, tokenizer, model.config.vocab_size)
     return Opened(model, found, _template(name, known.template, template, for_chats))
 
 
 def format_of(name: str | Path) -> TextFormat:
     """What is known of the text that a model was trained on: files in its folder, its run's folder, or beside it."""
-    return TextFormat.read(_folder(parts_of(name)[0]))
+    folder = _folder(name)
+    try:
+        return TextFormat.read(folder)
+    except UnknownEnd as error:
+        if not (folder / "config.yaml").is_file():
+            raise
+        told(f"{error}; the run {folder} was trained with id 0 for it")
+        return TextFormat.read(folder, eod=0)
 
 
-def _folder(path: Path) -> Path:
+def format_of_run(init: str | None, store: Store, given: str | None) -> tuple[TextFormat, list[str]]:
+    """(what a run knows of its text, what is to be told of it): what the store says, or else the model it begins with.
+
+    given: the tokenizer of a plain binidx. Raises ValueError if the store's tokenizer is not the model's.
+    """
+    text = store.text_format(given)
+    if not init:
+        return text, [] if text.tokenizer else [f"{store.path} does not say which tokenizer it was made with"]
+    known = format_of(init)
+    notes = [
+        compare(init, known.tokenizer, store.path, text.tokenizer, remedy_of(init)),
+        compare_templates(init, known.template, store.path, text.template),
+    ]
+    found = TextFormat(text.tokenizer or known.tokenizer, text.template or known.template)
+    return found, list(filter(None, notes))
+
+
+def remedy_of(name: str | Path) -> str:
+    """What to do where a text was made with another tokenizer than a model."""
+    return f"prepare the text with --tokenizer {shlex.quote(str(tokenizer_file(_folder(name))))}"
+
+
+def told(text: str) -> None:
+    """Say something of what is unknown or overridden, if it is anything, on standard error."""
+    if text:
+        print(f"note: {text}", file=sys.stderr)
+
+
+def _folder(name: str | Path) -> Path:
     """Where the files lie that go with a model; those of a checkpoint of a run lie with the run."""
+    path = parts_of(name)[0]
     folder = path.parent if path.is_file() else path
     return folder.parent.parent if folder.parent.name == "checkpoints" else folder
 
 
-def _tokenizer(name: str | Path, known: TextFormat, given: str | None, vocab_size: int) -> Tokenizer:
-    found = load_tokenizer(given) if given else known.tokenizer
+def _tokenizer(name: str | Path, known: Tokenizer | None, given: str | None, vocab_size: int) -> Tokenizer:
+    found = load_tokenizer(given) if given else known
     if found is None:
         if vocab_size != 65536:
-            raise ValueError(
-                f"{name} does not say which tokenizer it was trained with; give --tokenizer (JSON file or bytes)"
-            )
-        _note(f"{name} names no tokenizer; taken to be RWKV World's, as its 65,536 tokens suggest (see --tokenizer)")
+            what = "give --tokenizer (JSON file or bytes)"
+            raise ValueError(f"{name} does not say which tokenizer it was trained with; {what}")
+        told(f"{name} names no tokenizer; taken to be RWKV World's, as its 65,536 tokens suggest (see --tokenizer)")
         found = load_tokenizer("world")
+    elif known and given:
+        apart = f"or put the model apart from {tokenizer_file(_folder(name))} if that is not its own"
+        compare(name, known, f"--tokenizer {given}", found, f"leave --tokenizer out, {apart}")
     if found.vocab_size > vocab_size:
         sizes = f"{found.vocab_size:,} tokens, the model {vocab_size:,}"
         raise ValueError(f"the tokenizer knows {sizes}; give the one it was trained with by --tokenizer")
     return found
 
 
-def _template(name: str | Path, known: Template | None, given: str | None, told: bool) -> Template:
+def _template(name: str | Path, known: Template | None, given: str | None, for_chats: bool) -> Template:
     if given:
         found = Template.load(given)
-        if known and known.roles != found.roles:
-            _note(f"chats are written as --template {given} says, and not as {name} was trained: {known.other(found)}")
+        if other := compare_templates(name, known, f"--template {given}", found):
+            told(f"{other}; --template is taken")
         return found
-    if known is None and told:
-        _note(f"{name} does not say how chats are written; taken to be as for RWKV World (see --template)")
+    if known is None and for_chats:
+        told(f"{name} does not say how chats are written; taken to be as for RWKV World (see --template)")
     return known or Template()
-
-
-def _note(text: str) -> None:
-    print(f"note: {text}", file=sys.stderr)

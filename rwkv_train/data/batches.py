@@ -1,8 +1,11 @@
 """Settings and a store -> what every step of a run reads."""
 
+import sys
+
 from rwkv_train.config import DataConfig, FitConfig
 from rwkv_train.data.lanes import Documents, LaneBatches, split, trained_tokens
 from rwkv_train.data.store import Store
+from rwkv_train.data.text_format import compare, compare_templates
 
 
 def make_batches(config: FitConfig, store: Store, vocab_size: int | None) -> tuple[LaneBatches, LaneBatches | None]:
@@ -44,12 +47,27 @@ def _say_share(store: Store, train: Documents, val: Documents, asked: float) -> 
         )
 
 
+def _check_same_format(train: Store, val: Store, tokenizer: str | None) -> None:
+    """ValueError if one store's text is not written as the other's."""
+    ours, theirs = train.text_format(tokenizer), val.text_format(tokenizer)
+    remedy = "prepare the text of data.val with the tokenizer of data.path"
+    unknown = compare(train.path, ours.tokenizer, val.path, theirs.tokenizer, remedy)
+    if unknown:
+        print(unknown, file=sys.stderr)
+    if other := compare_templates(train.path, ours.template, val.path, theirs.template):
+        raise ValueError(f"{other}; prepare both with the same --template")
+
+
 def validation_batches(
     data: DataConfig, store: Store, held_out: Documents, vocab_size: int | None, ranks: int = 1
 ) -> LaneBatches | None:
-    """One pass over data.val, or over what is held out of data.path; None if that is nothing."""
+    """One pass over data.val, or over what is held out of data.path; None if that is nothing.
+
+    Raises ValueError if data.val was made with another tokenizer, or its chats are written otherwise.
+    """
     if data.val:
-        store = Store.open(data.val)
+        trained, store = store, Store.open(data.val)
+        _check_same_format(trained, store, data.tokenizer)
         held_out = split(store, 0)[0]
     if not len(held_out):
         return None

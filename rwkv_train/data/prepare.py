@@ -40,6 +40,9 @@ class PrepareConfig:
     tokenizer: str | None = None
     """"world" (the default), "bytes", or the path of a tokenizers JSON or of a folder with one."""
 
+    eod: str | None = None
+    """Name or id of the token that ends a document, where the tokenizer's files do not say it."""
+
     train_bpe: int = 0
     """Learn a byte-level BPE of this many ids from the sources instead; 0 = do not."""
 
@@ -95,9 +98,9 @@ def prepare(config: PrepareConfig) -> Store:
     if config.train_roles is not None:
         template = Template(template.roles, config.train_roles, template.collapse_blank_lines)
     columns = Columns(config.text_field, config.prompt_field, config.completion_field, config.messages_field)
-    tokenizer = None if config.train_bpe else load_tokenizer(config.tokenizer or "world")
+    tokenizer = None if config.train_bpe else load_tokenizer(config.tokenizer or "world", config.eod)
     request = _request(config, sources, template, columns, tokenizer)
-    if not config.overwrite and (store := _up_to_date(out, request)):
+    if not config.overwrite and (store := _up_to_date(out, request, tokenizer)):
         return store
     check_free(out, config.overwrite)
 
@@ -117,8 +120,11 @@ def prepare(config: PrepareConfig) -> Store:
             )
             raise ValueError(f"Nothing to train: {what}. See --train-roles.")
         writer.manifest = {"sources": list(config.sources), "bad_records": tally.bad, "request": request}
+        writer.manifest["chats"] = tally.kinds["messages"]
     store = Store.open(out)
     tally.notes += _without_effect(config, tally)
+    if text := tokenizer.end_in_texts:
+        tally.notes.append(f"the end of a document, {tokenizer.eod}, is {text!r} in texts, too, and ends them there")
     print_summary(config.out, store, tally)
     return store
 
@@ -129,6 +135,8 @@ def _check(config: PrepareConfig) -> None:
     if config.tokenizer is not None and config.train_bpe:
         given = f"--tokenizer {config.tokenizer} and --train-bpe {config.train_bpe}"
         raise ValueError(f"{given} contradict each other: use a tokenizer or learn one.")
+    if config.eod is not None and config.train_bpe:
+        raise ValueError(f"--eod {config.eod} is of no use with --train-bpe: a learnt tokenizer has its own. Drop it.")
     for name in ("train_bpe", "limit", "workers"):
         if getattr(config, name) < 0:
             raise ValueError(f"{_flag(name)} is {getattr(config, name)}, it must not be negative.")
@@ -182,7 +190,7 @@ def _request(
     }
 
 
-def _up_to_date(out: Path, request: dict) -> Store | None:
+def _up_to_date(out: Path, request: dict, tokenizer: Tokenizer | None) -> Store | None:
     """The store at `out` if `request` made it, None if there is none; ValueError for a different one."""
     if not (out / "manifest.json").is_file():
         return None
@@ -194,6 +202,8 @@ def _up_to_date(out: Path, request: dict) -> Store | None:
     older = made_by["reading"] < READING
     made_by["reading"] = READING
     different = [key for key in request if made_by.get(key) != request[key]]
+    if tokenizer and tokenizer.eod != store.eod:
+        different.append(f"end of document {tokenizer.eod}, there {store.eod}")
     if different:
         hint = "Choose another --out, or replace it with --overwrite."
         raise ValueError(f"{out} was made from something else (different: {', '.join(different)}). {hint}")

@@ -26,6 +26,7 @@ from filelock import FileLock, Timeout
 from rwkv_train.data.binidx import REMAKE, map_file, read_binidx, token_dtype, write_index
 from rwkv_train.data.blocks import BLOCK, Blocks, checksums
 from rwkv_train.data.templates import Template
+from rwkv_train.data.text_format import TextFormat, compare
 from rwkv_train.files import sync, temporary_beside
 from rwkv_train.tokenizer import Tokenizer, load_tokenizer
 
@@ -89,23 +90,32 @@ class Store:
         """Which document a token of the store belongs to."""
         return int(np.searchsorted(self.offsets, token, "right")) - 1
 
-    def tokenizer(self) -> Tokenizer | None:
-        """The tokenizer that made the store, None for a plain binidx. ValueError if it was exchanged."""
+    def tokenizer(self, given: str | None = None) -> Tokenizer | None:
+        """The tokenizer that made the store; of a plain binidx, which does not say it, the one `given` or None.
+
+        Raises ValueError if it was exchanged, or is not the one given.
+        """
         if self.manifest is None:
-            return None
-        tokenizer = load_tokenizer(self.path / "tokenizer.json")
+            return load_tokenizer(given) if given else None
+        tokenizer = load_tokenizer(self.path / "tokenizer.json", self.eod)
+        tokenizer.name = self.manifest["tokenizer"]["name"]
         if tokenizer.fingerprint != self.manifest["tokenizer"]["fingerprint"]:
             expected = self.manifest["tokenizer"]["fingerprint"][:12]
             raise ValueError(
                 f"{self.path / 'tokenizer.json'} is not the tokenizer that made this store: "
                 f"its fingerprint is {tokenizer.fingerprint[:12]}, the manifest says {expected}. {REMAKE}"
             )
+        if given:
+            remedy = "leave the tokenizer out: the store knows its own"
+            compare(self.path, tokenizer, given, load_tokenizer(given), remedy)
         return tokenizer
 
-    def template(self) -> Template | None:
-        """How the store's chats are written; None if it does not say."""
-        request = (self.manifest or {}).get("request") or {}
-        return Template(**request["template"]) if request.get("template") else None
+    def text_format(self, given: str | None = None) -> TextFormat:
+        """What the store was made with, as far as it says so; of its template nothing if it holds no chats."""
+        manifest = self.manifest or {}
+        template = (manifest.get("request") or {}).get("template")
+        known = template and manifest.get("chats") != 0  # a store of before does not count them
+        return TextFormat(self.tokenizer(given), Template(**template) if known else None)
 
 
 def _read_manifest(path: Path) -> dict:

@@ -98,11 +98,6 @@ class Template:
         """What comes after a message of a role."""
         return self._form(role).split("{content}")[1]
 
-    def other(self, there: "Template") -> str:
-        """How roles are written otherwise there, as 'user here, there'."""
-        names = [role for role in {**self.roles, **there.roles} if self.roles.get(role) != there.roles.get(role)]
-        return "; ".join(f"{role} as {self.roles.get(role)!r} here, {there.roles.get(role)!r} there" for role in names)
-
     def as_dict(self) -> dict:
         return asdict(self)
 

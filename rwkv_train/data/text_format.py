@@ -1,13 +1,13 @@
 """What a text was made with, which goes from a store to the run and to every model written from it.
 
-As files, tokenizer.json and template.yaml; compared wherever a model and a text meet.
+As files in their folders, and compared wherever a model and a text meet.
 """
 
 from pathlib import Path
 from typing import NamedTuple
 
 from rwkv_train.data.templates import Template
-from rwkv_train.tokenizer import Tokenizer, load_tokenizer
+from rwkv_train.tokenizer import Tokenizer, load_tokenizer, tokenizer_file
 
 TEMPLATE_FILE = "template.yaml"
 
@@ -19,17 +19,39 @@ class TextFormat(NamedTuple):
     template: Template | None = None
 
     @classmethod
-    def read(cls, folder: Path) -> "TextFormat":
-        """What a folder's files say."""
+    def read(cls, folder: Path, eod: int | None = None) -> "TextFormat":
+        """What a folder's files say. eod: the end of document, where they do not say it."""
         template = folder / TEMPLATE_FILE
         return cls(
-            load_tokenizer(folder) if (folder / "tokenizer.json").is_file() else None,
+            load_tokenizer(folder, eod) if tokenizer_file(folder).is_file() else None,
             Template.load(template) if template.is_file() else None,
         )
 
-    def save(self, folder: Path) -> None:
-        """Write what is known into a folder, for `read`."""
-        if self.tokenizer:
-            self.tokenizer.save(folder / "tokenizer.json")
+    def save(self, folder: Path) -> list[str]:
+        """Write what is known into a folder, for `read`; returns the files' names."""
+        names = self.tokenizer.save_in(folder) if self.tokenizer else []
         if self.template:
             self.template.save(folder / TEMPLATE_FILE)
+            names.append(TEMPLATE_FILE)
+        return names
+
+
+def compare(name: str | Path, ours: Tokenizer | None, other: str | Path, theirs: Tokenizer | None, remedy: str) -> str:
+    """What cannot be compared, in a line, or "". Raises ValueError, naming both, where two tokenizers differ."""
+    if ours and theirs:
+        if (ours.fingerprint, ours.eod) != (theirs.fingerprint, theirs.eod):
+            raise ValueError(f"{other} was made with the tokenizer {theirs}, and {name} with {ours}; {remedy}")
+        return ""
+    if not ours and not theirs:
+        return f"neither {name} nor {other} says which tokenizer it was made with; they are taken to be the same"
+    unknown, known, tokenizer = (name, other, theirs) if theirs else (other, name, ours)
+    return f"{unknown} does not say which tokenizer it was made with; taken to be that of {known}, {tokenizer}"
+
+
+def compare_templates(name: str | Path, ours: Template | None, other: str | Path, theirs: Template | None) -> str:
+    """How chats are written otherwise, in a line, or "" if they are not, or nothing is known of one of them."""
+    if not ours or not theirs or ours.roles == theirs.roles:
+        return ""
+    roles = [role for role in {**ours.roles, **theirs.roles} if ours.roles.get(role) != theirs.roles.get(role)]
+    ways = "; ".join(f"{role} {theirs.roles.get(role)!r}, not {ours.roles.get(role)!r}" for role in roles)
+    return f"chats of {other} are written otherwise than those of {name}: {ways}"

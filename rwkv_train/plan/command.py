@@ -201,7 +201,7 @@ def _text(config: PlanConfig) -> tuple[int, int | None]:
         from rwkv_train.data.store import Store
 
         store = Store.open(path)
-        tokenizer = store.tokenizer()
+        tokenizer = store.tokenizer(config.data.tokenizer)
         vocab_size = tokenizer.vocab_size if tokenizer else None
         if tokens is None:
             tokens = split(store, 0 if config.data.val else config.data.val_share)[0].tokens

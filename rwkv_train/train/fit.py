@@ -14,7 +14,7 @@ import lightning as L
 import torch
 
 from rwkv_train.checkpoints.modelfile import load_model
-from rwkv_train.checkpoints.opener import open_model
+from rwkv_train.checkpoints.opener import format_of_run, open_model, told
 from rwkv_train.checkpoints.run_checkpoint import TRAINER
 from rwkv_train.config import FitConfig, LogConfig, ModelConfig
 from rwkv_train.data.batches import make_batches
@@ -30,7 +30,7 @@ from rwkv_train.models.rwkv4 import RWKV4
 from rwkv_train.models.rwkv7 import RWKV7
 from rwkv_train.program import command
 from rwkv_train.run_config import whole_paths
-from rwkv_train.tokenizer import Tokenizer, load_tokenizer
+from rwkv_train.tokenizer import Tokenizer
 from rwkv_train.train.callbacks import SIGNALS, AtStart, HeldCheckpoint, Monitor, Saver, Stopper
 from rwkv_train.train.module import OnlineTrainingModule
 from rwkv_train.train.output import lasting_output
@@ -49,7 +49,8 @@ def fit(config: FitConfig, resume: str | None = None) -> int:
             writing.enter_context(_only_writer(run))
             then = open_run(run, resume)
         store = Store.open(config.data.path)
-        tokenizer = store.tokenizer() or (load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None)
+        form, notes = format_of_run(config.model.init, store, config.data.tokenizer)
+        tokenizer = form.tokenizer
         torch.manual_seed(config.seed)
         model = make_model(config.model, tokenizer)
         train, val = make_batches(config, store, model.config.vocab_size)
@@ -59,6 +60,8 @@ def fit(config: FitConfig, resume: str | None = None) -> int:
             run = new_run(config.runs, config.name) if _rank() == 0 else Path(config.runs) / config.name
             writing.enter_context(_only_writer(run))
         if _rank() == 0:
+            for note in notes:
+                told(note)
             parameters = sum(p.numel() for p in model.parameters())
             print(
                 f"{run}: {parameters / 1e6:.1f}M parameters, {train.documents.tokens:,} tokens to train on, "
@@ -68,7 +71,6 @@ def fit(config: FitConfig, resume: str | None = None) -> int:
             print("".join(line + "\n" for line in changes), end="")
         bytes_of, layout = byte_lengths(tokenizer, model.config.vocab_size), then.layout if then else {}
         module = OnlineTrainingModule(model, config, train, val, bytes_of, layout)
-        form = TextFormat(tokenizer, store.template())
         return _train(replace(config, name=run.name), run, module, form, texts, then)
 
 

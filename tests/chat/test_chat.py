@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from rwkv_train import program, save_model
 from rwkv_train.chat import session
+from rwkv_train.chat.command import open_chat, open_teacher
 from rwkv_train.chat.dialogue import Dialogue
 from rwkv_train.chat.room import MINUTE, Message, Room
 from rwkv_train.chat.session import COMMANDS, Chat, Command
@@ -320,3 +321,17 @@ def test_random_picks_everybody_and_a_seed_repeats_it():
     orders = Counter(order(seed) for seed in range(30))
     assert len(orders) > 20 and all(sorted(o) == list("abcdef") for o in orders)
     assert order(1) == order(1) and len({o[0] for o in orders}) == 6
+
+
+def test_a_chat_is_written_as_the_model_was_trained(model, tmp_path, capsys):
+    """What is asked, and what a correction of it trains."""
+    own = Template({"user": "<u>{content}</u>", "assistant": "<a>{content}</a>"})
+    TextFormat(BYTES, own).save(tmp_path / "starter")
+    config = ChatConfig(folder=str(tmp_path), tokens=4)
+    chat = open_chat(config)
+    with chat.closing:
+        list(chat.answer("Hello"))
+        teacher = open_teacher(chat, config, wait=True)
+        assert BYTES.decode(chat.dialogue.ids).startswith("<u>Hello</u><a>")
+        assert teacher.learner.form.template == own
+    assert capsys.readouterr().err == ""

@@ -6,7 +6,6 @@ import stat
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,8 +14,11 @@ from safetensors.torch import load_file, save_file
 
 from rwkv_train import load_model, save_model
 from rwkv_train.checkpoints.hf import from_hf_name, to_hf, to_hf_name
+from rwkv_train.data.templates import Template
+from rwkv_train.data.text_format import TextFormat
 from rwkv_train.models.rwkv4 import RWKV4
 from rwkv_train.models.rwkv7 import RWKV7
+from rwkv_train.tokenizer import OWN_FILE, load_tokenizer, train_bpe
 
 FORMATS = ("m.pth", "m.safetensors", "hf")
 
@@ -231,16 +233,17 @@ def test_hf_directory_is_replaced_file_by_file(tmp_path):
 
 
 def test_tokenizer_goes_into_the_directory(tmp_path):
-    class Bytes:
-        def save(self, path):
-            Path(path).write_text("{}")
-
-    save_model(random_model(), tmp_path / "hf", tokenizer=Bytes())
-    assert (tmp_path / "hf/tokenizer.json").read_text() == "{}"
-    save_model(random_model(), tmp_path / "hf")
-    assert (tmp_path / "hf/tokenizer.json").exists()
+    """In place of another one's, and what is not known leaves what lies there."""
+    folder, learnt, template = tmp_path / "hf", train_bpe(["a b a b"], 260), Template(train_roles=["user"])
+    save_model(random_model(), folder, tokenizer=learnt, template=template)
+    assert TextFormat.read(folder).tokenizer.fingerprint == learnt.fingerprint
+    for name, files in (("world", {OWN_FILE}), ("bytes", {"tokenizer.json", "tokenizer_config.json"})):
+        save_model(random_model(), folder, tokenizer=load_tokenizer(name))
+        assert TextFormat.read(folder).tokenizer.name == name and TextFormat.read(folder).template == template
+        save_model(random_model(), folder)
+        assert {p.name for p in folder.iterdir()} == {"model.safetensors", "config.json", "template.yaml", *files}
     with pytest.raises(ValueError, match="tokenizer"):
-        save_model(random_model(), tmp_path / "m.pth", tokenizer=Bytes())
+        save_model(random_model(), tmp_path / "m.pth", tokenizer=learnt)
 
 
 def test_save_refuses_what_it_would_spoil(tmp_path):
