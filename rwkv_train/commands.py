@@ -1,6 +1,7 @@
 """The short commands: validate, generate, inspect, export."""
 
 import json
+import shlex
 import sys
 from pathlib import Path
 
@@ -145,7 +146,8 @@ def export(config: ExportConfig) -> None:
     known = format_of(config.model)
     if config.adapter:
         save_adapter(config.model, config.out)
-        print(f"{config.out}: what {config.model} trained; `--model BASE+{config.out}` puts it on its model")
+        flag = f"--model BASE+{shlex.quote(config.out)}"
+        print(f"{config.out}: what {config.model} trained; `{flag}` puts it on its model")
         print(_left_out(known))
         return
     model = load_model(config.model)

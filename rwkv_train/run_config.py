@@ -50,7 +50,7 @@ def _find(path: str, was: Path, run: Path, label: str) -> str:
     found = next(filter(_there, places), None)
     if found is None and os.sep in path:
         print(f"{label} is not there: looked for {' and '.join(dict.fromkeys(places))}", file=sys.stderr)
-    return found or path
+    return _whole(found) if found else path
 
 
 def _there(path: str) -> bool:
