@@ -3,7 +3,7 @@
 import threading
 
 import pytest
-from feedback_toys import QUICK, learner
+from feedback_toys import QUICK, open_learner
 
 from rwkv_train.chat.dialogue import Dialogue
 from rwkv_train.chat.feedback_commands import TEACHING, Teacher
@@ -11,9 +11,9 @@ from rwkv_train.chat.session import Chat
 from rwkv_train.generate import Sampling
 
 
-def chat_with(it, tmp_path, wait=False) -> tuple[Chat, Teacher]:
-    chat = Chat(Dialogue(it.model, it.form.tokenizer, sampling=Sampling(0), max_new_tokens=8), tmp_path)
-    return chat, Teacher(chat, it, wait)
+def chat_with(learner, tmp_path, wait=False) -> tuple[Chat, Teacher]:
+    chat = Chat(Dialogue(learner.model, learner.form.tokenizer, sampling=Sampling(0), max_new_tokens=8), tmp_path)
+    return chat, Teacher(chat, learner, wait)
 
 
 def answer(chat: Chat, line: str) -> str:
@@ -23,8 +23,8 @@ def answer(chat: Chat, line: str) -> str:
 @pytest.fixture
 def slow(tmp_path, monkeypatch):
     """A learner whose corrections fail with an IndexError for "sun?", and go on only when `go` is set."""
-    it, begun, go = learner(tmp_path), threading.Event(), threading.Event()
-    learn = it._learn
+    learner, begun, go = open_learner(tmp_path), threading.Event(), threading.Event()
+    learn = learner._learn
 
     def learn_or_fail(model, record, lesson, *tick):
         begun.set()
@@ -33,14 +33,14 @@ def slow(tmp_path, monkeypatch):
             raise IndexError("a bug")
         return learn(model, record, lesson, *tick)
 
-    monkeypatch.setattr(it, "_learn", learn_or_fail)
-    yield it, begun, go
-    it.close()
+    monkeypatch.setattr(learner, "_learn", learn_or_fail)
+    yield learner, begun, go
+    learner.close()
 
 
 def test_a_failure_is_told_the_next_is_learnt_and_history_says_which_is_which(slow, tmp_path, capsys):
-    it, begun, go = slow
-    chat, teacher = chat_with(it, tmp_path)
+    learner, begun, go = slow
+    chat, teacher = chat_with(learner, tmp_path)
     with teacher:
         chat.add(teacher.commands(), teacher.settings(), before_answer=teacher.swap)
         assert answer(chat, "/teach sun? => hot") == "received as correction 2\nlearning; go on"
@@ -55,40 +55,40 @@ def test_a_failure_is_told_the_next_is_learnt_and_history_says_which_is_which(sl
         told = capsys.readouterr().out
         assert "2: not learnt, nothing was changed: IndexError: a bug\n" in told and "3: learnt" in told
         assert answer(chat, "/history") == "2: sun? => hot (not learnt: IndexError: a bug)\n3: ice? => cold"
-        assert answer(chat, "ice?") == "cold" and chat.dialogue.version == it.weights[:8]
+        assert answer(chat, "ice?") == "cold" and chat.dialogue.version == learner.weights[:8]
 
 
 def test_what_cannot_be_recorded_is_not_called_learnt_either(slow, tmp_path, monkeypatch, capsys):
-    it, _, go = slow
+    learner, _, go = slow
     go.set()
-    append = it.journal.append
+    append = learner.journal.append
 
     def full(kind, **content):
         if kind == "committed":
             raise OSError(28, "No space left on device")
         return append(kind, **content)
 
-    monkeypatch.setattr(it.journal, "append", full)
-    chat, teacher = chat_with(it, tmp_path)
+    monkeypatch.setattr(learner.journal, "append", full)
+    chat, teacher = chat_with(learner, tmp_path)
     with teacher:
         chat.add(teacher.commands(), teacher.settings(), before_answer=teacher.swap)
         answer(chat, "/teach ice? => cold")
         teacher.background.wait()
         assert "not learnt, nothing was changed: [Errno 28] No space left" in capsys.readouterr().out
         assert "ice? => cold (not learnt: [Errno 28]" in answer(chat, "/history")
-        assert it.model is it.base
+        assert learner.model is learner.base
 
 
 def test_a_first_measurement_that_fails_is_told_and_the_chat_goes_on(slow, tmp_path, monkeypatch, capsys):
-    it, _, go = slow
+    learner, _, go = slow
     go.set()
 
     def damaged(self):
         raise RuntimeError("no")
 
     with monkeypatch.context() as patched:
-        patched.setattr(type(it), "guards", property(damaged))
-        chat, teacher = chat_with(it, tmp_path)
+        patched.setattr(type(learner), "guards", property(damaged))
+        chat, teacher = chat_with(learner, tmp_path)
         teacher.__enter__()
         teacher.background.wait()
     chat.add(teacher.commands(), teacher.settings(), before_answer=teacher.swap)
@@ -100,11 +100,11 @@ def test_a_first_measurement_that_fails_is_told_and_the_chat_goes_on(slow, tmp_p
 
 @pytest.mark.parametrize("wait", [True, False])
 def test_what_was_received_before_a_crash_is_learnt_and_told(slow, tmp_path, capsys, wait):
-    it, _, go = slow
+    learner, _, go = slow
     go.set()
     for correction in QUICK[:2]:
-        it.receive(correction)
-    chat, teacher = chat_with(it, tmp_path, wait)
+        learner.receive(correction)
+    chat, teacher = chat_with(learner, tmp_path, wait)
     with teacher:
         teacher.background.wait()
         chat.add(teacher.commands(), teacher.settings(), before_answer=teacher.swap)

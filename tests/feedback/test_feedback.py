@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from feedback_toys import BYTES, CONFIG, QUICK, learner, upper_matrices
+from feedback_toys import BYTES, CONFIG, QUICK, open_learner, upper_matrices
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,21 +24,21 @@ from rwkv_train.feedback.steps import changed, localised_names
 
 
 def test_corrections_are_learnt_kept_and_undone_exactly(tmp_path, generation):
-    it = learner(tmp_path, generation=generation)
-    before, seen = it.weights, []
+    learner = open_learner(tmp_path, generation=generation)
+    before, seen = learner.weights, []
     hashes = []
     for correction in QUICK:
-        outcome = it.learn(correction, received=seen.append, tick=lambda step, loss: seen.append(loss))
+        outcome = learner.learn(correction, received=seen.append, tick=lambda step, loss: seen.append(loss))
         assert outcome.accepted, outcome.why
         assert outcome.answer_after == correction.answer != outcome.answer_before
         assert outcome.loss_after < outcome.loss_before
-        assert outcome.weights == it.weights
+        assert outcome.weights == learner.weights
         hashes.append(outcome.weights)
-    assert [it.answer(c.question) for c in QUICK] == ["hot", "cold", "wet"]  # the earlier ones as well
-    assert seen[0] == it.active()[0]["id"] and len(seen) > 3
-    it.close()
+    assert [learner.answer(c.question) for c in QUICK] == ["hot", "cold", "wet"]  # the earlier ones as well
+    assert seen[0] == learner.active()[0]["id"] and len(seen) > 3
+    learner.close()
 
-    again = learner(tmp_path, generation=generation)  # after a restart, from a snapshot
+    again = open_learner(tmp_path, generation=generation)  # after a restart, from a snapshot
     assert again.weights == hashes[-1]
     for file in (tmp_path / "profile" / "snapshots").iterdir():  # and from the journal alone, past a damaged snapshot
         file.write_bytes(file.read_bytes()[:-1])
@@ -61,23 +61,23 @@ def test_corrections_are_learnt_kept_and_undone_exactly(tmp_path, generation):
 
 
 def test_base_model_and_serving_model_are_never_written_to(tmp_path):
-    it = learner(tmp_path)
-    base = {k: v.clone() for k, v in it.base.state_dict().items()}
-    serving = it.model
-    it.learn(QUICK[0])
-    assert it.model is not serving and serving is it.base
-    assert all(torch.equal(v, base[k]) for k, v in it.base.state_dict().items())
-    shared = [p is q for p, q in zip(it.model.parameters(), it.base.parameters(), strict=True)]
+    learner = open_learner(tmp_path)
+    base = {k: v.clone() for k, v in learner.base.state_dict().items()}
+    serving = learner.model
+    learner.learn(QUICK[0])
+    assert learner.model is not serving and serving is learner.base
+    assert all(torch.equal(v, base[k]) for k, v in learner.base.state_dict().items())
+    shared = [p is q for p, q in zip(learner.model.parameters(), learner.base.parameters(), strict=True)]
     assert sum(not s for s in shared) == 1  # two layers: one matrix is its own, the rest costs nothing
-    it.close()
+    learner.close()
 
 
 def test_context_of_the_dialogue_is_trained_too(tmp_path, generation):
-    it = learner(tmp_path, generation=generation)
+    learner = open_learner(tmp_path, generation=generation)
     context = tuple(BYTES.encode("User: something long before\n\nAssistant: yes\n\n"))
-    outcome = it.learn(Correction("sun?", "hot", context))
+    outcome = learner.learn(Correction("sun?", "hot", context))
     assert outcome.accepted, outcome.why
-    it.close()
+    learner.close()
 
 
 @pytest.mark.parametrize(
@@ -89,12 +89,12 @@ def test_context_of_the_dialogue_is_trained_too(tmp_path, generation):
     ],
 )
 def test_what_does_not_pass_the_gate_changes_nothing(tmp_path, changes, why):
-    it = learner(tmp_path, FeedbackConfig(**(vars(CONFIG) | changes)))
-    outcome = it.learn(QUICK[0])
-    assert not outcome.accepted and it.active() == []
+    learner = open_learner(tmp_path, FeedbackConfig(**(vars(CONFIG) | changes)))
+    outcome = learner.learn(QUICK[0])
+    assert not outcome.accepted and learner.active() == []
     assert re.search(why, outcome.why), outcome.why
-    assert outcome.answer_after == outcome.answer_before and it.model is it.base
-    it.close()
+    assert outcome.answer_after == outcome.answer_before and learner.model is learner.base
+    learner.close()
 
 
 @pytest.mark.parametrize(
@@ -107,27 +107,27 @@ def test_what_does_not_pass_the_gate_changes_nothing(tmp_path, changes, why):
     ],
 )
 def test_bad_input_is_refused_before_it_is_recorded(tmp_path, correction, message):
-    it = learner(tmp_path)
+    learner = open_learner(tmp_path)
     with pytest.raises(ValueError, match=message):
-        it.learn(correction)
-    assert len(it.journal.records) == 1  # the base
-    it.close()
+        learner.learn(correction)
+    assert len(learner.journal.records) == 1  # the base
+    learner.close()
 
 
 def test_a_profile_has_one_base_and_one_process(tmp_path):
-    it = learner(tmp_path)
+    learner = open_learner(tmp_path)
     with pytest.raises(ValueError, match="in use by another process"):
-        learner(tmp_path)
-    it.close()
+        open_learner(tmp_path)
+    learner.close()
     with pytest.raises(ValueError, match="begun with another model"):
-        learner(tmp_path, seed=1)
+        open_learner(tmp_path, seed=1)
 
 
 def test_export_is_training_data(tmp_path):
-    it = learner(tmp_path)
-    it.learn(Correction("sun?", "hot", rejected="cold"))
-    assert it.export(tmp_path / "out.jsonl") == 1
-    it.close()
+    learner = open_learner(tmp_path)
+    learner.learn(Correction("sun?", "hot", rejected="cold"))
+    assert learner.export(tmp_path / "out.jsonl") == 1
+    learner.close()
     store = prepare(PrepareConfig([str(tmp_path / "out.jsonl")], str(tmp_path / "store"), tokenizer="bytes"))
     trained = [int(t) for t, m in zip(store.tokens, store.mask, strict=True) if m]
     assert BYTES.decode(trained) == " hot\n\n"
@@ -148,9 +148,9 @@ KILLED = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
-from feedback_toys import QUICK, learner
-it = learner(Path(sys.argv[2]))
-it.learn(QUICK[0])
+from feedback_toys import QUICK, open_learner
+learner = open_learner(Path(sys.argv[2]))
+learner.learn(QUICK[0])
 steps = []
 
 def tick(step, loss):
@@ -159,7 +159,7 @@ def tick(step, loss):
         os.kill(os.getpid(), signal.SIGKILL)
 
 for correction in QUICK[1:]:
-    it.learn(correction, received=lambda number: print(number, flush=True), tick=tick)
+    learner.learn(correction, received=lambda number: print(number, flush=True), tick=tick)
 """
 
 
@@ -170,12 +170,12 @@ def test_a_process_killed_between_steps_loses_nothing_it_acknowledged(tmp_path):
     done = subprocess.run(argv, capture_output=True, text=True, timeout=120)
     assert done.returncode == -signal.SIGKILL, done.stderr
     acknowledged = len(done.stdout.split())
-    it, whole = learner(tmp_path / "killed"), learner(tmp_path / "whole")
+    learner, whole = open_learner(tmp_path / "killed"), open_learner(tmp_path / "whole")
     for correction in QUICK[: 1 + acknowledged]:
         whole.learn(correction)
-    assert [r["question"] for r in it.active()] == [c.question for c in QUICK[: 1 + acknowledged]]
-    assert it.weights == whole.weights
-    it.close()
+    assert [r["question"] for r in learner.active()] == [c.question for c in QUICK[: 1 + acknowledged]]
+    assert learner.weights == whole.weights
+    learner.close()
     whole.close()
 
 
@@ -225,18 +225,18 @@ def test_a_record_that_cannot_be_written_leaves_the_journal_as_it_was(tmp_path, 
 
 @pytest.mark.parametrize("scope", ["upper", "lora", "full"])
 def test_every_scope_learns_and_changes_what_it_says(tmp_path, scope, generation):
-    it = learner(tmp_path, replace(CONFIG, scope=scope, steps=300), generation=generation)
-    outcome = it.learn(QUICK[0])
-    assert outcome.accepted and it.answer("sun?") == "hot", outcome
-    ours, base = changed(it.model, it.base), dict(it.base.named_parameters())
+    learner = open_learner(tmp_path, replace(CONFIG, scope=scope, steps=300), generation=generation)
+    outcome = learner.learn(QUICK[0])
+    assert outcome.accepted and learner.answer("sun?") == "hot", outcome
+    ours, base = changed(learner.model, learner.base), dict(learner.base.named_parameters())
     if scope == "lora":
-        assert list(ours) == localised_names(it.base)
+        assert list(ours) == localised_names(learner.base)
         assert all(torch.linalg.matrix_rank(w - base[n], rtol=1e-4) <= 8 for n, w in ours.items())
     else:
-        assert set(ours) == set(base if scope == "full" else upper_matrices(it.base, 1))
-    hashed = it.weights
-    it.close()
-    again = learner(tmp_path, generation=generation)  # from the snapshot
+        assert set(ours) == set(base if scope == "full" else upper_matrices(learner.base, 1))
+    hashed = learner.weights
+    learner.close()
+    again = open_learner(tmp_path, generation=generation)  # from the snapshot
     assert again.weights == hashed and again.answer("sun?") == "hot"
     again.undo()
     assert again.model is again.base
@@ -244,45 +244,45 @@ def test_every_scope_learns_and_changes_what_it_says(tmp_path, scope, generation
 
 
 def test_a_wrong_reply_is_left_and_other_answers_are_kept(tmp_path):
-    it = learner(tmp_path)
-    it.learn(QUICK[0])
-    outcome = it.learn(Correction("sun?", None, rejected="hot"))
+    learner = open_learner(tmp_path)
+    learner.learn(QUICK[0])
+    outcome = learner.learn(Correction("sun?", None, rejected="hot"))
     assert outcome.accepted and outcome.answer_before == "hot" != outcome.answer_after
     with pytest.raises(ValueError, match="neither a right answer nor a wrong one"):
-        it.learn(Correction("sun?", None))
-    assert it.export(tmp_path / "out.jsonl") == 1
-    it.close()
+        learner.learn(Correction("sun?", None))
+    assert learner.export(tmp_path / "out.jsonl") == 1
+    learner.close()
 
 
 def test_the_last_word_on_a_question_counts(tmp_path, generation):
-    it = learner(tmp_path, generation=generation)
+    learner = open_learner(tmp_path, generation=generation)
     for answer in ("hot", "cold", "hot", "wet"):
-        outcome = it.learn(Correction("sun?", answer))
-        assert outcome.accepted and it.answer("sun?") == answer, outcome
-    assert it.learn(QUICK[1]).accepted and it.answer("sun?") == "wet"
-    it.close()
+        outcome = learner.learn(Correction("sun?", answer))
+        assert outcome.accepted and learner.answer("sun?") == answer, outcome
+    assert learner.learn(QUICK[1]).accepted and learner.answer("sun?") == "wet"
+    learner.close()
 
 
 def test_reading_gets_used_to_a_text_and_is_undone_and_replayed(tmp_path, generation):
-    it = learner(tmp_path, replace(CONFIG, learn_rate=0.01), generation=generation)
+    learner = open_learner(tmp_path, replace(CONFIG, learn_rate=0.01), generation=generation)
     losses = []
-    outcome = it.learn(Reading("to and fro " * 100), tick=lambda step, loss: losses.append(loss))
+    outcome = learner.learn(Reading("to and fro " * 100), tick=lambda step, loss: losses.append(loss))
     assert outcome.accepted and outcome.steps == len(losses) == 9 and losses[-1] < losses[0]
     assert outcome.loss_after < outcome.loss_before
-    it.learn(QUICK[0])
-    hashed = it.weights
+    learner.learn(QUICK[0])
+    hashed = learner.weights
     for file in (tmp_path / "profile" / "snapshots").iterdir():
         file.unlink()
-    assert it.replay() == hashed
-    assert it.undo(2) and it.model is it.base
-    assert it.learn(Reading("to and fro " * 100)).weights == outcome.weights
+    assert learner.replay() == hashed
+    assert learner.undo(2) and learner.model is learner.base
+    assert learner.learn(Reading("to and fro " * 100)).weights == outcome.weights
     with pytest.raises(ValueError, match="text is empty"):
-        it.learn(Reading("\n"))
-    it.close()
+        learner.learn(Reading("\n"))
+    learner.close()
 
 
 def test_a_change_that_moves_too_much_is_scaled_down(tmp_path):
-    whole = learner(tmp_path)
+    whole = open_learner(tmp_path)
     moved = whole.learn(QUICK[0]).drift
     whole.undo()
     whole.configure(budget=0.8 * moved, extra=2)
@@ -290,7 +290,7 @@ def test_a_change_that_moves_too_much_is_scaled_down(tmp_path):
     assert outcome.accepted and outcome.share < 1 and outcome.drift <= 0.8 * moved
     assert whole.answer("sun?") == "hot"
     whole.close()
-    again = learner(tmp_path)  # settings are kept, and a replay scales as well
+    again = open_learner(tmp_path)  # settings are kept, and a replay scales as well
     assert again.config.budget == 0.8 * moved and again.weights == outcome.weights
     for file in (tmp_path / "profile" / "snapshots").iterdir():
         file.unlink()

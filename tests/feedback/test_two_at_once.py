@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch
-from feedback_toys import BYTES, DIALOGUES, QUICK, guards, learner, small_model
+from feedback_toys import BYTES, DIALOGUES, QUICK, guards, open_learner, small_model
 
 from rwkv_train.feedback import Learner
 from rwkv_train.feedback.background import Background, in_a_line
@@ -52,28 +52,32 @@ def test_a_job_that_fails_is_told_and_the_next_one_runs(error):
     )
 
 
-def failing_for(it: Learner, question: str, monkeypatch) -> None:
+def failing_for(learner: Learner, question: str, monkeypatch) -> None:
     """Let a learner's steps raise for one question."""
-    learn = it._learn
+    learn = learner._learn
 
     def learn_or_fail(model, record, lesson, *tick):
         if record["question"] == question:
             raise IndexError("a bug")
         return learn(model, record, lesson, *tick)
 
-    monkeypatch.setattr(it, "_learn", learn_or_fail)
+    monkeypatch.setattr(learner, "_learn", learn_or_fail)
 
 
 def test_a_correction_that_fails_is_recorded_with_the_reason_and_blocks_nothing(tmp_path, monkeypatch):
-    it = learner(tmp_path)
-    failing_for(it, "sun?", monkeypatch)
+    learner = open_learner(tmp_path)
+    failing_for(learner, "sun?", monkeypatch)
     with pytest.raises(IndexError):
-        it.learn(QUICK[0])
-    assert it.model is it.base and it.active() == [] and it.journal.records[-1]["why"] == "IndexError: a bug"
-    assert it.learn(QUICK[1]).accepted
-    weights = it.weights
-    it.close()
-    again = learner(tmp_path)
+        learner.learn(QUICK[0])
+    assert (
+        learner.model is learner.base
+        and learner.active() == []
+        and learner.journal.records[-1]["why"] == "IndexError: a bug"
+    )
+    assert learner.learn(QUICK[1]).accepted
+    weights = learner.weights
+    learner.close()
+    again = open_learner(tmp_path)
     assert again.weights == weights and [r["question"] for r in again.learnt()] == ["ice?"]
     with pytest.raises(ValueError, match="no correction with the number 2 waits"):
         again.commit(2)
@@ -81,10 +85,10 @@ def test_a_correction_that_fails_is_recorded_with_the_reason_and_blocks_nothing(
 
 
 def test_what_was_received_before_a_crash_and_fails_does_not_keep_a_profile_from_opening(tmp_path, monkeypatch, capsys):
-    it = learner(tmp_path)
+    learner = open_learner(tmp_path)
     for correction in QUICK[:2]:
-        it.receive(correction)
-    it.close()
+        learner.receive(correction)
+    learner.close()
     learn = Learner._learn
 
     def fail_once(self, model, record, lesson, *tick):
@@ -93,55 +97,55 @@ def test_what_was_received_before_a_crash_and_fails_does_not_keep_a_profile_from
         return learn(self, model, record, lesson, *tick)
 
     monkeypatch.setattr(Learner, "_learn", fail_once)
-    again = learner(tmp_path)
+    again = open_learner(tmp_path)
     assert "2 was not learnt: RuntimeError: out of memory" in capsys.readouterr().err
     assert [r["question"] for r in again.learnt()] == ["ice?"] and again.waiting() == []
     again.close()
 
 
 def test_an_undo_leaves_alone_what_waits_and_replaces_the_model_as_a_whole(tmp_path, monkeypatch):
-    it = learner(tmp_path)
+    learner = open_learner(tmp_path)
     for correction in QUICK[:2]:
-        assert it.learn(correction).accepted
-    before, seen, learn = it.model, [], it._learn
-    waits = it.receive(QUICK[2])
+        assert learner.learn(correction).accepted
+    before, seen, learn = learner.model, [], learner._learn
+    waits = learner.receive(QUICK[2])
     for file in (tmp_path / "profile" / "snapshots").iterdir():
         file.unlink()
 
     def look(*args):
-        seen.append(it.model is before)
+        seen.append(learner.model is before)
         return learn(*args)
 
-    monkeypatch.setattr(it, "_learn", look)
-    it.undo()
-    assert seen == [True] and it.model is not before
-    assert [r["question"] for r in it.learnt()] == ["sun?"] and [r["id"] for r in it.waiting()] == [waits]
-    assert it.commit(waits).accepted and it.answer("sea?") == "wet"
-    it.close()
+    monkeypatch.setattr(learner, "_learn", look)
+    learner.undo()
+    assert seen == [True] and learner.model is not before
+    assert [r["question"] for r in learner.learnt()] == ["sun?"] and [r["id"] for r in learner.waiting()] == [waits]
+    assert learner.commit(waits).accepted and learner.answer("sea?") == "wet"
+    learner.close()
 
 
 def test_an_undo_that_fails_changes_nothing(tmp_path, monkeypatch):
-    it = learner(tmp_path)
+    learner = open_learner(tmp_path)
     for correction in QUICK[:2]:
-        it.learn(correction)
-    before, records = it.model, list(it.journal.records)
+        learner.learn(correction)
+    before, records = learner.model, list(learner.journal.records)
     for file in (tmp_path / "profile" / "snapshots").iterdir():
         file.unlink()
-    failing_for(it, "sun?", monkeypatch)
+    failing_for(learner, "sun?", monkeypatch)
     with pytest.raises(IndexError):
-        it.undo()
-    assert it.model is before and it.journal.records == records
-    it.close()
+        learner.undo()
+    assert learner.model is before and learner.journal.records == records
+    learner.close()
 
 
 def test_a_correction_learnt_late_is_replayed_in_the_order_of_learning(tmp_path):
     """As after a failure that could not even be recorded: it is learnt at the next start, after later ones."""
     model = small_model()
-    it = learner(tmp_path)
-    late, early = it.receive(QUICK[0]), it.receive(QUICK[1])
-    assert it.commit(early).accepted and it.commit(late).accepted
-    weights = it.weights
-    it.close()
+    learner = open_learner(tmp_path)
+    late, early = learner.receive(QUICK[0]), learner.receive(QUICK[1])
+    assert learner.commit(early).accepted and learner.commit(late).accepted
+    weights = learner.weights
+    learner.close()
     for file in (tmp_path / "profile" / "snapshots").iterdir():
         file.unlink()
     again = Learner(model, BYTES, tmp_path / "profile", guards=guards(model))

@@ -38,6 +38,6 @@ def guards(model) -> Guards:
     return Guards(model, FORM, DIALOGUES, SUBJECTS, DIALOGUES, curvature)
 
 
-def learner(folder, config=CONFIG, seed=0, generation="rwkv4") -> Learner:
+def open_learner(folder, config=CONFIG, seed=0, generation="rwkv4") -> Learner:
     model = small_model(seed, generation)
     return Learner(model, BYTES, folder / "profile", config=config, guards=guards(model))

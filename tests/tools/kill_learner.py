@@ -13,7 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from feedback_toys import learner
+from feedback_toys import open_learner
 from tqdm import tqdm
 
 from rwkv_train.feedback import Correction, Reading
@@ -24,19 +24,19 @@ LONGEST = 2.5  # seconds from the first sign of life to the kill
 
 def session(folder: Path) -> None:
     """Learn and undo until killed, telling what is acknowledged."""
-    it, rng = learner(folder), random.Random()
+    learner, rng = open_learner(folder), random.Random()
     print("ready", flush=True)
     while True:
-        if len(it.active()) >= MOST:
-            print("undone", *it.undo(rng.randint(1, MOST)), flush=True)
+        if len(learner.active()) >= MOST:
+            print("undone", *learner.undo(rng.randint(1, MOST)), flush=True)
         word = "".join(rng.choices("abcdefgh", k=4))
         what = Reading(word * 60) if rng.random() < 0.2 else Correction(f"{word}?", word[::-1])
-        it.learn(what, received=lambda number: print("received", number, flush=True))
+        learner.learn(what, received=lambda number: print("received", number, flush=True))
 
 
 def kill(folder: Path, rng: random.Random) -> None:
     """Start a session on a folder, kill it at a random moment, and check what it left."""
-    before = learner(folder)
+    before = open_learner(folder)
     known = [r["id"] for r in before.active()]
     before.close()
     child = subprocess.Popen([sys.executable, __file__, "--session", str(folder)], stdout=subprocess.PIPE, text=True)
@@ -56,25 +56,25 @@ def kill(folder: Path, rng: random.Random) -> None:
         shutil.copytree(folder / "profile", Path(copy) / "profile")
         shutil.rmtree(Path(copy) / "profile" / "snapshots", ignore_errors=True)
         for place in (folder, Path(copy)):
-            it = learner(place)
-            records = {r["id"]: r for r in it.journal.records}
-            gone = {i for r in it.journal.records if r["kind"] == "undone" for i in r["of"]}
-            rejected = {r["of"] for r in it.journal.records if r["kind"] == "committed" and not r["accepted"]}
-            active = [r["id"] for r in it.active()]
+            learner = open_learner(place)
+            records = {r["id"]: r for r in learner.journal.records}
+            gone = {i for r in learner.journal.records if r["kind"] == "undone" for i in r["of"]}
+            rejected = {r["of"] for r in learner.journal.records if r["kind"] == "committed" and not r["accepted"]}
+            active = [r["id"] for r in learner.active()]
             assert all(records[i]["kind"] == "received" for i in acknowledged) and undone <= gone
             assert set(acknowledged) - gone - rejected <= set(active)
-            hashes.append((active, it.weights))
+            hashes.append((active, learner.weights))
             if active and place == Path(copy):
-                it.undo()
-                hashes.append((active[:-1], it.weights))
-            it.close()
+                learner.undo()
+                hashes.append((active[:-1], learner.weights))
+            learner.close()
         if hashes[0][0]:  # undone with the help of snapshots
             shutil.rmtree(Path(copy) / "profile")
             shutil.copytree(folder / "profile", Path(copy) / "profile")
-            it = learner(Path(copy))
-            it.undo()
-            hashes.append((hashes[0][0][:-1], it.weights))
-            it.close()
+            learner = open_learner(Path(copy))
+            learner.undo()
+            hashes.append((hashes[0][0][:-1], learner.weights))
+            learner.close()
             assert hashes[2] == hashes[3]
     assert hashes[0] == hashes[1]
 
@@ -86,7 +86,7 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         for _ in tqdm(range(moments), unit="kill"):
             kill(Path(folder), rng)
-        it = learner(Path(folder))
-        acknowledged = sum(r["kind"] == "received" for r in it.journal.records)
-        it.close()
+        learner = open_learner(Path(folder))
+        acknowledged = sum(r["kind"] == "received" for r in learner.journal.records)
+        learner.close()
     print(f"killed at {moments} random moments: all {acknowledged} corrections there, weights and undo identical")
