@@ -94,6 +94,10 @@ def prepare(config: PrepareConfig) -> Store:
     out, (sources, passed) = Path(config.out).expanduser(), resolve(config.sources)
     if config.split != "file" and all(source.suffix != ".txt" for source in sources):
         raise ValueError(f"--split {config.split} cuts .txt files, and there is none among the sources. Leave it out.")
+    texts = [source.name for source in sources if source.suffix == ".txt"]
+    if config.kind in ("pairs", "messages") and texts:
+        what = f"{texts[0]} is plain text" + f", as are {len(texts) - 1} more" * (len(texts) > 1)
+        raise ValueError(f"--kind {config.kind}, but {what}. Leave .txt files out of the sources, or leave out --kind.")
     template = Template.load(config.template) if config.template else Template()
     if config.train_roles is not None:
         template = Template(template.roles, config.train_roles, template.collapse_blank_lines)

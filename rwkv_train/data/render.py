@@ -94,7 +94,8 @@ def _pair(record: dict, left: dict, template: Template, columns: Columns) -> Par
     system = _system(left)
     if system:
         prompt = f"{system}\n{prompt}"
-    return [(prompt, False), (completion, True)], (), (SYSTEM_IN_PROMPT,) if system else ()
+    remarks = tuple(f"no prompt column {quoted(name)}" for name in columns.prompts if record.get(name) is None)
+    return [(prompt, False), (completion, True)], (), (*remarks, SYSTEM_IN_PROMPT) if system else remarks
 
 
 def _chat(record: dict, left: dict, template: Template, columns: Columns) -> Parts:

@@ -86,8 +86,11 @@ def read_csv(path: str) -> Iterator[Raw]:
                 size += len(line)
                 yield line.decode("utf-8", errors="surrogateescape")
 
-    reader = csv.reader(decoded(), delimiter="\t" if path.lower().endswith(".tsv") else ",")
-    header = next(reader, None)
+    reader = csv.reader(decoded(), delimiter="\t" if path.lower().endswith(".tsv") else ",", strict=True)
+    try:
+        header = next(reader, None)
+    except csv.Error as error:
+        raise ValueError(f"{path}:1: the header is bad CSV ({error}).") from None
     if header is None:
         return
     if not any(header) or len(set(header)) < len(header) or _has_bad_bytes(header):

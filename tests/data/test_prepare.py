@@ -85,6 +85,23 @@ def test_wrong_request(tmp_path, source, options, words):
     assert os.listdir(tmp_path) == []
 
 
+def test_a_text_file_is_no_pair_and_no_chat(tmp_path):
+    (tmp_path / "a.txt").write_text("plain")
+    jsonl(tmp_path / "b.jsonl", [{"prompt": "a", "completion": "b"}])
+    for kind in ("pairs", "messages"):
+        with pytest.raises(ValueError, match=rf"--kind {kind}, but .*a\.txt is plain text\. Leave \.txt files out"):
+            make(tmp_path, tmp_path, kind=kind, skip_bad=True)
+    assert len(make(tmp_path, tmp_path)) == 2
+
+
+def test_a_prompt_column_that_is_not_there_is_told(tmp_path, capsys):
+    pairs = [{"prompt": "a", "input": "x", "completion": "b"}, {"prompt": "a", "input": None, "completion": "b"}]
+    source = jsonl(tmp_path / "x.jsonl", pairs)
+    make(tmp_path, source, prompt_field="prompt,inptu,input")
+    out = capsys.readouterr().out
+    assert 'no prompt column "inptu" (2 records)' in out and 'no prompt column "input" (1 record)' in out
+
+
 def test_same_request_again(tmp_path, capsys):
     source = jsonl(tmp_path / "x.jsonl", [{"text": "a"}, {"text": "b"}])
     first = make(tmp_path, source, train_bpe=300, tokenizer=None)
