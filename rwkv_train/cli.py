@@ -15,6 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from rwkv_train import program
+from rwkv_train.command_config import ChatConfig as ChatConfig  # for those who open a chat from Python
 from rwkv_train.config import RENAMED, renamed
 from rwkv_train.files import read_yaml
 

@@ -2,3 +2,7 @@
 
 How a correction is learnt is not known here; see feedback/.
 """
+
+from rwkv_train.chat.command import open_chat
+
+__all__ = ["open_chat"]

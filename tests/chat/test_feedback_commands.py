@@ -128,7 +128,7 @@ def test_what_fails_in_a_file_keeps_nothing_else_from_being_learnt(model, tmp_pa
 
     monkeypatch.setattr(Learner, "_learn", learn_or_fail)
     with Learner(load_model(model), BYTES, tmp_path / "home" / "profiles" / tmp_path.name) as learner:
-        it.receive(Correction(questions[0], "hot"))  # and then a crash
+        learner.receive(Correction(questions[0], "hot"))  # and then a crash
     failing.pop()
     code, out, err = run(*argv, capsys=capsys)
     assert code == 1 and "2 of 3 learnt" in out and "learnt first: 2" in err
