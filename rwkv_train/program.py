@@ -1,9 +1,11 @@
-"""How the program was called, for hints that can be pasted; and where what comes along with it lies.
+"""How the program was called, for hints that can be pasted; what its process held; where what comes along with it lies.
 
 rwkv_train/starter and rwkv_train/configs are links into the clone; in a wheel they are folders of that name.
 """
 
 import os
+import re
+import resource
 import shlex
 import shutil
 import sys
@@ -52,3 +54,13 @@ def _typed(path: str, short: str) -> str:
     found = shutil.which(short)
     here = found and os.path.dirname(os.path.abspath(found)) == os.path.dirname(os.path.abspath(path))
     return short if here else shlex.quote(path)
+
+
+def peak_bytes() -> int:
+    """The largest resident memory of this process so far."""
+    # Linux hands ru_maxrss of the parent on to what it starts; VmHWM belongs to this program alone.
+    status = Path("/proc/self/status")
+    found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    if found:
+        return int(found[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

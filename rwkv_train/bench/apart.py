@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import re
-import resource
 import subprocess
 import sys
 import tempfile
@@ -12,6 +11,8 @@ import time
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+
+from rwkv_train.program import peak_bytes
 
 PACKAGE = Path(__file__).parents[2]  # what holds rwkv_train: the child imports the same code
 POLL = 0.05  # seconds between looks at a running child
@@ -74,11 +75,7 @@ def _status(pid: int | str, field: str) -> float | None:
 
 def peak_mb() -> float:
     """The largest resident memory of this process so far, MB."""
-    # Linux hands ru_maxrss of the parent on to what it starts; VmHWM belongs to this program alone.
-    peak = _status("self", "VmHWM")
-    if peak is not None:
-        return peak
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
+    return peak_bytes() / 1e6
 
 
 def main() -> None:

@@ -2,7 +2,6 @@
 
 import json
 import math
-import resource
 import sys
 import time
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from rwkv_train.files import replace_file
-from rwkv_train.program import command
+from rwkv_train.program import command, peak_bytes
 from rwkv_train.run_config import whole_paths
 
 QUIET = 10.0  # seconds between lines where there is no terminal to draw a bar on
@@ -65,7 +64,7 @@ def peak_memory_mb(device: torch.device) -> float:
     """Most memory held so far: of the process, or of the GPU if that is where the model is."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    return peak_bytes() / 2**20
 
 
 def duration(seconds: float) -> str:

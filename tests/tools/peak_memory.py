@@ -1,6 +1,5 @@
 """Prints the peak memory, in MB, of a process that takes training steps: python peak_memory.py TOKENS [rwkv4|rwkv7]."""
 
-import resource
 import sys
 
 import torch
@@ -9,6 +8,7 @@ from rwkv_train.bptt import chunked_loss
 from rwkv_train.config import OptimConfig
 from rwkv_train.models.rwkv4 import RWKV4, RWKV4Config
 from rwkv_train.models.rwkv7 import RWKV7, RWKV7Config
+from rwkv_train.program import peak_bytes
 from rwkv_train.train.optim import make_optimizer
 
 
@@ -27,7 +27,7 @@ def main(length: int, generation: str = "rwkv4", chunk_len: int = 512, steps: in
         optimizer.step()
         optimizer.zero_grad()
         state = state.detach()
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    print(peak_bytes() / 2**20)
 
 
 if __name__ == "__main__":
