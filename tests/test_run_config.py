@@ -14,6 +14,7 @@ from rwkv_train import cli, save_model
 from rwkv_train.config import ModelConfig, TrainConfig
 from rwkv_train.run_config import found_paths, is_run_config
 from rwkv_train.train.fit import fit
+from rwkv_train.train.runlog import new_run
 
 
 @pytest.fixture
@@ -105,3 +106,9 @@ def test_a_folder_that_cannot_be_written_is_one_line(store, capsys, monkeypatch)
     for argv in (["prepare", __file__, "--tokenizer=bytes", "--out=o"], ["export", "--model", "m.pth", "--out=o.pth"]):
         code, _, err = run(*argv, capsys=capsys)
         assert code == 1 and len(err.strip().splitlines()) == 1
+
+
+def test_runs_that_leads_nowhere_is_refused(tmp_path):
+    (tmp_path / "runs").symlink_to(tmp_path / "away")
+    with pytest.raises(ValueError, match=r"the folder .*runs cannot be made .*--runs"):
+        new_run(str(tmp_path / "runs"), "run")

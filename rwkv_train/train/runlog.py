@@ -28,7 +28,11 @@ def new_run(runs: str, name: str) -> Path:
         path = Path(runs) / (name if number == 1 else f"{name}-{number}")
         try:
             path.mkdir(parents=True)
-        except FileExistsError:
+        except FileExistsError as error:
+            if not Path(runs).is_dir():
+                raise ValueError(
+                    f"the folder {runs} cannot be made ({error}); give another place with --runs"
+                ) from None
             number += 1
         except OSError as error:
             raise ValueError(
