@@ -67,7 +67,7 @@ COMMANDS = {  # most are one word, the benchmarks two
     ),
     "plan": Command(
         "tell whether a run would fit, and how long it would take",
-        "rwkv_train.config:PlanConfig",
+        "rwkv_train.plan.settings:PlanConfig",
         "rwkv_train.plan.command:plan",
         extend=_add_gpus,
     ),

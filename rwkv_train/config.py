@@ -327,11 +327,12 @@ class FitConfig:
             raise ValueError("model.tune: state and train.strategy contradict each other; use ddp, a state is small")
         if self.model.base != "float" and (self.train.strategy != "auto" or self.train.devices * self.train.nodes > 1):
             raise ValueError(f"model.base: {self.model.base} works on one device; use train.strategy: auto, devices: 1")
-        self._check_lanes()
+        self.check_lanes()
         if not self.name or "/" in self.name:
             raise ValueError(f"name must be the name of a folder below {self.runs}/, found {self.name!r}")
 
-    def _check_lanes(self) -> None:
+    def check_lanes(self) -> None:
+        """ValueError where devices would have unequal numbers of lanes."""
         if self.data.lanes % (self.train.devices * self.train.nodes):
             nodes = f" * train.nodes ({self.train.nodes})" if self.train.nodes > 1 else ""
             raise ValueError(
@@ -350,29 +351,6 @@ class FitConfig:
             return self.train.steps
         read = self.data.chunk_len * self.data.horizon * self.data.lanes * self.train.accumulate
         return max(1, round(self.train.epochs * tokens / read))
-
-
-@dataclass
-class PlanConfig(FitConfig):
-    """Tell whether a run would fit and how long it would take, before anything is trained."""
-
-    tokens: float | None = None
-    """tokens to train on; those of data.path if not given, which may be missing or not be there yet"""
-
-    memory: float | None = None
-    """GB of one device (2^30 bytes); what this machine has if not given"""
-
-    speed: float | None = None
-    """TFLOP/s that matrix products reach on one device; measured here in a second if not given"""
-
-    link: float = 50.0
-    """GB/s at which a device exchanges weights and gradients with the others"""
-
-    def __post_init__(self):
-        for name in ("tokens", "memory", "speed", "link"):
-            if (value := getattr(self, name)) is not None and value <= 0:
-                raise ValueError(f"{name} must be above 0, found {value}")
-        self._check_lanes()
 
 
 def _at_least(least: int, section: str, config, name: str) -> None:

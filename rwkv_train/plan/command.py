@@ -5,8 +5,9 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from rwkv_train.config import FitConfig, ModelConfig, PlanConfig
+from rwkv_train.config import FitConfig, ModelConfig
 from rwkv_train.plan.formulas import memory, seconds
+from rwkv_train.plan.settings import PlanConfig
 from rwkv_train.plan.sizes import RWKV4Sizes, RWKV7Sizes, Sizes
 from rwkv_train.program import command
 
