@@ -17,11 +17,11 @@ from rwkv_train.data.lanes import LaneBatches, split, trained_tokens
 from rwkv_train.data.store import Store
 from rwkv_train.data.text_format import TextFormat, compare, compare_templates
 from rwkv_train.evaluate import Score, Scorer, byte_lengths, position_table
-from rwkv_train.files import read_yaml, unescaped
+from rwkv_train.files import unescaped
 from rwkv_train.generate import Sampling, generate_text
 from rwkv_train.models.finite import broken_weight, finite
 from rwkv_train.models.loss import IGNORE_INDEX
-from rwkv_train.run_config import found_paths
+from rwkv_train.run_config import found_paths, run_settings
 from rwkv_train.tokenizer import Tokenizer
 from rwkv_train.train.runlog import read_metrics
 
@@ -61,11 +61,11 @@ def _held_out(run: Path) -> tuple[str, float]:
     file = run / "config.yaml"
     if not file.is_file():
         raise ValueError(f"{run} is no run folder, so say what to score it on with --data STORE")
-    data = read_yaml(file)["data"]
-    if not data["val"] and not data["val_share"]:
+    data = run_settings(file).get("data", {})
+    if not data.get("val") and not data.get("val_share"):
         raise ValueError(f"the run {run} held nothing out; say what to score it on with --data STORE")
     found = found_paths(file)
-    return (found["data.val"], 0.0) if data["val"] else (found["data.path"], data["val_share"])
+    return (found["data.val"], 0.0) if data.get("val") else (found["data.path"], data["val_share"])
 
 
 def _check_same_part(run: Path, tokens: int) -> None:

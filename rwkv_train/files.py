@@ -114,10 +114,14 @@ def read_yaml(path: str | Path) -> object:
         found = yaml.safe_load(text)
     except yaml.MarkedYAMLError as error:
         raise ValueError(f"{path}:{error.problem_mark.line + 1}: no YAML ({error.problem})") from None
-    except (yaml.YAMLError, RecursionError) as error:
+    except (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError) as error:  # as of a 13th month
         raise ValueError(f"{path}: no YAML ({error})") from None
     nodes = [root] if root is not None else []
+    known = set()  # a node can stand in several places, even in itself
     for node in nodes:
+        if id(node) in known:
+            continue
+        known.add(id(node))
         if isinstance(node, yaml.MappingNode):
             seen = set()
             for key, value in node.value:

@@ -14,6 +14,14 @@ def is_run_config(file: Path) -> bool:
     return file.name == "config.yaml" and file.is_file() and (file.parent / "checkpoints").is_dir()
 
 
+def run_settings(file: Path) -> dict[str, dict]:
+    """The settings in a run's config.yaml; ValueError where it holds none, as after a disk that was full."""
+    found = read_yaml(file)
+    if not isinstance(found, dict) or not all(isinstance(found.get(section, {}), dict) for section, _ in PATHS):
+        raise ValueError(f"{file} does not hold the settings of a run, found {found!r:.80}; restore it")
+    return found
+
+
 def whole_paths(config: dict) -> dict:
     """A run's settings as config.yaml has them: its paths do not depend on the current folder."""
     config = config | {"runs": _whole(config["runs"])}
@@ -30,12 +38,12 @@ def found_paths(file: Path, given: tuple[str, ...] = ()) -> dict[str, str]:
     both may have been moved, then as it is written, then from the folder above the runs. One that is in none of these
     is told on standard error, unless a flag in `given` replaces it.
     """
-    config = read_yaml(file)
+    config = run_settings(file)
     run = file.parent if file.parent.name else file.parent.absolute()
     was = Path(str(config.get("runs", "runs")), str(config.get("name", run.name)))
     found = {"runs": str(run.parent), "name": run.name}
     for section, key in PATHS:
-        flag, value = f"{section}.{key}", (config.get(section) or {}).get(key)
+        flag, value = f"{section}.{key}", config.get(section, {}).get(key)
         if value and flag not in given:
             found[flag] = _each(value, lambda part, flag=flag: _find(part, was, run, f"{file}: {flag}"))
     return found

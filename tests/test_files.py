@@ -99,6 +99,15 @@ def test_yaml_is_read_without_a_mark(tmp_path):
     assert read_yaml(tmp_path / "x.yaml") == {"a": {"b": [1, 2]}}
 
 
+def test_yaml_whose_parts_stand_in_several_places_is_read_once(tmp_path):
+    (tmp_path / "x.yaml").write_text("a: &a [*a]\n", encoding="utf-8")
+    inner = read_yaml(tmp_path / "x.yaml")["a"]
+    assert inner[0] is inner
+    doubled = "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 60))
+    (tmp_path / "x.yaml").write_text(f"a0: &a0 [1]\n{doubled}", encoding="utf-8")
+    assert len(read_yaml(tmp_path / "x.yaml")) == 60
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
@@ -107,6 +116,9 @@ def test_yaml_is_read_without_a_mark(tmp_path):
         (b"a: 1\nb: {\n", r"x\.yaml:3: no YAML"),
         (b"a: 1\nb: caf\xe9\n", r"x\.yaml:2: invalid UTF-8"),
         (b"a: \x07\n", r"x\.yaml: no YAML"),
+        (b"a: 2026-13-45\n", r"x\.yaml: no YAML \(month must be in 1..12"),
+        (b"a: !!bool x\n", r"x\.yaml: no YAML"),
+        (b"a: !!timestamp x\n", r"x\.yaml: no YAML"),
     ],
 )
 def test_what_is_no_yaml_is_named_with_its_line(tmp_path, content, words, capsys):
