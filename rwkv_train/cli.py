@@ -181,8 +181,9 @@ def parse(name: str, argv: list[str]) -> tuple[object, dict]:
     argv = _with_found_config(_spelled_out(config, argv))
     try:
         for flag, file in pairwise(argv):
-            if flag == "--config" and Path(file).is_file():
-                read_yaml(file)  # the parser would tell what is wrong without the file's name, or not at all
+            # The parser would tell what is wrong without the file's name, or not at all.
+            if flag == "--config" and Path(file).is_file() and not isinstance(read_yaml(file), dict):
+                raise ValueError(f"{file} holds no settings; write them as NAME: VALUE")
     except ValueError as error:
         parser.error(error)
     found = vars(parser.instantiate(parser.parse_args(argv)))

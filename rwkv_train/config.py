@@ -321,6 +321,8 @@ class FitConfig:
     """texts generated at the end"""
 
     def __post_init__(self):
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be at least 0 and below 2**63, found {self.seed}")
         if not self.data.path:
             raise ValueError("give data.path: a token store (make one with `prepare`)")
         if self.model.tune == "state" and self.train.strategy.startswith(("fsdp", "deepspeed_stage_3")):

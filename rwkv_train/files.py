@@ -88,6 +88,8 @@ def counted(names: Counter[str], what: str) -> str:
 def read_text(path: str | Path) -> str:
     """The text of a UTF-8 file as it stands, without a byte order mark. ValueError, with file and line, if it is not
     UTF-8."""
+    if Path(path).expanduser().is_dir():
+        raise ValueError(f"{path} is a folder; name a file in it")
     data = Path(path).expanduser().read_bytes().removeprefix(BOM)
     try:
         return data.decode("utf-8")
@@ -147,6 +149,10 @@ def replace_file(target: Path, write: Callable[[Path], object]) -> None:
         sync(temporary)
         os.replace(temporary, target)
         sync(target.parent)
+    except OSError as error:
+        if error.filename == str(temporary):  # a name that nobody has given
+            raise OSError(error.errno, error.strerror, str(target)) from None
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -65,6 +65,13 @@ class Sampling:
         return int(torch.multinomial(p, 1, generator=rng))
 
 
+def random_numbers(seed: int) -> torch.Generator:
+    """A row of random numbers. ValueError for a seed that torch cannot take as it is."""
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"a seed must be at least 0 and below 2**63, found {seed}")
+    return torch.Generator().manual_seed(seed)
+
+
 @torch.no_grad()
 def prefill(model: RWKV, tokens: list[int], state: State | None = None) -> tuple[Tensor, State]:
     """Read a prompt of at least one token: (logits [V] of what follows, state after it).
@@ -109,7 +116,7 @@ def generate_text(
     As in training, a text starts after the end-of-document token.
     """
     logits, state = prefill(model, [tokenizer.eod, *tokenizer.encode(prompt)])
-    rng, decoder = torch.Generator().manual_seed(seed), StreamDecoder(tokenizer)
+    rng, decoder = random_numbers(seed), StreamDecoder(tokenizer)
     for token, _ in stream_tokens(model, logits, state, sampling, max_new_tokens, frozenset([tokenizer.eod]), rng):
         if piece := decoder.push(token):
             yield piece

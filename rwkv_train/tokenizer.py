@@ -334,4 +334,5 @@ def to_utf8(text: str) -> bytes:
         return text.encode("utf-8")
     except UnicodeEncodeError as error:
         found = f"U+{ord(text[error.start]):04X} at character {error.start}"
-        raise ValueError(f"The text holds half a surrogate pair ({found}); remove it.") from None
+        what = "half a surrogate pair, or a byte that is no UTF-8"
+        raise ValueError(f"The text holds {what} ({found}); remove it.") from None

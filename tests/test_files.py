@@ -9,7 +9,17 @@ from helpers import run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rwkv_train.files import BadJSON, numbered_lines, parse_json, quoted, read_lines, read_text, read_yaml, typed_lines
+from rwkv_train.files import (
+    BadJSON,
+    numbered_lines,
+    parse_json,
+    quoted,
+    read_lines,
+    read_text,
+    read_yaml,
+    replace_file,
+    typed_lines,
+)
 
 SEPARATORS = "\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e"  # where str.splitlines cuts and an editor does not
 lines = st.lists(st.text(st.sampled_from("ab {}你🤖\ufeff" + SEPARATORS), max_size=6), max_size=5)
@@ -92,6 +102,13 @@ def test_quoted_names_can_be_shown_anywhere(name):
     shown.encode()
     if name.isprintable() and len(name) <= 60:
         assert shown == f'"{name}"'
+
+
+def test_errors_name_what_was_asked_for(tmp_path):
+    with pytest.raises(ValueError, match=f"{tmp_path} is a folder; name a file in it"):
+        read_text(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"/nowhere/x'$"):  # and not the file that would become it
+        replace_file(tmp_path / "nowhere" / "x", lambda temporary: temporary.write_text("x"))
 
 
 def test_yaml_is_read_without_a_mark(tmp_path):

@@ -112,3 +112,13 @@ def test_runs_that_leads_nowhere_is_refused(tmp_path):
     (tmp_path / "runs").symlink_to(tmp_path / "away")
     with pytest.raises(ValueError, match=r"the folder .*runs cannot be made .*--runs"):
         new_run(str(tmp_path / "runs"), "run")
+
+
+@pytest.mark.parametrize("content", ["", "- 1\n", "data: 3\n"])
+def test_a_config_that_holds_no_settings_is_one_line(tmp_path, capsys, content):
+    run_folder = tmp_path / "runs" / "e"
+    (run_folder / "checkpoints").mkdir(parents=True)
+    (run_folder / "config.yaml").write_text(content)
+    for argv in (["validate", "--model", run_folder], ["fit", "--config", run_folder / "config.yaml", "--resume"]):
+        code, _, err = run(*argv, capsys=capsys)
+        assert code and "config.yaml" in err and err.count("\n") == 1 and "Traceback" not in err

@@ -16,7 +16,7 @@ import torch
 from rwkv_train.checkpoints.weightfile import read_weights, write_pth
 from rwkv_train.data.templates import Template
 from rwkv_train.files import replace_file
-from rwkv_train.generate import Sampling, prefill, stream_tokens
+from rwkv_train.generate import Sampling, prefill, random_numbers, stream_tokens
 from rwkv_train.models.base import RWKV
 from rwkv_train.models.state import State
 from rwkv_train.tokenizer import Tokenizer
@@ -117,7 +117,7 @@ class Dialogue:
 
     def reseed(self, seed: int) -> None:
         """Draw from the beginning of another row of random numbers."""
-        self.rng = torch.Generator().manual_seed(seed % 2**63)
+        self.rng = random_numbers(seed)
 
     def limit(self, max_new_tokens: int) -> None:
         """Let replies have up to `max_new_tokens` tokens."""

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import fields
+from pathlib import Path
 
 from rwkv_train.chat.session import Chat, Command, Setting, number
 from rwkv_train.feedback import Correction, FeedbackConfig, Learner, Outcome, Reading
@@ -162,9 +163,12 @@ class Teacher:
     def _export(self, chat: Chat, rest: str) -> Iterable[str]:
         if not rest:
             raise ValueError("write /export FILE")
-        written, waits = self.learner.export(rest), len(self.learner.waiting())
+        path = Path(rest).expanduser()
+        written, waits = self.learner.export(path), len(self.learner.waiting())
         missing = f"; {waits} that are not learnt yet are not among them" if waits else ""
-        return [f"wrote {written} corrections to {rest}, preferences to {rest}.pairs.jsonl{missing}"]
+        if others := len(self.learner.learnt()) - written:
+            missing += f"; {others} without a right answer (/bad, /learn) are no chats, and not among them"
+        return [f"wrote {written} corrections to {path}, preferences to {path}.pairs.jsonl{missing}"]
 
     def _run(self, job: Callable[[], str]) -> Iterable[str]:
         """Do a job in the background; its result, or why it failed, is the answer, or is told when it is there."""

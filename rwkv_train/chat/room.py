@@ -7,6 +7,7 @@ from typing import Literal
 
 Pick = Literal["fifo", "random", "newest"]
 MINUTE = 60.0
+JOINERS = "\u200c\u200d"  # unseen, and part of how Persian, Indic languages and emoji are written
 
 
 @dataclass(frozen=True)
@@ -91,9 +92,9 @@ class Room:
         return self._waiting.pop({"fifo": 0, "newest": last, "random": self._rng.randint(0, last)}[self.pick_policy])
 
     def _parse(self, line: str) -> Message | str:
-        # Only printable characters: a message must not move the reader's cursor, or look like another one.
-        user, colon, text = "".join(c if c.isprintable() else " " * c.isspace() for c in line).partition(":")
-        user, text = user.strip(), text.strip()
+        # Only printable characters: a message must not move the reader's cursor, or a name look like another one.
+        user, colon, text = line.partition(":")
+        user, text = _printable(user).strip(), _printable(text, JOINERS).strip()
         if not (user and colon and text.startswith(self.prefix)):
             return "not for us"
         text = text.removeprefix(self.prefix).strip()
@@ -105,3 +106,8 @@ class Room:
         if command and user not in self.operators:
             return "not an operator"
         return Message(user, text, command)
+
+
+def _printable(text: str, besides: str = "") -> str:
+    """The same with other white space as spaces, and without what cannot be seen."""
+    return "".join(c if c.isprintable() or c in besides else " " * c.isspace() for c in text)

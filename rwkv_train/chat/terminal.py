@@ -1,5 +1,6 @@
 """The fronts of a chat: a person at a terminal, a pipe, a live room."""
 
+import sys
 import threading
 import time
 from collections.abc import Iterable
@@ -7,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from rwkv_train.chat.room import Room
 from rwkv_train.chat.session import Chat, write
-from rwkv_train.files import typed_lines, unescaped
+from rwkv_train.files import quoted, typed_lines, unescaped
 
 if TYPE_CHECKING:
     from prompt_toolkit.key_binding import KeyBindings
@@ -42,9 +43,11 @@ def in_terminal(chat: Chat) -> None:
         except KeyboardInterrupt:
             continue
         except EOFError:
-            return
+            break
         if line:
             chat.show(line)
+    if chat.status:
+        write(f"{chat.status}; the chat ends after that\n")
 
 
 def _keys() -> "KeyBindings":
@@ -73,15 +76,17 @@ def in_plain(chat: Chat, lines: Iterable[str]) -> None:
 
 
 def in_room(chat: Chat, lines: Iterable[str], room: Room) -> None:
-    """Answer what the room picks, while a thread goes on reading lines. A message is taken as it was typed."""
+    """Answer what the room picks, while a thread goes on reading lines; what is not taken is told on standard error."""
     ready, ended = threading.Condition(), threading.Event()
 
     def listen() -> None:
         try:
             for line in typed_lines(lines):
                 with ready:
-                    room.offer(line, time.monotonic())
+                    verdict = room.offer(line, time.monotonic())
                     ready.notify()
+                if verdict not in ("taken", "not for us"):
+                    print(f"not taken, {verdict}: {quoted(line.strip())}", file=sys.stderr)
         finally:
             with ready:
                 ended.set()

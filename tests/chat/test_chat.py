@@ -21,7 +21,7 @@ from rwkv_train.cli import parse
 from rwkv_train.command_config import ChatConfig
 from rwkv_train.data.templates import Template
 from rwkv_train.data.text_format import TextFormat
-from rwkv_train.generate import Sampling
+from rwkv_train.generate import Sampling, random_numbers
 from rwkv_train.tokenizer import load_tokenizer
 
 BYTES = load_tokenizer("bytes")
@@ -35,19 +35,19 @@ def model(tmp_path, monkeypatch):
     monkeypatch.setattr(program, "STARTER", tmp_path / "starter")
 
 
-def talk(text, *argv, capsys, monkeypatch) -> list[str]:
-    """The blocks that `chat` prints for this input."""
+def talk(text, *argv, capsys, monkeypatch, told="") -> list[str]:
+    """The blocks that `chat` prints for this input; told: what it prints on standard error."""
     data = text if isinstance(text, bytes) else text.encode()
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding="utf-8"))
     code, out, err = run("chat", "--folder=kept", "--tokens=20", *argv, capsys=capsys)
-    assert (code, err) == (0, "")
+    assert (code, err) == (0, told)
     assert out == "" or out.endswith("\n\n")
     return out.split("\n\n")[:-1]
 
 
 @pytest.fixture
 def say(model, capsys, monkeypatch):
-    return lambda text, *argv: talk(text, *argv, capsys=capsys, monkeypatch=monkeypatch)
+    return lambda text, *argv, **told: talk(text, *argv, capsys=capsys, monkeypatch=monkeypatch, **told)
 
 
 def as_library(lines, **kwargs) -> list[str]:
@@ -246,7 +246,8 @@ def test_what_others_may_add(tmp_path, capsys):
 
 def test_a_room(say):
     chat = "ann: !Hello\nbob: not for the model\nno message\nbob: !/quit\neve: !你好\nann: !/settings top_k 1\n"
-    blocks = say(chat, "--room", "--operators=ann, cyd", "--temperature=0")
+    told = 'not taken, not an operator: "bob: !/quit"\n'
+    blocks = say(chat, "--room", "--operators=ann, cyd", "--temperature=0", told=told)
     answers = dict(block.split("\n", 1) for block in blocks)
     assert answers.keys() == {"ann: Hello", "eve: 你好", "ann: /settings top_k 1"}
     assert answers["ann: /settings top_k 1"] == "top_k 1"
@@ -258,6 +259,24 @@ def test_a_room(say):
         f"ann: {typed}\n{reply}"
         for typed, reply in zip(["a\\nb", "//x"], as_library(["a\\nb", "/x"], sampling=Sampling(0)), strict=True)
     ]
+
+
+def test_a_room_tells_what_it_does_not_take(say):
+    told = 'not taken, not an operator: "ann: !/quit"\nnot taken, empty: "ann: !"\n'
+    assert say("just talk\nann: !/quit\nann: !\n", "--room", told=told) == []
+
+
+def test_joiners_stay_in_a_message_and_not_in_a_name():
+    room = Room()
+    assert room.offer("a\u200dnn: !\u06c1\u200c\u06cc \U0001f469\u200d\U0001f467\x1b", 0.0) == "taken"
+    assert room.pick() == Message("ann", "\u06c1\u200c\u06cc \U0001f469\u200d\U0001f467")
+
+
+def test_a_seed_is_taken_as_it_is_or_refused():
+    for seed in (-1, 2**63):
+        with pytest.raises(ValueError, match=f"a seed must be at least 0 and below .*found {seed}"):
+            random_numbers(seed)
+    assert random_numbers(2**63 - 1).initial_seed() == 2**63 - 1
 
 
 def test_which_lines_are_for_the_room():
