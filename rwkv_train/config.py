@@ -246,7 +246,8 @@ class TrainConfig:
     def __post_init__(self):
         if (self.steps is None) == (self.epochs is None):
             found = "neither" if self.steps is None else "both"
-            raise ValueError(f"give exactly one of train.steps and train.epochs, found {found}")
+            hint = "" if self.steps is None else "; leave one out, or set it to null where a file gives it"
+            raise ValueError(f"give exactly one of train.steps and train.epochs, found {found}{hint}")
         if self.epochs is not None and self.epochs <= 0:
             raise ValueError(f"train.epochs must be above 0, found {self.epochs}")
         for name in ("accumulate", "devices", "nodes", "val_every", "save_every", "keep", "max_skips", "log_every"):
