@@ -3,20 +3,17 @@
 Source: Peng et al., "RWKV-7 'Goose' with Expressive Dynamic State Evolution" (arXiv:2503.14456).
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from rwkv_train.models.base import RWKV, Linear, orthogonal_
 from rwkv_train.ops.elementwise import squared_relu, token_shift_mix
+from rwkv_train.ops.elementwise7 import HEAD_NORM_EPS, decay, head_output, keys, value_residual
 from rwkv_train.ops.wkv7 import wkv7
 
-FASTEST = math.exp(-0.5)  # of all log decays per token, the largest in size
 RANK_FACTORS = {"w": 2.5, "a": 2.5, "v": 1.7, "g": 5.0}  # ranks of fresh models are these times sqrt(n_embd)
-HEAD_NORM_EPS = 64e-5
 
 
 @dataclass(frozen=True)
@@ -105,22 +102,17 @@ class TimeMix(nn.Module):
         mixes = (1 - x for x in (self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g))
         xr, xw, xk, xv, xa, xg, last = token_shift_mix(x, last, reset, *mixes)
         r, k, v = self.receptance(xr), self.key(xk), self.value(xv)
-        w = -FASTEST * torch.sigmoid((self.w0 + torch.tanh(xw @ self.w1) @ self.w2).to(wkv.dtype))
-        a = torch.sigmoid(self.a0 + xa @ self.a1 @ self.a2)
-        g = torch.sigmoid(xg @ self.g1) @ self.g2
+        w = decay(torch.tanh(xw @ self.w1) @ self.w2, self.w0)
         if self.first:
             v_first = v
         else:
-            v = v + (v_first - v) * torch.sigmoid(self.v0 + xv @ self.v1 @ self.v2)
-        heads = lambda t: t.unflatten(-1, (self.n_head, -1))  # noqa: E731
-        kk = F.normalize(heads((k * self.k_k).to(wkv.dtype)), dim=-1)
-        k = k * (1 + (a - 1) * self.k_a)
-        r, w, k, v, a = map(heads, (r, w, k, v, a))
-        y, wkv = wkv7(r, w, k, v, -kk, kk * a, wkv, reset)
-        y = F.layer_norm(y, y.shape[-1:], eps=HEAD_NORM_EPS).flatten(2)  # a group norm whose groups are the heads
-        y = torch.addcmul(self.ln_x.bias.to(y.dtype), y, self.ln_x.weight.to(y.dtype))
-        y = y + ((r * k * self.r_k).sum(-1, keepdim=True) * v).flatten(2)
-        return self.output(y * g), last, wkv, v_first
+            v = value_residual(v, v_first, xv @ self.v1 @ self.v2, self.v0)
+        k, remove, add = keys(k, xa @ self.a1 @ self.a2, self.a0, self.k_k, self.k_a, self.n_head)
+        g = torch.sigmoid(xg @ self.g1) @ self.g2
+        heads = (x.unflatten(-1, (self.n_head, -1)) for x in (r, w, k, v, remove, add))
+        y, wkv = wkv7(*heads, wkv, reset)
+        out = head_output(y.flatten(2), r, k, v, g, self.r_k, self.ln_x.weight, self.ln_x.bias)
+        return self.output(out), last, wkv, v_first
 
 
 class ChannelMix(nn.Module):
