@@ -1,6 +1,5 @@
 """What every benchmark shares: turns of repeats, agreement before speed, tables, and JSON that names the machine."""
 
-import functools
 import json
 import os
 import platform
@@ -13,6 +12,8 @@ from statistics import median
 
 import torch
 from torch import Tensor
+
+from rwkv_train.ops.graph import capture
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LEAST = 0.02  # seconds that one repeat lasts at least: what is faster is called several times in it
@@ -100,27 +101,14 @@ def graphed(call: Callable[[], object], device: str) -> tuple[Callable[[], objec
     """
     if device != "cuda":
         return call, "calls"
-    stream, graph = side_stream(), torch.cuda.CUDAGraph()
-    stream.wait_stream(torch.cuda.current_stream())
     try:
-        with torch.cuda.stream(stream):
-            for _ in range(2):  # builds kernels, fills caches
-                call()
-        torch.cuda.synchronize()
-        with torch.cuda.graph(graph, stream=stream):
-            call()
-        graph.replay()
+        replay = capture(call)
+        replay()
         torch.cuda.synchronize()
     except Exception as error:  # torch's or the kernels' own
         torch.cuda.synchronize()
         return call, f"calls; no graph: {one_line(error)}"
-    return graph.replay, "graph"
-
-
-@functools.cache
-def side_stream() -> torch.cuda.Stream:
-    """The one stream of all captures: a backward runs where its forward did, and must not reach outside its graph."""
-    return torch.cuda.Stream()
+    return replay, "graph"
 
 
 def one_line(error: Exception) -> str:
