@@ -4,9 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rwkv_train.ops.elementwise import cross_entropy_, products_dtype
+from rwkv_train.ops.elementwise import IGNORE_INDEX, cross_entropy_, products_dtype
 
-IGNORE_INDEX = -100  # a target that is not trained
 SLICE = 1 << 25  # logits held at once
 
 

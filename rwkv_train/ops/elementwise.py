@@ -12,6 +12,8 @@ from torch import Tensor
 
 from rwkv_train.ops import build_cpu, elementwise_cpu
 
+IGNORE_INDEX = -100  # a target that is not trained
+
 
 def token_shift_mix(x: Tensor, last: Tensor, reset: Tensor | None, *mixes: Tensor) -> tuple[Tensor, ...]:
     """The token shift: each token mixed with the one before it, in several ways at once.
@@ -47,18 +49,21 @@ def cross_entropy_(logits: Tensor, targets: Tensor, z_loss: float = 0.0) -> Tens
     """Cross entropies [N] of softmax(logits [N,V]) and targets [N] int64, in nats, float32 (float64 of float64).
 
     Puts the gradient of their sum in the place of the logits, with z_loss * max(logits) added at each row's largest.
+    Where the target is IGNORE_INDEX (-100) the loss is 0 and the whole row becomes 0, whatever the logits are.
     """
     if (kernels := _kernels_for(logits)) and logits.is_contiguous():
         return kernels.cross_entropy_(logits, targets, z_loss)
     p = logits.to(wide_dtype(logits))
+    ignored = (targets == IGNORE_INDEX)[:, None]
+    targets = targets[:, None].masked_fill(ignored, 0)
     lse = p.logsumexp(-1, keepdim=True)
-    nll = (lse - p.gather(1, targets[:, None]))[:, 0]
+    nll = (lse - p.gather(1, targets)).masked_fill(ignored, 0)[:, 0]
     top, where = p.max(-1, keepdim=True)
     p = p.sub_(lse).exp_() if p is logits else (p - lse).exp_()
-    p.scatter_add_(1, targets[:, None], -torch.ones_like(lse))
+    p.scatter_add_(1, targets, -torch.ones_like(lse))
     if z_loss:
         p.scatter_add_(1, where, z_loss * top)
-    logits.copy_(p)
+    logits.copy_(p).masked_fill_(ignored, 0)
     return nll
 
 

@@ -80,6 +80,25 @@ def test_cross_entropy(size, z_loss, dtype, tolerance):
     assert_close_rel(ours, theirs, tolerance)
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES)
+@pytest.mark.parametrize("z_loss", [0.0, 0.1])
+def test_cross_entropy_of_an_ignored_row_is_zero_and_the_others_are_as_without_it(z_loss, dtype, tolerance):
+    rng = torch.Generator().manual_seed(0)
+    logits = (10 * torch.randn(7, 70, generator=rng, dtype=torch.float64)).to(dtype)
+    targets = torch.randint(0, 70, (7,), generator=rng)
+    ignored = torch.tensor([True, False, False, True, False, False, True])
+    targets[ignored] = -100
+    logits[3] = float("nan")
+    without, kept = logits[~ignored], targets[~ignored]
+    nll = cross_entropy_(without, kept, z_loss)
+    for run in (cross_entropy_, lambda *args: in_torch(cross_entropy_, *args)):
+        ours = logits.clone()
+        found = run(ours, targets, z_loss)
+        assert not found[ignored].any() and not ours[ignored].any()
+        assert_close_rel(found[~ignored], nll, 1e-6 if dtype != torch.float64 else 1e-13)
+        assert_close_rel(ours[~ignored], without, tolerance)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_no_number_stays_none(value):
     logits = torch.zeros(2, 130)

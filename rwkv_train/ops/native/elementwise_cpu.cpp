@@ -14,6 +14,7 @@ template <class R> WKV_FN R sigmoid(R x) {
 }
 
 const int64_t WORTH_A_THREAD = 1 << 16;  // numbers
+const int64_t IGNORE_INDEX = -100;       // as in elementwise.py
 
 template <class Job> void share_numbers(int64_t numbers, int64_t jobs, int threads, Job job) {
     share_out(jobs, threads, numbers / WORTH_A_THREAD, job);
@@ -167,6 +168,11 @@ template <class R, class S>
 void cross_entropy(S* logits, const int64_t* targets, R* nll, int64_t N, int64_t V, double z_loss, int threads) {
     share_numbers(N * V, N, threads, [=](int64_t row) {
         S* l = logits + row * V;
+        if (targets[row] == IGNORE_INDEX) {
+            nll[row] = 0;
+            for (int64_t i = 0; i < V; i++) store(l[i], R(0));
+            return;
+        }
         constexpr int WIDE = 64;  // maxima and sums side by side, so that they vectorise
         R top[WIDE], sum[WIDE];
         for (int c = 0; c < WIDE; c++) top[c] = -R(3e38), sum[c] = 0;
