@@ -1,4 +1,4 @@
-"""The CUDA kernels: built by NVRTC at first use, kept in the user's cache, launched through cuda.core.
+"""The CUDA kernels: built by NVRTC when an operator asks for its own, kept in the user's cache, launched by cuda.core.
 
 Nobody needs a CUDA toolkit: NVRTC comes with torch's CUDA wheels, cuda.core is a package (`rwkv_train[cuda]`), and
 the source includes none of CUDA's headers. Importing this only declares the operators; `available` decides for
@@ -8,6 +8,7 @@ record a call once one like it has run and so loaded the kernels.
 
 import functools
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -21,14 +22,19 @@ HEADERS = tuple(NATIVE / name for name in ("gpu.h", "wkv4.h", "wkv4_gpu.h", "wkv
 OPTIONS = {"std": "c++17", "use_fast_math": True, "restrict": True, "diag_suppress": 177}
 TYPES = {torch.bfloat16: "Bf16", torch.float16: "Half", torch.float32: "float", torch.float64: "double"}
 
+# Of an operator, the variants that it launches for a dtype. Each operator's module enters its own. WKV-7 also has
+# variants for rare head sizes, which are built when they come.
+VARIANTS: dict[str, Callable[[torch.dtype], Iterable]] = {}
+
 library = torch.library.Library("rwkv_train", "DEF")
 
 
-def available(device: torch.device) -> bool:
-    """Whether the kernels are there or can be built for a device; the first time they cannot, one line says why."""
-    if why_not(device):
-        cache.say_once(f"{why_not(device)} Until then WKV runs in torch, many times slower.")
-    return not why_not(device)
+def available(operator: str, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether an operator's kernels for a dtype are there or can be built; the first time not, one line says why."""
+    reason = why_not(operator, device, dtype)
+    if reason:
+        cache.say_once(f"{reason} Until then torch does their work, many times slower.")
+    return not reason
 
 
 # torch.compile calls it while tracing, and takes the answer for a constant. The decorator that is made for this,
@@ -36,30 +42,46 @@ def available(device: torch.device) -> bool:
 available._dynamo_marked_constant = True
 
 
-def why_not(device: torch.device) -> str:
-    """Empty, or one line: what is missing and what to do."""
-    return _why_not(torch.cuda.get_device_capability(device))
+def why_not(operator: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Empty, or one line: what is missing and what to do. Builds and loads all that the operator would launch."""
+    return _why_not(operator, torch.cuda.current_device() if device.index is None else device.index, dtype)
 
 
 @functools.cache
-def _why_not(capability: tuple[int, int]) -> str:
-    from rwkv_train.ops.wkv4_cuda import Variant  # a kernel to try; it imports this module
-
+def _why_not(operator: str, index: int, dtype: torch.dtype) -> str:
     try:
-        _program(Variant(False, torch.float32, 1), _arch(capability))
+        for variant in VARIANTS[operator](dtype):
+            _program(variant, _arch(index))
+            _load(variant, index)
     except ImportError as error:
         return f"the CUDA kernels need {error.name}: pip install 'rwkv_train[cuda]'."
-    except OSError as error:
-        return f"the CUDA kernels could not be kept ({error}). Make {cache.folder()} writable."
     except Exception as error:  # of NVRTC's loader, of NVRTC, of the driver: whatever it is, torch can do the work
         lines = str(error).splitlines() or [type(error).__name__]
         reason = next((line for line in lines if "error" in line), lines[0])
-        return f"the CUDA kernels could not be built ({reason}). Update cuda-core and nvidia-cuda-nvrtc."
+        what = f"the CUDA kernels of {operator} could not be built or loaded"
+        return f"{what} ({reason}). Update cuda-core, nvidia-cuda-nvrtc and the GPU's driver."
     return ""
 
 
-def _arch(capability: tuple[int, int]) -> str:
-    return "sm_{}{}".format(*capability)
+def _load(variant, index: int) -> None:
+    """Bring a variant's kernels to a device: a driver that is too old for them shows itself here."""
+    with torch.cuda.device(index):
+        _enter(index)
+        for name in variant.kernels:
+            _kernel(name, variant, index)
+
+
+def _arch(index: int) -> str:
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(index))
+
+
+def _enter(index: int):
+    """The device as cuda.core has it, in torch's context, which a new thread may not have yet."""
+    from cuda.core import Device
+
+    here = Device(index)
+    here.set_current()
+    return here
 
 
 def build(variant, arch: str, logs=None) -> bytes:
@@ -84,26 +106,26 @@ def _program(variant, arch: str):
         repr((OPTIONS, nvrtc.nvrtcVersion())).encode()
     ]
     stem = f"{variant.source.stem}-{arch}-{'-'.join(map(str, variant))}-{cache.key(*parts)}"
-    path = next(cache.find(stem, ".cubin"), None)
-    if path is None:
-        print("rwkv_train: building CUDA kernels (once, a few seconds) ...", file=sys.stderr, flush=True)
-        path = cache.keep(stem, ".cubin", lambda path: path.write_bytes(build(variant, arch)))
-    return ObjectCode.from_cubin(path.read_bytes())
+    kept = next(cache.find(stem, ".cubin"), None)
+    if kept is not None:
+        return ObjectCode.from_cubin(kept.read_bytes())
+    cache.say_once("building CUDA kernels (once, a few seconds) ...")
+    binary = build(variant, arch)
+    cache.remember(stem, ".cubin", binary)
+    return ObjectCode.from_cubin(binary)
 
 
 @functools.cache
 def _kernel(name: str, variant, index: int):
-    return _program(variant, _arch(torch.cuda.get_device_capability(index))).get_kernel(name)
+    return _program(variant, _arch(index)).get_kernel(name)
 
 
 def _launch(name, variant, device: torch.device, blocks: int, block: tuple[int, int], arguments: list[int]) -> None:
     """Queue a kernel; its arguments are addresses and sizes, all of 64 bits."""
-    from cuda.core import Device, LaunchConfig, launch
+    from cuda.core import LaunchConfig, launch
 
     with torch.cuda.device(device):
-        here = Device(device.index)
-        here.set_current()  # torch's context; a new thread may not have it yet
-        stream = here.create_stream(torch.cuda.current_stream())  # the same one, wrapped
+        stream = _enter(device.index).create_stream(torch.cuda.current_stream())  # the same one, wrapped
         launch(stream, LaunchConfig(grid=blocks, block=block), _kernel(name, variant, device.index), *arguments)
 
 

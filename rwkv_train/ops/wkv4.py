@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from rwkv_train.ops import reference, wkv4_cpu, wkv4_cuda, wkv4_torch
+from rwkv_train.ops import build_cuda, reference, wkv4_cpu, wkv4_cuda, wkv4_torch
 from rwkv_train.ops.arguments import cast, check
 from rwkv_train.ops.backends import pick
 
@@ -59,9 +59,9 @@ def wkv4(
     appendix D (the shifted exponent).
     """
     dtype = _check(w, u, k, v, state, reset)
-    run = pick("wkv4", BACKENDS, backend, k.device)
-    halves = k.dtype == v.dtype and k.dtype in HALVES.get(run, ()) and dtype == torch.float32
-    stored = k.dtype if halves else dtype
+    halves = k.dtype == v.dtype and k.dtype in build_cuda.TYPES and dtype == torch.float32
+    run = pick("wkv4", BACKENDS, backend, k.device, k.dtype if halves else dtype)
+    stored = k.dtype if halves and k.dtype in HALVES.get(run, ()) else dtype
     w, u, state = (cast(x, dtype) for x in (w, u, state))
     y, state = run(w, u, cast(k, stored), cast(v, stored), state, reset)
     return cast(y, k.dtype), state

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rwkv_train.ops.build_cuda import NATIVE, TYPES, call, contiguous, library, refuse
+from rwkv_train.ops.build_cuda import NATIVE, TYPES, VARIANTS, call, contiguous, library, refuse
 
 SOURCE = NATIVE / "wkv4.cu"
 WIDTH, ROWS = 32, 8  # as in wkv4_gpu.h; WIDTH * ROWS threads are a block of the chunked kernels, WIDTH of the serial
@@ -38,6 +38,9 @@ class Variant(NamedTuple):
     def macros(self) -> list:
         which = "WKV_BACKWARD" if self.backward else "WKV_FORWARD"
         return [("WKV_X", TYPES[self.dtype]), ("WKV_V", str(self.vector)), which]
+
+
+VARIANTS["wkv4"] = lambda dtype: [Variant(b, dtype, VECTOR[b] if dtype.itemsize == 2 else 1) for b in (False, True)]
 
 
 def wkv4(w, u, k, v, state, reset=None, path="auto"):

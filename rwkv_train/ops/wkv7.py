@@ -58,9 +58,9 @@ def wkv7(
     (B, _, H, N), sequences = r.shape, {"r": r, "w": w, "k": k, "v": v, "a": a, "b": b}
     arguments = {name: (x, "[B, T, H, N]", tuple(r.shape)) for name, x in sequences.items()}
     dtype = check("wkv7", "r", arguments | {"state": (state, "[B, H, N, N]", (B, H, N, N))}, reset)
-    run = pick("wkv7", BACKENDS, backend, r.device)
-    halves = run in HALVES and r.dtype == k.dtype == v.dtype and r.dtype in build_cuda.TYPES and dtype == torch.float32
-    stored = r.dtype if halves else dtype
+    halves = r.dtype == k.dtype == v.dtype and r.dtype in build_cuda.TYPES and dtype == torch.float32
+    run = pick("wkv7", BACKENDS, backend, r.device, r.dtype if halves else dtype)
+    stored = r.dtype if halves and run in HALVES else dtype
     with torch.autocast(r.device.type, enabled=False):
         r_, k, v = (cast(x, stored) for x in (r, k, v))
         y, state = run(r_, cast(w, dtype), k, v, *(cast(x, dtype) for x in (a, b, state)), reset)

@@ -47,6 +47,9 @@ class Variant(NamedTuple):
         build_cuda.call(name, self, B * H * pieces, block, (T, H), (r, *others))
 
 
+build_cuda.VARIANTS["wkv7"] = lambda dtype: [Variant(dtype, 64, rows) for rows in (1, 2)]
+
+
 def wkv7(r, w, k, v, a, b, state, reset=None):
     """WKV-7 on a CUDA device; see `rwkv_train.wkv.wkv7`.
 

@@ -16,7 +16,8 @@ from test_wkv4 import assert_close, cotangents, draw, resets_at, run
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import rwkv_train.ops.wkv4
-from rwkv_train.ops import build_cuda, cache, reference, wkv4_cuda, wkv4_torch
+import rwkv_train.ops.wkv7
+from rwkv_train.ops import build_cuda, cache, reference, wkv4_cuda
 from rwkv_train.ops.backends import pick
 from rwkv_train.ops.wkv4 import BACKENDS, wkv4
 
@@ -232,48 +233,110 @@ def test_fake_tensors_have_the_shapes_and_dtypes(device):
 
 @pytest.fixture
 def hopper(monkeypatch, tmp_path):
-    """As on a machine with an H100 that has never built the kernels; yields the cache folder."""
+    """As on a machine with an H100 that has never built the kernels, and whose driver takes them; yields the cache."""
     monkeypatch.setattr(platformdirs, "user_cache_dir", lambda name: str(tmp_path / name))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(build_cuda, "_load", lambda variant, index: None)
     forget = lambda: [x.cache_clear() for x in (build_cuda._why_not, build_cuda._program, cache.say_once)]  # noqa: E731
     forget()
     yield tmp_path / "rwkv_train"
     forget()
 
 
+def picked(operator="wkv4", backend="auto", dtype=torch.float32):
+    """The backend's name."""
+    backends = {"wkv4": BACKENDS, "wkv7": rwkv_train.ops.wkv7.BACKENDS}[operator]
+    run = pick(operator, backends, backend, torch.device("cuda", 0), dtype)
+    return next(name for name in backends if backends[name] is run)
+
+
 def test_without_cuda_core_auto_is_torch_and_says_why_once(hopper, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "cuda.core", None)
-    assert [pick("wkv4", BACKENDS, "auto", torch.device("cuda", 0)) for _ in range(2)] == [wkv4_torch.wkv4] * 2
+    assert [picked(operator) for operator in ("wkv4", "wkv4", "wkv7")] == ["torch"] * 3
     (line,) = capsys.readouterr().err.splitlines()
     assert "cuda.core" in line and "pip install 'rwkv_train[cuda]'" in line
     with pytest.raises(RuntimeError, match=r'backend "cuda" is not available: the CUDA kernels need cuda.core'):
-        pick("wkv4", BACKENDS, "cuda", torch.device("cuda", 0))
+        picked(backend="cuda")
 
 
 @needs_cuda_core
 def test_a_source_that_does_not_compile(hopper, monkeypatch, tmp_path, capsys):
     (tmp_path / "broken.cu").write_text("__device__ int f() { return undeclared_name; }\n")
     monkeypatch.setattr(wkv4_cuda, "SOURCE", tmp_path / "broken.cu")
-    assert not build_cuda.available(torch.device("cuda", 0))
+    assert picked() == "torch"
     building, failed = capsys.readouterr().err.splitlines()
     assert "building CUDA kernels" in building and "undeclared_name" in failed
 
 
+@pytest.fixture
+def built(hopper, monkeypatch):
+    """What would be compiled, each variant once; nothing is. built.fail: a condition of those that do not build."""
+
+    class Built(list):
+        fail = staticmethod(lambda variant: False)
+
+    def build(variant, arch, logs=None):
+        if built.fail(variant):
+            raise RuntimeError("nvrtc: error: too much shared data")
+        built.append(variant)
+        return str(variant).encode()
+
+    built = Built()
+    monkeypatch.setattr(build_cuda, "build", build)
+    return built
+
+
 @needs_cuda_core
-def test_builds_once_and_rebuilds_what_is_broken(hopper, capsys):
-    for builds in (1, 0, 1):
-        if builds == 1 and hopper.exists():
-            (path,) = hopper.iterdir()
-            path.write_bytes(path.read_bytes()[:1000])
+def test_an_operator_asks_for_all_that_it_launches_in_a_dtype(built):
+    assert picked("wkv4", dtype=torch.bfloat16) == "cuda"
+    assert built == [wkv4_cuda.Variant(False, torch.bfloat16, 2), wkv4_cuda.Variant(True, torch.bfloat16, 1)]
+    built.clear()
+    assert picked("wkv7") == picked("wkv7", "cuda") == "cuda"
+    assert {variant.source.stem for variant in built} == {"wkv7"} and {v.dtype for v in built} == {torch.float32}
+    assert len(built) == len(set(built)) == len(list(build_cuda.VARIANTS["wkv7"](torch.float32)))
+
+
+@needs_cuda_core
+@pytest.mark.parametrize("failing", ["backward", "the driver"])
+def test_what_would_fail_in_training_shows_itself_at_the_choice_of_a_backend(built, monkeypatch, failing, capsys):
+    def refuse(variant, index):
+        raise RuntimeError("CUDA_ERROR_UNSUPPORTED_PTX_VERSION: error: the driver is too old")
+
+    if failing == "backward":
+        built.fail = lambda variant: getattr(variant, "backward", False)
+    else:
+        monkeypatch.setattr(build_cuda, "_load", refuse)
+    assert [picked("wkv4"), picked("wkv4")] == ["torch"] * 2
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 2 and "of wkv4 could not be built or loaded" in told[1]
+    assert "Until then torch does their work" in told[1]
+    if failing == "backward":
+        assert picked("wkv7") == "cuda" and not capsys.readouterr().err
+
+
+@needs_cuda_core
+def test_a_cache_that_cannot_be_written_leaves_the_kernels_on(built, hopper, capsys):
+    hopper.write_text("a file where the folder should be")
+    assert [picked("wkv4"), picked("wkv7")] == ["cuda"] * 2
+    _, kept = capsys.readouterr().err.splitlines()
+    assert f"{hopper} cannot be written" in kept and "every start builds the kernels again" in kept
+
+
+@needs_cuda_core
+def test_builds_once_and_rebuilds_what_is_broken(built, hopper):
+    for builds in (2, 0, 1):
+        if builds == 1:
+            path = min(hopper.iterdir())
+            path.write_bytes(path.read_bytes()[:10])
         for cached in (build_cuda._why_not, build_cuda._program):
             cached.cache_clear()
-        assert pick("wkv4", BACKENDS, "auto", torch.device("cuda", 0)) is wkv4_cuda.wkv4
-        assert capsys.readouterr().err.count("building CUDA kernels") == builds
+        built.clear()
+        assert picked() == "cuda" and len(built) == builds
 
 
 @needs_cuda_core
-def test_torch_compile_asks_for_the_kernels_while_tracing(hopper):
+def test_torch_compile_asks_for_the_kernels_while_tracing(built):
     compiled = torch.compile(
-        lambda x: x + build_cuda.available(torch.device("cuda", 0)), backend="eager", fullgraph=True
+        lambda x: x + build_cuda.available("wkv4", torch.device("cuda", 0), x.dtype), backend="eager", fullgraph=True
     )
     assert compiled(torch.zeros(2)).tolist() == [1, 1]

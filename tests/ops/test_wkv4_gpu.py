@@ -46,7 +46,7 @@ def test_equals_reference(path, dtype, shape):
 
 def test_auto_is_the_kernels():
     device = torch.device("cuda", torch.cuda.current_device())
-    assert pick("wkv4", BACKENDS, "auto", device) is wkv4_cuda.wkv4
+    assert pick("wkv4", BACKENDS, "auto", device, torch.float32) is wkv4_cuda.wkv4
     args = on(device, [x.float() for x in draw(1, 40, 6)])
     with pytest.raises(ValueError, match='backend "cpu" needs tensors on the CPU'):
         wkv4(*args, backend="cpu")
