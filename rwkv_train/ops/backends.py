@@ -15,13 +15,12 @@ def pick(
     """The implementation behind a backend's name.
 
     backends: one for each name that the operator has. dtype: in which a CUDA kernel would read the long inputs.
-    "auto" is the kernel for the device if it can be built, otherwise "torch". ValueError for an unknown name or the wrong device, RuntimeError for a CUDA kernel that
-    cannot be built; that of the CPU sees to it itself.
+    "auto" is the kernel for the device if it can be built, otherwise "torch". ValueError for an unknown name or the
+    wrong device, RuntimeError for a CUDA kernel that cannot be built; that of the CPU sees to it itself.
     """
+    asked = (operator, device, dtype)
     if backend == "auto":
-        kernels = {"cpu": build_cpu.available, "cuda": lambda: build_cuda.available(operator, device, dtype)}.get(
-            device.type
-        )
+        kernels = {"cpu": build_cpu.available, "cuda": lambda: build_cuda.available(*asked)}.get(device.type)
         backend = device.type if kernels and kernels() else "torch"
     if backend not in backends:
         names = ", ".join(f'"{name}"' for name in ("auto", *backends))
@@ -29,8 +28,6 @@ def pick(
     needed, place = PLACES.get(backend, (device.type, ""))
     if device.type != needed:
         raise ValueError(f'{operator}: backend "{backend}" needs tensors on {place}, found {device}; use "auto"')
-    if backend == "cuda" and not build_cuda.available(operator, device, dtype):
-        raise RuntimeError(
-            f'{operator}: backend "cuda" is not available: {build_cuda.why_not(operator, device, dtype)}'
-        )
+    if backend == "cuda" and not build_cuda.available(*asked):
+        raise RuntimeError(f'{operator}: backend "cuda" is not available: {build_cuda.why_not(*asked)}')
     return backends[backend]

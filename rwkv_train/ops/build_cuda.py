@@ -7,7 +7,6 @@ record a call once one like it has run and so loaded the kernels.
 """
 
 import functools
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
