@@ -17,7 +17,7 @@ import torch
 from rwkv_train.ops import cache
 
 FOLDER = Path(__file__).parent / "native"
-SOURCES = tuple(FOLDER / name for name in ("wkv4_cpu.cpp", "wkv7_cpu.cpp", "elementwise_cpu.cpp", "linear_cpu.cpp"))
+SOURCES = tuple(FOLDER / f"{name}_cpu.cpp" for name in ("wkv4", "wkv7", "elementwise", "elementwise7", "linear"))
 HEADERS = tuple(FOLDER / name for name in ("jobs.h", "storage.h", "exp_log.h", "wkv4.h", "wkv7.h"))
 # Of dtypes, at the ends of the functions' names.
 NAMES = {torch.float32: "f32", torch.float64: "f64", torch.bfloat16: "bf16"}

@@ -23,15 +23,15 @@ class _MixBack(ctypes.Structure):
 
 def token_shift_mix(x: Tensor, last: Tensor, reset: Tensor | None, dtype: torch.dtype, *mixes: Tensor):
     """All mixes [B,T,C] in `dtype`, and the last token [B,C]; x, last and the mixes [C] float32 or float64."""
-    return _ShiftMix.apply(x, last, reset, dtype, *mixes)
+    return call(_ShiftMix, x, last, reset, dtype, *mixes)
 
 
 def squared_relu(x: Tensor) -> Tensor:
-    return _SquaredRelu.apply(x)
+    return call(_SquaredRelu, x)
 
 
 def gate(r: Tensor, y: Tensor) -> Tensor:
-    return _Gate.apply(r, y)
+    return call(_Gate, r, y)
 
 
 def cross_entropy_(logits: Tensor, targets: Tensor, z_loss: float) -> Tensor:
@@ -39,6 +39,20 @@ def cross_entropy_(logits: Tensor, targets: Tensor, z_loss: float) -> Tensor:
     rows, width = map(ctypes.c_int64, logits.shape)
     _run("cross_entropy", logits.dtype, logits, targets.contiguous(), nll, rows, width, ctypes.c_double(z_loss))
     return nll
+
+
+class _Nothing:
+    """In the place of a Function's context where no gradient is wanted."""
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
+        pass
+
+
+def call(function: type[torch.autograd.Function], *arguments):
+    """The result of a Function; where no gradient is wanted its forward alone, which costs less."""
+    if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments):
+        return function.apply(*arguments)
+    return function.forward(_Nothing(), *arguments)
 
 
 def _run(kernel: str, dtype: torch.dtype, *arguments) -> None:

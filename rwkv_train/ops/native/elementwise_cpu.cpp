@@ -8,17 +8,7 @@
 
 namespace {
 
-template <class R> WKV_FN R sigmoid(R x) {
-    const R e = wkv_exp(x < 0 ? x : -x);  // at most 1
-    return (x < 0 ? e : R(1)) / (1 + e);
-}
-
-const int64_t WORTH_A_THREAD = 1 << 16;  // numbers
-const int64_t IGNORE_INDEX = -100;       // as in elementwise.py
-
-template <class Job> void share_numbers(int64_t numbers, int64_t jobs, int threads, Job job) {
-    share_out(jobs, threads, numbers / WORTH_A_THREAD, job);
-}
+const int64_t IGNORE_INDEX = -100;  // as in elementwise.py
 
 // ---- each token mixed with the one before it
 

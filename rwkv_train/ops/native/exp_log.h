@@ -73,3 +73,8 @@ template <class R> WKV_FN R wkv_log(R x) {
     R s = (m - 1) / (m + 1);
     return n * F::ln2_high + (2 * s * series<atanh_coefficient, 0, F::log_degree>(s * s) + n * F::ln2_low);
 }
+
+template <class R> WKV_FN R sigmoid(R x) {
+    const R e = wkv_exp(x < 0 ? x : -x);  // at most 1
+    return (x < 0 ? e : R(1)) / (1 + e);
+}

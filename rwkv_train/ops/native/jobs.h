@@ -48,3 +48,9 @@ template <class Job> static void share_out(int64_t jobs, int threads, int64_t wo
     work();
     for (auto& thread : others) thread.join();
 }
+
+// The same for jobs that read or write so many numbers together.
+template <class Job> static void share_numbers(int64_t numbers, int64_t jobs, int threads, Job job) {
+    const int64_t worth_a_thread = 1 << 16;
+    share_out(jobs, threads, numbers / worth_a_thread, job);
+}
