@@ -3,6 +3,8 @@
 Used by training and by feedback. See "Chunk and horizon" in docs/train.md for the picture.
 """
 
+import functools
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -10,6 +12,8 @@ from torch.utils.checkpoint import checkpoint
 from rwkv_train.models.base import RWKV
 from rwkv_train.models.loss import IGNORE_INDEX, head_loss
 from rwkv_train.models.state import State
+
+HEAD = "model.head.weight"
 
 
 def chunked_loss(
@@ -66,9 +70,11 @@ class _ChunkLoss(nn.Module):
         super().__init__()
         self.model, self.z_loss, self.checkpoint_blocks = model, z_loss, checkpoint_blocks
 
-    def forward(self, tokens, targets, reset, *state):
+    def forward(self, tokens, targets, reset, *state, head=None, then=lambda *results: results):
+        """head: its weight in the dtype of matrix products, where it is at hand. then: what to do with the results
+        while the parameters are swapped; a backward is, since checkpointed blocks read them once more in it."""
         x, state = self.model.hidden(tokens, State(*state), reset, checkpoint_blocks=self.checkpoint_blocks)
-        return head_loss(x, self.model.head.weight, targets, self.z_loss), *state
+        return then(head_loss(x, self.model.head.weight, targets, self.z_loss, head), *state)
 
 
 class _Sweep(torch.autograd.Function):
@@ -76,53 +82,100 @@ class _Sweep(torch.autograd.Function):
 
     States at the boundaries lie in one buffer each: many small tensors pinned between large freed ones would fragment
     the heap and let memory grow with the text. The backward differentiates detached aliases of the parameters,
-    so that hooks on the parameters (DDP's) fire once a step and not once a chunk.
+    so that hooks on the parameters (DDP's) fire once a step and not once a chunk. What autocast would cast again for
+    every chunk is cast once and kept until the backward ends; gradients still add up in the parameters' own dtype.
     """
 
     @staticmethod
     def forward(ctx, chunk, cuts, tokens, targets, reset, *state_and_params):
         n_state = len(State._fields)
         state, params = state_and_params[:n_state], state_and_params[n_state:]
-        device = tokens.device.type
+        device = tokens.device
         ctx.autocast = {
-            "dtype": torch.get_autocast_dtype(device),
-            "enabled": torch.is_autocast_enabled(device),
+            "dtype": torch.get_autocast_dtype(device.type),
+            "enabled": torch.is_autocast_enabled(device.type),
+            "cache_enabled": False,  # it would keep weights cast here, outside the graph, for later use inside one
         }
+        draws = chunk.training and any(block.dropout for block in chunk.model.blocks)
+        random = rng_states if draws else lambda _: []
         before = [_rows(len(cuts), s) for s in state]
-        ctx.rng = [_rows(len(cuts), s) for s in rng_states(tokens.device)]
-        total = torch.zeros((), dtype=torch.float64, device=tokens.device)
-        # Without autocast's cache: it would keep weights cast here, outside the graph, for later use inside one.
-        with torch.autocast(device, cache_enabled=False, **ctx.autocast):
+        ctx.rng = [_rows(len(cuts), s) for s in random(device)]
+        cast = _cast_once(chunk, ctx.autocast)
+        weights, head = _apart(cast)
+        total = torch.zeros((), dtype=torch.float64, device=device)
+        with torch.autocast(device.type, **ctx.autocast):
             for i, cut in enumerate(cuts):
-                for buffer, s in zip(before + ctx.rng, [*state, *rng_states(tokens.device)], strict=True):
+                for buffer, s in zip(before + ctx.rng, [*state, *random(device)], strict=True):
                     buffer[i].copy_(s)
-                loss, *state = chunk(*_cut(cut, tokens, targets, reset), *state)
+                inputs = *_cut(cut, tokens, targets, reset), *state
+                loss, *state = torch.func.functional_call(chunk, weights, inputs, head, tie_weights=False)
                 total += loss
-        ctx.chunk, ctx.cuts = chunk, cuts
-        ctx.save_for_backward(tokens, targets, reset, *before, *params)
+        ctx.chunk, ctx.cuts, ctx.cast = chunk, cuts, list(cast)
+        ctx.save_for_backward(tokens, targets, reset, *before, *cast.values(), *params)
         return total.to(loss.dtype), *[s.clone() for s in state]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g_loss, *g_state):
         tokens, targets, reset, *rest = ctx.saved_tensors
-        before, params = rest[: len(g_state)], rest[len(g_state) :]
-        alias = {id(p): p.detach().requires_grad_() for p in params}
-        leaves = list(alias.values())
-        names = ctx.chunk.named_parameters(remove_duplicate=False)
-        swapped = {name: alias[id(p)] for name, p in names if id(p) in alias}
+        before, rest = rest[: len(g_state)], rest[len(g_state) :]
+        cast, params = dict(zip(ctx.cast, rest, strict=False)), rest[len(ctx.cast) :]
+        cast, head = _apart(cast)
+        leaves, weights, sums = _stand_ins(ctx.chunk, params, cast)
         device = tokens.device
-        with torch.random.fork_rng([device] if device.type == "cuda" else [], device_type=device.type):
+        devices = [device] if device.type == "cuda" else []
+        with torch.random.fork_rng(devices, enabled=bool(ctx.rng), device_type=device.type):
             for i in reversed(range(len(ctx.cuts))):
-                set_rng_states([buffer[i] for buffer in ctx.rng], device)
+                if ctx.rng:
+                    set_rng_states([buffer[i] for buffer in ctx.rng], device)
                 state = [buffer[i].detach().requires_grad_() for buffer in before]
                 inputs = *_cut(ctx.cuts[i], tokens, targets, reset), *state
+                then = functools.partial(_backward, (g_loss, *g_state), [*state, *leaves])
                 with torch.enable_grad(), torch.autocast(device.type, **ctx.autocast):
-                    out = torch.func.functional_call(ctx.chunk, swapped, inputs, tie_weights=False)
-                torch.autograd.backward(out, (g_loss, *g_state), inputs=[*state, *leaves])
+                    torch.func.functional_call(ctx.chunk, weights, inputs, head | {"then": then}, tie_weights=False)
                 g_state = [s.grad for s in state]
-                del out, state, inputs
-        return None, None, None, None, None, *g_state, *[p.grad for p in leaves]
+                del state, inputs, then
+        return None, None, None, None, None, *g_state, *[sums.get(i, leaf.grad) for i, leaf in enumerate(leaves)]
+
+
+def _backward(arriving: tuple[Tensor, ...], leaves: list[Tensor], *results: Tensor) -> None:
+    with torch.autocast(results[0].device.type, enabled=False):
+        torch.autograd.backward(results, arriving, inputs=leaves)
+
+
+def _cast_once(chunk: _ChunkLoss, autocast: dict) -> dict[str, Tensor]:
+    """The weights of matrix products as autocast would cast them, by name; none where it is off."""
+    if not autocast["enabled"]:
+        return {}
+    weights = chunk.model.multiplied().items()
+    return {f"model.{name}": p.detach().to(autocast["dtype"]) for name, p in weights if p.dtype != torch.float64}
+
+
+def _apart(cast: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Weights to be swapped in, and the head's, which the loss takes besides: it gives its gradient in 32 bits."""
+    blocks = {name: weight for name, weight in cast.items() if name != HEAD}
+    return blocks, {"head": cast[HEAD]} if HEAD in cast else {}
+
+
+def _stand_ins(chunk: _ChunkLoss, params: list[Tensor], cast: dict[str, Tensor]) -> tuple[list, dict, dict]:
+    """What a backward of many chunks differentiates in place of the parameters.
+
+    Returns detached leaves, one for each of params; by name, all that is to be swapped in; and the sums over the chunks
+    of those gradients that come in another dtype than the parameter's, by the number of the parameter.
+    """
+    names, sums = {id(p): name for name, p in chunk.named_parameters()}, {}
+    leaves = {id(p): cast.get(names[id(p)], p).detach().requires_grad_() for p in params}
+    for i, (p, leaf) in enumerate(zip(params, leaves.values(), strict=True)):
+        if leaf.dtype != p.dtype:
+            leaf.register_post_accumulate_grad_hook(functools.partial(_add_up, sums, i, p.dtype))
+    every = chunk.named_parameters(remove_duplicate=False)
+    return list(leaves.values()), cast | {name: leaves[id(p)] for name, p in every if id(p) in leaves}, sums
+
+
+def _add_up(sums: dict[int, Tensor], i: int, dtype: torch.dtype, leaf: Tensor) -> None:
+    """Take a chunk's gradient off a leaf and add it to the sum."""
+    sums[i] = sums[i].add_(leaf.grad) if i in sums else leaf.grad.to(dtype)
+    leaf.grad = None
 
 
 def is_sharded(model: nn.Module) -> bool:

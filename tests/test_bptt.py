@@ -2,13 +2,15 @@
 
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import GENERATIONS, assert_close_rel, random_model
+from helpers import GENERATIONS, assert_close_rel, head_as_on_a_gpu, random_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rwkv_train.bptt import chunked_loss
 from rwkv_train.models.state import State
@@ -135,6 +137,65 @@ def test_dropout_and_autocast_are_the_same_in_the_recomputation(generation):
             results.append(gradients(model, (tokens, targets, state, reset), chunk_len=8, recompute=recompute))
     assert_same(results[0], results[1], 2e-2)  # bfloat16 sums the weights' gradients in another order
     assert results[0][0] == results[1][0]  # the losses agree to the bit
+
+
+class Operations(TorchDispatchMode):
+    """Calls `see` with each operation, its arguments and its result."""
+
+    def __init__(self, see):
+        super().__init__()
+        self.see = see
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.see(function, args, result)
+        return result
+
+
+@pytest.mark.parametrize("checkpoint_blocks", [False, True])
+def test_weights_are_cast_once_a_step_and_gradients_add_up_in_32_bits(generation, checkpoint_blocks):
+    """As if every chunk had cast them."""
+    model = random_model(generation=generation)
+    names, cast = {p.data_ptr(): name for name, p in model.named_parameters()}, Counter()
+
+    def see(function, args, result):
+        if function is torch.ops.aten._to_copy.default and result.dtype == torch.bfloat16:
+            cast.update([names[args[0].data_ptr()]] if args[0].data_ptr() in names else [])
+
+    data = text(model)
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        with Operations(see):
+            ours = gradients(model, data, chunk_len=5, checkpoint_blocks=checkpoint_blocks)
+        theirs = gradients(model, data, chunk_len=5, recompute=False)
+    matrices = {name for name, p in model.named_parameters() if p.ndim == 2 and "emb" not in name and "r_k" not in name}
+    assert set(cast) == matrices and set(cast.values()) == {1}
+    assert_same(ours, theirs, 1e-5)
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_a_step_on_a_gpu_never_waits_for_it(monkeypatch, generation, precision):
+    """No operation whose result the program has to know: on a CPU only the head asks which rows are trained."""
+    waits = {"_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "equal", "_unique2"}
+    model, found = random_model(generation=generation, dropout=0.1).train(), Counter()
+
+    def see(function, args, result):
+        masks = function is torch.ops.aten.index.Tensor and any(i.dtype == torch.bool for i in args[1] if i is not None)
+        found.update([function._schema.name.removeprefix("aten::")] if masks else [])
+        found.update({function._schema.name.removeprefix("aten::")} & waits)
+
+    tokens, targets, state, reset = text(model)
+
+    def step():
+        with Operations(see), torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
+            loss, n, end = chunked_loss(model, tokens, targets, state, reset, 8, z_loss=1e-4)
+            (loss / n).backward()
+
+    step()
+    assert found == {"_local_scalar_dense": 10, "index": 4}  # twice a chunk; the first of five has rows without target
+    found.clear()
+    head_as_on_a_gpu(monkeypatch)
+    step()
+    assert not found
 
 
 def test_autocast_leaves_no_cast_weights_behind(generation):

@@ -4,43 +4,58 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rwkv_train.ops.elementwise import IGNORE_INDEX, cross_entropy_, products_dtype
+from rwkv_train.ops.elementwise import IGNORE_INDEX, cross_entropy_, products_dtype, wide_dtype
 
-SLICE = 1 << 25  # logits held at once
+SLICE = {
+    "cpu": 1 << 25,
+    "cuda": 1 << 28,
+}  # logits held at once: the fewer slices, the fewer passes over weight's gradient
 
 
-def head_loss(x: Tensor, weight: Tensor, targets: Tensor, z_loss: float = 0.0) -> Tensor:
+def head_loss(
+    x: Tensor, weight: Tensor, targets: Tensor, z_loss: float = 0.0, multiplied: Tensor | None = None
+) -> Tensor:
     """Sum of the cross entropies of softmax(x weight^T), in nats, float32 (float64 for float64 inputs).
 
-    x [...,C], weight [V,C], targets [...] int64 with -100 = not trained. Rows without a target cost nothing.
+    x [...,C], weight [V,C], targets [...] int64 with -100 = not trained. On a CPU rows without a target cost nothing;
+    which they are a GPU would have to be waited for, so there they cost as much as the others.
     z_loss adds z_loss * max(logits) to the gradient at each row's largest logit, which keeps logits from
     drifting; it scales with the incoming gradient and does not change the returned value.
+    multiplied: weight in the dtype of matrix products, where the caller has it already.
     """
+    x, targets = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
+    if not _on_gpu(x):
+        x, targets = _trained(x, targets)
     if not torch.is_grad_enabled():
-        return token_nll(x, weight, targets).sum(dtype=torch.float64).to(_wide(x))
-    x, targets = _trained(x, targets)
-    return _HeadLoss.apply(x, weight, targets, z_loss)
+        return _nll(x, weight if multiplied is None else multiplied, targets).sum(dtype=torch.float64).to(wide_dtype(x))
+    return _HeadLoss.apply(x, weight, targets, z_loss, multiplied)
 
 
 @torch.no_grad()
 def token_nll(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Cross entropy of each trained token, in nats: a vector over the targets that are not -100, in order."""
-    x, targets = _trained(x, targets)
-    return torch.cat([cross_entropy_(F.linear(xs, weight), ts) for xs, ts in _slices(x, targets, weight)])
+    """Cross entropy of each trained token, in nats: a vector over the targets that are not -100, in order.
+
+    How long it is has to be waited for on a GPU.
+    """
+    x, targets = _trained(x.reshape(-1, x.shape[-1]), targets.reshape(-1))
+    return _nll(x, weight, targets)
+
+
+def _on_gpu(x: Tensor) -> bool:
+    return x.is_cuda
 
 
 def _trained(x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    x, targets = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
     keep = targets != IGNORE_INDEX
     return (x, targets) if bool(keep.all()) else (x[keep], targets[keep])
 
 
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+def _nll(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    return torch.cat([cross_entropy_(F.linear(xs, weight), ts) for xs, ts in _slices(x, targets, weight)])
 
 
 def _slices(x: Tensor, targets: Tensor, weight: Tensor):
-    rows = max(1, SLICE // weight.shape[0])
+    rows = max(1, SLICE["cuda" if _on_gpu(x) else "cpu"] // weight.shape[0])
     return zip(x.split(rows), targets.split(rows), strict=True)  # one empty pair where there is nothing
 
 
@@ -48,10 +63,10 @@ class _HeadLoss(torch.autograd.Function):
     """Gradients are made in the forward, where the logits are at hand, and scaled in the backward."""
 
     @staticmethod
-    def forward(ctx, x, weight, targets, z_loss):
+    def forward(ctx, x, weight, targets, z_loss, multiplied):
         total = torch.zeros((), dtype=torch.float64, device=x.device)
         dtype = products_dtype(x)
-        w, dx, dw = weight.to(dtype), [], None
+        w, dx, dw = weight.to(dtype) if multiplied is None else multiplied, [], None
         with torch.autocast(x.device.type, enabled=False):
             for xs, ts in _slices(x.to(dtype), targets, weight):
                 logits = F.linear(xs, w)
@@ -59,14 +74,28 @@ class _HeadLoss(torch.autograd.Function):
                 if ctx.needs_input_grad[0]:
                     dx.append(logits @ w)
                 if ctx.needs_input_grad[1]:
-                    part = logits.t() @ xs
-                    dw = part if dw is None else dw.to(_wide(x)).add_(part)
+                    dw = _plus_product(dw, logits.t(), xs)
         dx = torch.cat(dx).to(x.dtype) if dx else None
         ctx.save_for_backward(dx, None if dw is None else dw.to(weight.dtype))
-        return total.to(_wide(x))
+        return total.to(wide_dtype(x))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
         dx, dw = (None if part is None else part * g.to(part.dtype) for part in ctx.saved_tensors)
-        return dx, dw, None, None
+        return dx, dw, None, None, None
+
+
+def _plus_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    """total + a b, in total's place; a sum of several products is float32 at least. total None: nothing yet.
+
+    Where the product can add to what is there, it is read and written once; a CPU makes 16-bit products by themselves.
+    """
+    wide = wide_dtype(a)
+    if _on_gpu(a):
+        if total is None:
+            return torch.mm(a, b, out_dtype=wide)
+        return torch.addmm(total, a, b, out_dtype=wide, out=total)
+    if total is None:
+        return a @ b
+    return total.addmm_(a, b) if a.dtype == wide else total.to(wide).add_(a @ b)

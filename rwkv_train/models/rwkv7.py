@@ -134,6 +134,7 @@ class RWKV7(RWKV):
 
     name = "RWKV-7"
     adam_eps = 1e-18
+    not_multiplied = (*RWKV.not_multiplied, "r_k")
 
     def __init__(self, config: RWKV7Config):
         super().__init__(config, ((TimeMix(config, i == 0), ChannelMix(config)) for i in range(config.n_layer)))

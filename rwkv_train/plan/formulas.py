@@ -12,7 +12,7 @@ from rwkv_train.plan.sizes import Sizes
 
 PROCESS = {"cpu": 0.425e9, "cuda": 0.5e9}  # Python with torch and Lightning, measured; CUDA's context, assumed
 OVERHEAD = {"cpu": {"fp32": 1.15, "bf16": 1.4}, "cuda": {"fp32": 1.5, "bf16": 1.5}}  # a step over its matrix products
-SLICE = 1 << 25  # logits held at once, as in loss.py
+SLICE = {"cpu": 1 << 25, "cuda": 1 << 28}  # logits held at once, as in loss.py
 BUCKET = 200_000_000  # gradients that DeepSpeed sends together, by Lightning's setting
 LIVE = 1_000_000_000  # parameters that ZeRO-3 keeps gathered at most
 
@@ -40,12 +40,13 @@ class Step:
     def weights(self) -> float:
         """wP. FSDP has 1/N of it, and gathered: embedding and head, and of the blocks the one at work, the next, and
         the buffer that one arrives in; with a horizon of several chunks all of it (measured). ZeRO-3 has 1/N and up to
-        a billion gathered."""
+        a billion gathered. The sweep keeps what it has cast, 2 bytes for each number that products read."""
         p = self.sizes.parameters
         if self.fsdp and self.ranks > 1:
             whole = 2 * self.sizes.table + 3 * self.sizes.block
             return 4 * (p / self.ranks + (p if self.config.data.horizon > 1 else min(p, whole)))
-        return self.w * (p / self.ranks + min(p, LIVE) if self.zero == 3 else p)
+        cast = 2 * (self.sizes.products + self.sizes.table) if self.autocast and self.sweep else 0
+        return self.w * (p / self.ranks + min(p, LIVE) if self.zero == 3 else p) + cast
 
     def optimizer(self) -> float:
         """AdamW's two means, 8P; DeepSpeed has float32 masters besides, 12P, in 1/N, or on the host."""
@@ -83,7 +84,7 @@ class Step:
         r: the block's input and middle and two layer norms: 4 nC, in torch also two token shifts. m: the mixed inputs;
         k of the channel mix and relu(k)^2: 2 nF (in torch relu(k) instead of k). What the generation's time mix does.
         Dropout: 2 nC masks, of m bytes, on a GPU of 1. CUDA's autocast squares in float32: 4 nF more.
-        Under autocast also each matrix in bfloat16.
+        Under autocast also each matrix in bfloat16, but for the sweep, which has them all.
         """
         s, n = self.sizes, self.n
         kept = self.r * (4 if self.kernel else 6) * n * s.n_embd + self.m * n * (s.mixed * s.n_embd + 2 * s.n_ffn)
@@ -93,17 +94,17 @@ class Step:
         return kept + self.casts()
 
     def casts(self) -> float:
-        return 2 * self.sizes.matrices if self.autocast else 0
+        return 2 * self.sizes.matrices if self.autocast and not self.sweep else 0
 
     def activations(self) -> tuple[float, float]:
         """Of one chunk, at the end of its forward and in the backward of its last block.
 
         r nC of the embedding, and what the blocks keep. With checkpoint_blocks their inputs, L r nC, and in the
-        backward one block. The sweep's autocast caches casts to the forward's end: with checkpoint_blocks all blocks'.
+        backward one block.
         """
         x, count = self.r * self.n * self.sizes.n_embd, self.sizes.n_layer
         if self.config.checkpoint_blocks:
-            return count * (x + self.casts() * self.sweep), count * x + self.block_saved()
+            return count * x, count * x + self.block_saved()
         return (x + count * self.block_saved(),) * 2
 
     def workspace(self) -> float:
@@ -128,19 +129,21 @@ class Step:
         """The head's loss, at the fullest of three moments; a slice has E logits, in m, a share of dW is mVC.
 
         Cross entropy: the kernel puts the gradient in the place of the logits, and one slice before is still there;
-        torch needs 4E besides, without autocast, otherwise 8E. Products: logits, shares of dW; several shares are
-        summed in float32. With both of these, under autocast, W in bfloat16. Backward: dW, and once more scaled.
+        torch needs 4E besides, without autocast, otherwise 8E. Products: logits, and dW, which in float32 and on CUDA
+        each slice's product adds to; a CPU sums shares of 16 bits in float32. With both of these, under autocast, W in
+        bfloat16, if not the sweep has it. Backward: dW, and once more scaled.
         Besides 4 r nC: the last block's output, its norm, and the gradient of that, twice.
         """
-        s, m, rows = self.sizes, self.m, max(1, SLICE // self.sizes.vocab_size)
-        e, share, slices = min(self.n, rows) * s.vocab_size, m * s.table, -(-self.n // rows)
+        s, m, rows = self.sizes, self.m, max(1, SLICE[self.device] // self.sizes.vocab_size)
+        e, wide, slices = min(self.n, rows) * s.vocab_size, 4 * s.table, -(-self.n // rows)
         inside = m * min(self.n, 2 * rows) * s.vocab_size if self.kernel else (8 if m == 4 else 10) * e
-        before = (slices > 1) * share + (slices > 2) * 4 * s.table
-        if slices == 1:
-            sums = share + (4 * s.table if self.autocast else 0)
+        if m == 4 or self.device == "cuda":
+            before, sums = (slices > 1) * wide, wide + 2 * s.table * (self.w == 2)
         else:
-            sums = 4 * s.table + share * (1 if m == 4 and slices == 2 else 2)
-        forward = max(inside + before, m * e + sums) + (2 * s.table if self.autocast else 0)
+            share = m * s.table
+            before = (0, share, wide)[min(slices, 3) - 1]
+            sums = wide + 2 * share if slices > 1 else share + wide * self.autocast
+        forward = max(inside + before, m * e + sums) + 2 * s.table * (self.autocast and not self.sweep)
         return max(forward, 2 * self.w * s.table) + 4 * self.r * self.n * s.n_embd
 
     def heap(self, temporary: float) -> float:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import assert_close_rel
+from helpers import assert_close_rel, head_as_on_a_gpu
 from torch.nn import functional as F
 
 from rwkv_train.models import loss as loss_module
@@ -26,10 +26,14 @@ def plain(x, weight, targets, z_loss=0.0):
     return ce + 0.5 * z_loss * (top**2 - (top**2).detach()).sum()
 
 
+@pytest.mark.parametrize("rows", ["dropped", "zero"])
 @pytest.mark.parametrize("slice_size", [1, 40, 1 << 23])
 @pytest.mark.parametrize("z_loss", [0.0, 0.1])
-def test_equals_plain_cross_entropy(monkeypatch, slice_size, z_loss):
-    monkeypatch.setattr(loss_module, "SLICE", slice_size)
+def test_equals_plain_cross_entropy(monkeypatch, slice_size, z_loss, rows):
+    """rows without a target: dropped, as on a CPU, or kept with a loss and a gradient of zero, as on a GPU."""
+    if rows == "zero":
+        head_as_on_a_gpu(monkeypatch)
+    monkeypatch.setattr(loss_module, "SLICE", {"cpu": slice_size, "cuda": slice_size})
     x, weight, targets = inputs()
     scale = 0.37  # an incoming gradient that is not 1, as under accumulation or loss scaling
     ours = head_loss(x, weight, targets, z_loss)
@@ -38,10 +42,15 @@ def test_equals_plain_cross_entropy(monkeypatch, slice_size, z_loss):
     got = torch.autograd.grad(ours * scale, (x, weight))
     for a, b, name in zip(got, torch.autograd.grad(theirs * scale, (x, weight)), ("x", "weight"), strict=True):
         assert_close_rel(a, b, 1e-12, name)
+    with torch.no_grad():
+        assert_close_rel(head_loss(x, weight, targets, z_loss), theirs, 1e-12, "loss without a gradient")
     assert_close_rel(token_nll(x, weight, targets).sum(), theirs, 1e-12, "token_nll")
 
 
-def test_nothing_trained_is_a_zero_on_the_graph():
+@pytest.mark.parametrize("rows", ["dropped", "zero"])
+def test_nothing_trained_is_a_zero_on_the_graph(monkeypatch, rows):
+    if rows == "zero":
+        head_as_on_a_gpu(monkeypatch)
     x, weight, targets = inputs()
     loss = head_loss(x, weight, torch.full_like(targets, -100))
     assert loss.item() == 0 and loss.requires_grad
@@ -54,3 +63,20 @@ def test_frozen_head_still_gives_the_input_its_gradient():
     head_loss(x, weight.detach(), targets).backward()
     want = torch.autograd.grad(plain(x, weight, targets), x)[0]
     assert_close_rel(x.grad, want, 1e-12)
+
+
+@pytest.mark.parametrize("rows", ["dropped", "zero"])
+def test_the_weights_gradient_of_many_slices_adds_up_in_32_bits(monkeypatch, rows):
+    """Of 16-bit products; one slice of 40 logits is three rows."""
+    if rows == "zero":
+        head_as_on_a_gpu(monkeypatch)
+    x, weight, targets = inputs()
+    x, weight = (t.detach().bfloat16().float().requires_grad_() for t in (x, weight))
+    found = []
+    for size in (40, 1 << 20):
+        monkeypatch.setattr(loss_module, "SLICE", {"cpu": size, "cuda": size})
+        with torch.autocast("cpu", torch.bfloat16):
+            (gradient,) = torch.autograd.grad(head_loss(x, weight, targets), weight)
+        found.append(gradient)
+    assert found[0].dtype == torch.float32
+    assert_close_rel(found[0], found[1], 1e-6 if rows == "zero" else 5e-3)  # a CPU rounds each slice's to 16 bits

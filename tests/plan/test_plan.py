@@ -113,7 +113,7 @@ def test_what_a_step_holds_is_what_the_formulas_say(
 ):
     monkeypatch.setattr(build_cpu, "available", lambda: kernel)
     for module in (plan, loss):
-        monkeypatch.setattr(module, "SLICE", 1 << 19)
+        monkeypatch.setitem(module.SLICE, "cpu", 1 << 19)
     for name, (n_embd, n_layer, vocab_size, lanes, chunk_len, n_att, n_ffn, head_size) in SIZES.items():
         more = {"n_ffn": n_ffn, "dropout": 0.1 * (horizon == 1)}
         model = model_of(generation, n_embd, n_layer, vocab_size, n_att, head_size, **more)
