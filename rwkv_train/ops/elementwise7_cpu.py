@@ -131,7 +131,8 @@ class _HeadOutput(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, gout):
-        sequences, parameters = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
+        saved = ctx.saved_tensors  # asked for once: a checkpointed block gives them no second time
+        sequences, parameters = saved[:5], saved[5:]
         gradients, sums = [torch.empty_like(x) for x in sequences], _sums(3, gout)
         inputs = *sequences, *_flat(parameters, gout)
         _run("head_output_back", len(parameters[0]), *inputs, None, gout.contiguous(), *gradients, sums)
