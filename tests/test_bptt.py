@@ -187,7 +187,7 @@ def test_a_step_on_a_gpu_never_waits_for_it(monkeypatch, generation, precision):
 
     def step():
         with Operations(see), torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
-            loss, n, end = chunked_loss(model, tokens, targets, state, reset, 8, z_loss=1e-4)
+            loss, n, _ = chunked_loss(model, tokens, targets, state, reset, 8, z_loss=1e-4)
             (loss / n).backward()
 
     step()

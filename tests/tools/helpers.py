@@ -68,7 +68,7 @@ def assert_close_rel(a: Tensor, b: Tensor, tol: float, name: str = "tensor") -> 
 
 
 def head_as_on_a_gpu(patch: pytest.MonkeyPatch) -> None:
-    """The head's loss goes the way of CUDA tensors; products of 16 bits into 32, which a CPU has not, are done in 32."""
+    """The head's loss goes the way of CUDA tensors; products of 16 bits into 32, which no CPU has, are done in 32."""
 
     def mm(a, b, *, out_dtype):
         return a.to(out_dtype) @ b.to(out_dtype)
