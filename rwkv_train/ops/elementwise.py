@@ -1,7 +1,7 @@
 """What lies between the matrix products of a block, and behind those of the head: one operation each.
 
 Each is written once in torch, which is the specification and runs anywhere, and once for each kind of device, where
-every number is read and written once: elementwise_cpu.py. Those run where they can be built.
+every number is read and written once: elementwise_cpu.py and elementwise_cuda.py. Those run where they can be built.
 What only RWKV-7 has is in elementwise7.py.
 """
 
@@ -10,7 +10,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from rwkv_train.ops import build_cpu, elementwise_cpu
+from rwkv_train.ops import build_cpu, build_cuda, elementwise_cpu, elementwise_cuda
 
 IGNORE_INDEX = -100  # a target that is not trained
 
@@ -24,19 +24,22 @@ def token_shift_mix(x: Tensor, last: Tensor, reset: Tensor | None, *mixes: Tenso
     are before its first token; mixes: C numbers each, of any shape. Returns all y_i [B,T,C], in the dtype of x or,
     under autocast, that of matrix products; and the last token [B,C] in last's dtype.
     """
-    mixes = [m.reshape(-1).to(x.dtype) for m in mixes]
-    if (kernels := _kernels_for(x)) and x.dtype != torch.bfloat16 and products_dtype(x) in build_cpu.NAMES:
-        *ys, end = kernels.token_shift_mix(x, last.to(x.dtype), reset, products_dtype(x), *mixes)
+    mixes, dtype = [m.reshape(-1).to(x.dtype) for m in mixes], products_dtype(x)
+    if (kernels := _kernels_for(x)) and (x.dtype, dtype) in kernels.MIXES:
+        *ys, end = kernels.token_shift_mix(x, last.to(x.dtype), reset, dtype, *mixes)
         return *ys, end.to(last.dtype)
     before = torch.cat([last.to(x.dtype).unsqueeze(1), x[:, :-1]], 1)
     if reset is not None:
         before = before.masked_fill(reset.unsqueeze(-1), 0)
-    return *(torch.lerp(before, x, m).to(products_dtype(x)) for m in mixes), x[:, -1].to(last.dtype)
+    return *(torch.lerp(before, x, m).to(dtype) for m in mixes), x[:, -1].to(last.dtype)
 
 
 def squared_relu(x: Tensor) -> Tensor:
     """relu(x)^2, number by number."""
-    return kernels.squared_relu(x) if (kernels := _kernels_for(x)) else torch.relu(x).square()
+    if kernels := _kernels_for(x):
+        return kernels.squared_relu(x)
+    x = torch.relu(x)
+    return x * x  # autocast would have a square in float32
 
 
 def gate(r: Tensor, y: Tensor) -> Tensor:
@@ -68,11 +71,16 @@ def cross_entropy_(logits: Tensor, targets: Tensor, z_loss: float = 0.0) -> Tens
 
 
 def _kernels_for(x: Tensor) -> ModuleType | None:
-    return kernels_for(x, elementwise_cpu)
+    return kernels_for(x, "elementwise", elementwise_cpu, elementwise_cuda)
 
 
-def kernels_for(x: Tensor, cpu: ModuleType) -> ModuleType | None:
-    """The module with the kernels for a tensor's device and dtype; None where torch does the work."""
+def kernels_for(x: Tensor, operator: str, cpu: ModuleType, cuda: ModuleType | None) -> ModuleType | None:
+    """The module with the kernels for a tensor's device and dtype; None where torch does the work.
+
+    operator: as `build_cuda.VARIANTS` knows it.
+    """
+    if x.device.type == "cuda":
+        return cuda if x.dtype in build_cuda.TYPES and build_cuda.available(operator, x.device, x.dtype) else None
     return cpu if x.device.type == "cpu" and x.dtype in build_cpu.NAMES and build_cpu.available() else None
 
 

@@ -71,8 +71,9 @@ def head_output(
 
 
 def _kernels_for(*sequences: Tensor) -> ModuleType | None:
-    same = all(x.dtype == sequences[0].dtype for x in sequences)
-    return kernels_for(sequences[0], elementwise7_cpu) if same else None
+    x = sequences[0]
+    served = x.device.type == "cpu" and all(other.dtype == x.dtype for other in sequences)
+    return kernels_for(x, "elementwise7", elementwise7_cpu, None) if served else None
 
 
 def _wide(*sequences: Tensor) -> list[Tensor]:

@@ -9,6 +9,7 @@ from torch.autograd.function import once_differentiable
 from rwkv_train.ops import build_cpu
 
 MOST, TOKENS = 8, 64  # mixes of one call, tokens of a job: as in elementwise_cpu.cpp
+MIXES = {(torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.float64, torch.float64)}  # of x, to y
 
 
 class _Mix(ctypes.Structure):  # this and the next as in elementwise_cpu.cpp

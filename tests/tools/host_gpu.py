@@ -8,13 +8,14 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 
-from rwkv_train.ops import build_cuda, wkv4_cuda, wkv7_cuda
+from rwkv_train.ops import build_cuda, elementwise_cuda, wkv4_cuda, wkv7_cuda
 
 HOST = Path(__file__).with_name("wkv_host.h")
 has_cuda_core = find_spec("cuda") is not None and find_spec("cuda.core") is not None
@@ -26,12 +27,14 @@ _cpu = torch.library.Library("rwkv_train", "IMPL")
 for _name, _module in (("wkv4", wkv4_cuda), ("wkv7", wkv7_cuda)):
     _cpu.impl(_name, _module._forward, "CPU")
     _cpu.impl(f"{_name}_backward", _module._backward, "CPU")
+for _name, _run in elementwise_cuda.IMPLEMENTATIONS.items():
+    _cpu.impl(_name, _run, "CPU")
 
 
 @functools.cache
 def library(folder: Path, variant) -> ctypes.CDLL:
     """Built once in a folder; another process may build the same beside this one."""
-    built = folder / f"{'-'.join(map(str, variant))}.so"
+    built = folder / f"{'-'.join(map(str, (variant.source.stem, *variant)))}.so"
     if built.exists():
         return ctypes.CDLL(str(built))
     source, mine = (built.with_suffix(f".{os.getpid()}{suffix}") for suffix in (".cpp", ".so"))
@@ -58,6 +61,19 @@ def launcher(folder: Path, how: dict):
         how["launched"].append(name)
 
     return launch
+
+
+@contextmanager
+def cuda_autocast(dtype: torch.dtype = torch.bfloat16):
+    """torch.autocast("cuda"), which torch switches off where no GPU is, for tensors that are fake."""
+    before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    try:
+        torch.set_autocast_enabled("cuda", True)
+        torch.set_autocast_dtype("cuda", dtype)
+        yield
+    finally:
+        torch.set_autocast_enabled("cuda", before[0])
+        torch.set_autocast_dtype("cuda", before[1])
 
 
 def check_compiles(variant, arch: str) -> None:
