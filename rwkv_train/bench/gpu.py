@@ -134,6 +134,8 @@ def training(config: GpuBench, device: str, results: Mapping) -> tuple[Rows, Row
     for name, lanes in map(_with_lanes, config.models):
         settings = TrainBench(precisions=["bf16"], lanes=lanes, repeats=config.repeats, budget=5.0, device=device)
         model = random_model(size_of(name), device=device)
+        kind = {"generation": type(model).__name__.replace("RWKV", "RWKV-"), "precision": "bf16"}
+        kind["channels"] = model.config.n_embd  # `plan` finds a step by these
         checked = check_step(model, None, settings)
         good &= checked[STEP].good
         free(device)
@@ -153,7 +155,8 @@ def training(config: GpuBench, device: str, results: Mapping) -> tuple[Rows, Row
             wkv = model.config.n_layer * sum(timed[f"WKV {k} bf16"].median for k in ("forward", "backward"))
             row = {"step": what, "error": checked[STEP], "tokens/s": timed[STEP].rate(lanes * tokens)}
             row |= {"a step": timed[STEP].shown(), "matrix products": timed["products bf16"].shown()}
-            rows.append(row | {"over them": ratio, "WKV's share": wkv / timed[STEP].median})
+            row |= {"over them": ratio, "WKV's share": wkv / timed[STEP].median}
+            rows.append(row | kind | {"tokens": lanes * tokens})
             short.append({"what": what, "found": f"{row['tokens/s']} tokens/s, {ratio:.2f} x its matrix products"})
         del model
     return rows, short, good

@@ -1,11 +1,11 @@
 """`train.py plan`: settings and a machine -> will it fit, how long will it take, and what to change."""
 
 import os
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rwkv_train.config import FitConfig, ModelConfig
+from rwkv_train.plan.card import SPEED, Card, find_card, measure_speed
 from rwkv_train.plan.formulas import memory, seconds
 from rwkv_train.plan.settings import PlanConfig
 from rwkv_train.plan.sizes import RWKV4Sizes, RWKV7Sizes, Sizes
@@ -18,7 +18,7 @@ SHARED = ["ddp", "deepspeed_stage_2", "deepspeed_stage_3", "fsdp"]  # the column
 @dataclass(frozen=True)
 class Machine:
     """One device of those that would train, and the model's sizes. memory in bytes, speed in operations/s, link in B/s;
-    None where nobody knows."""
+    None where nobody knows. card: of a GPU."""
 
     sizes: Sizes
     device: str
@@ -26,6 +26,7 @@ class Machine:
     memory: float | None
     speed: float | None
     link: float
+    card: Card | None = None
 
     def needs(self, config: FitConfig) -> float:
         return sum(memory(config, self.sizes, self.device, self.kernel).values())
@@ -34,8 +35,8 @@ class Machine:
         return self.memory is not None and self.needs(config) <= self.memory
 
     def step_time(self, config: FitConfig) -> float:
-        """Seconds; of matrix products at 1 TFLOP/s where the speed is not known, to compare with."""
-        return sum(seconds(config, self.sizes, self.device, self.speed or 1e12, self.link))
+        """Seconds; with an H100's speed where it is not known, to compare with."""
+        return sum(seconds(config, self.sizes, self.card, self.speed or SPEED, self.link))
 
 
 def plan(config: PlanConfig, gpus: list[int] | None = None) -> None:
@@ -93,13 +94,22 @@ def _time(config: FitConfig, machine: Machine, tokens: int) -> str:
     line = f"{steps:,} steps of {read:,} tokens: {steps * read:,} tokens"
     if machine.speed is None:
         return f"{line}. Give --speed, the TFLOP/s of one device, for an estimate of the time."
-    work, wires = seconds(config, machine.sizes, machine.device, machine.speed, machine.link)
+    products, rest, wires = seconds(config, machine.sizes, machine.card, machine.speed, machine.link)
+    work = products + rest
     exchange = f" and {wires:.2f} s of exchange at {machine.link / 1e9:g} GB/s" if wires else ""
     rate = read / (work + wires)
     return (
         f"{line} in about {_span(steps * (work + wires))} ({rate:,.0f} tokens/s).\n"
         f"A step: {work:.3g} s of work at {machine.speed / 1e12:.3g} TFLOP/s a device{exchange}."
+        + (f"\n{_source(machine.card, work / products)}" if machine.card else "")
     )
+
+
+def _source(card: Card, over: float | None = None) -> str:
+    """Where a GPU's times are from."""
+    times = f"{over:.2f} x its matrix products" if over else "Times of a step"
+    bandwidth = "" if card.over else f", with {card.bandwidth / 1e12:.3g} TB/s"
+    return f"{times}{bandwidth}: {card.source}."
 
 
 def _advise(config: PlanConfig, machine: Machine) -> None:
@@ -192,6 +202,8 @@ def _table(config: PlanConfig, machine: Machine, gpus: list[int], tokens: int) -
     memory = f"{machine.memory / GB:g} GB" if machine.memory else "(--memory)"
     speed = f"{machine.speed / 1e12:g} TFLOP/s" if machine.speed else "(--speed)"
     print(f"A GPU with {memory}, {speed} in matrix products, {machine.link / 1e9:g} GB/s to the others.")
+    if machine.speed:
+        print(_source(machine.card))
 
 
 def _text(config: PlanConfig) -> tuple[int, int | None]:
@@ -216,13 +228,16 @@ def _machine(config: PlanConfig, vocab_size: int | None, device: str) -> Machine
     sizes = _sizes(config.model, vocab_size)
     here = device == "cpu" or (not (config.memory and config.speed) and _gpu())
     memory = config.memory * GB if config.memory else _memory(device, config.train.devices) if here else None
-    speed = config.speed * 1e12 if config.speed else _measure(config, sizes, device) if here else None
-    kernel = False
+    speed = config.speed * 1e12 if config.speed else measure_speed(config, sizes, device) if here else None
+    kernel, card = False, None
     if device == "cpu":
         from rwkv_train.ops import build_cpu
 
         kernel = build_cpu.available()
-    return Machine(sizes, device, kernel, memory, speed, config.link * 1e9)
+    else:
+        card = find_card(config, sizes, here)
+        speed = speed or card.speed
+    return Machine(sizes, device, kernel, memory, speed, config.link * 1e9, card)
 
 
 def _sizes(model: ModelConfig, vocab_size: int | None) -> Sizes:
@@ -268,23 +283,6 @@ def _memory(device: str, devices: int) -> float:
 
         return torch.cuda.get_device_properties(0).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / devices
-
-
-def _measure(config: PlanConfig, sizes: Sizes, device: str) -> float:
-    """Operations/s of the channel mix's matrix product, as this run would take it: the best of repeats in 0.5 s."""
-    import torch
-
-    rows = min(config.data.lanes // config.train.devices * config.data.chunk_len, 4096)
-    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-    x = torch.randn(rows, sizes.n_embd, device=device, dtype=dtype)
-    weight = torch.randn(sizes.n_ffn, sizes.n_embd, device=device, dtype=dtype)
-    best, until = float("inf"), time.perf_counter() + 0.5
-    while time.perf_counter() < until:
-        began = time.perf_counter()
-        y = torch.nn.functional.linear(x, weight)
-        float(y[0, 0])  # waits for a GPU
-        best = min(best, time.perf_counter() - began)
-    return 2 * rows * weight.numel() / best
 
 
 def _span(seconds: float) -> str:

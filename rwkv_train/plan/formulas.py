@@ -8,10 +8,12 @@ w of a weight (as r).
 """
 
 from rwkv_train.config import FitConfig
+from rwkv_train.plan.card import Card
 from rwkv_train.plan.sizes import Sizes
 
 PROCESS = {"cpu": 0.425e9, "cuda": 0.5e9}  # Python with torch and Lightning, measured; CUDA's context, assumed
-OVERHEAD = {"cpu": {"fp32": 1.15, "bf16": 1.4}, "cuda": {"fp32": 1.5, "bf16": 1.5}}  # a step over its matrix products
+OVERHEAD = {"fp32": 1.15, "bf16": 1.4}  # a step over its matrix products on a CPU, measured
+FORWARD = 1 / 3  # of what forward and backward move together
 SLICE = {"cpu": 1 << 25, "cuda": 1 << 28}  # logits held at once, as in loss.py
 BUCKET = 200_000_000  # gradients that DeepSpeed sends together, by Lightning's setting
 LIVE = 1_000_000_000  # parameters that ZeRO-3 keeps gathered at most
@@ -222,10 +224,29 @@ def exchanged(config: FitConfig, sizes: Sizes) -> float:
     return 8 * share
 
 
-def seconds(config: FitConfig, sizes: Sizes, device: str, speed: float, link: float) -> tuple[float, float]:
-    """(computing, exchanging) in an optimizer step; speed in operations and link in bytes a second, of one device."""
+def moved(config: FitConfig, sizes: Sizes) -> float:
+    """Bytes a trained token that a GPU copies in the time that a step takes besides its matrix products.
+
+    LC of the blocks and their WKV, forward once more with a horizon, with checkpoint_blocks; of the loss 3 m V, logits
+    read twice and replaced by their gradient. In fp32 twice as much as in bf16, at most. Not counted: casts of weights,
+    the optimizer, and small kernels' launches, which are longer than their bytes where a chunk has few tokens.
+    """
+    again = (config.data.horizon > 1) + config.checkpoint_blocks
+    m = 2 if config.train.precision == "bf16" else 4
+    blocks = sizes.n_layer * sizes.n_embd * (sizes.between + sizes.wkv) * m / 2
+    return blocks * (1 + FORWARD * again) + 3 * m * sizes.vocab_size
+
+
+def seconds(
+    config: FitConfig, sizes: Sizes, card: Card | None, speed: float, link: float
+) -> tuple[float, float, float]:
+    """(matrix products, whatever else computes, exchanging) in an optimizer step of one device.
+
+    card: None on a CPU. speed in operations and link in bytes a second.
+    """
     data, train = config.data, config.train
     tokens = data.lanes * data.chunk_len * data.horizon * train.accumulate / (train.devices * train.nodes)
-    return OVERHEAD[device][train.precision] * tokens * operations(config, sizes) / speed, exchanged(
-        config, sizes
-    ) / link
+    products = tokens * operations(config, sizes) / speed
+    over = card.over if card else OVERHEAD[train.precision]
+    rest = tokens * moved(config, sizes) / card.bandwidth if over is None else (over - 1) * products
+    return products, rest, exchanged(config, sizes) / link

@@ -18,11 +18,15 @@ class PlanConfig(FitConfig):
     speed: float | None = None
     """TFLOP/s that matrix products reach on one device; measured here in a second if not given"""
 
+    bandwidth: float | None = None
+    """TB/s that one GPU copies, read and written counted; if not given a step of a measured GPU is taken, where there
+    is one, or what is measured here in a second, or 3.0, an H100's"""
+
     link: float = 50.0
     """GB/s at which a device exchanges weights and gradients with the others"""
 
     def __post_init__(self):
-        for name in ("tokens", "memory", "speed", "link"):
+        for name in ("tokens", "memory", "speed", "bandwidth", "link"):
             if (value := getattr(self, name)) is not None and value <= 0:
                 raise ValueError(f"{name} must be above 0, found {value}")
         self.check_lanes()

@@ -1,5 +1,7 @@
 """Plans against what happens: tensors alive in a step, peaks of processes, steps of a run; and the command."""
 
+import json
+
 import pytest
 import torch
 from helpers import GENERATIONS, random_model, run
@@ -14,8 +16,10 @@ from rwkv_train.config import DataConfig, FitConfig, ModelConfig, OptimConfig, T
 from rwkv_train.models import loss
 from rwkv_train.models.fresh import fresh_sizes
 from rwkv_train.ops import build_cpu
+from rwkv_train.plan import card
 from rwkv_train.plan import command as planning
 from rwkv_train.plan import formulas as plan
+from rwkv_train.plan.settings import PlanConfig
 from rwkv_train.plan.sizes import Sizes
 from rwkv_train.train.fit import make_model
 from rwkv_train.train.optim import make_optimizer
@@ -219,6 +223,7 @@ def test_a_table_for_numbers_of_gpus(capsys):
     argv = [*SMALL, "--data.lanes=8", "--tokens=1e6", "--gpus", "2", "4"]
     code, out, _ = run("plan", *argv, "--speed=100", "--memory=80", capsys=capsys)
     assert code == 0 and "deepspeed_stage_3" in out and "    4           2" in out
+    assert "with 3 TB/s: estimated from counts, not measured on a card." in out
 
 
 @pytest.mark.parametrize(
@@ -233,3 +238,51 @@ def test_a_table_for_numbers_of_gpus(capsys):
 def test_mistakes_get_one_line(argv, message, capsys):
     code, _, err = run("plan", *SMALL, *argv, capsys=capsys)
     assert code == 1 and message in err and err.count("\n") == 1
+
+
+GPU = [*SMALL, "--tokens=1e6", "--train.device=cuda", "--train.precision=bf16", "--memory=80"]
+
+
+def report_of(rows: list[dict], gpu: str = "Card 1") -> str:
+    limits = [{"limit": "copy, bytes/s", "found": 2e12}, {"limit": "bf16 products, FLOP/s", "found": 5e14}]
+    found = {"sections": {"limits": limits, "training": rows}}
+    return json.dumps({"machine": {"gpu": gpu} if gpu else {}, "results": found})
+
+
+def test_a_measured_step_goes_before_counts(tmp_path, monkeypatch, capsys):
+    """The nearest of the same generation and precision; --bandwidth goes before both."""
+
+    def found(generation="rwkv4", precision="bf16", bandwidth=None):
+        model, train = model_of(generation, 64, 2, 100), TrainConfig(steps=1, precision=precision)
+        config = PlanConfig("run", model, DataConfig("store"), train, bandwidth=bandwidth)
+        return card.find_card(config, sizes_of(model), here=False)
+
+    file = tmp_path / "gpu.json"
+    monkeypatch.setattr(card, "MEASURED", file)
+    assert found() == card.Card()
+    step = {"generation": "RWKV-4", "precision": "bf16", "tokens": 4096, "step": "step a, 8 x 512"}
+    near, far = step | {"channels": 768, "over them": 2.5}, step | {"channels": 2048, "over them": 1.5}
+    file.write_text(report_of([{"step": "step b", "tokens/s": "out of memory"}, far, near]))
+    assert found() == card.Card(over=2.5, speed=5e14, source="measured on Card 1 (a, 8 x 512)")
+    for other, speed in ((found(precision="fp32"), None), (found("rwkv7"), 5e14)):
+        assert (other.bandwidth, other.over, other.speed) == (2e12, None, speed)
+        assert "estimated from counts and a copy's bandwidth on Card 1" in other.source
+    assert found(bandwidth=1) == card.Card(1e12, speed=5e14)
+    out = run("plan", *GPU, capsys=capsys)[1]
+    assert "at 500 TFLOP/s a device" in out and "2.50 x its matrix products: measured on Card 1 (a, 8 x 512)." in out
+    file.write_text(report_of([near], gpu=""))  # a rehearsal on a CPU
+    assert found() == card.Card()
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_bytes_of_a_step_follow_its_settings(generation):
+    def moved(**train):
+        model = model_of(generation, 64, 2, 100, head_size=16)
+        data = DataConfig("store", horizon=train.pop("horizon", 1))
+        config = FitConfig("run", model, data, TrainConfig(steps=1, **train))
+        return plan.moved(config, sizes_of(model))
+
+    s = sizes_of(model_of(generation, 64, 2, 100, head_size=16))
+    assert moved(precision="bf16") == 2 * 64 * (s.between + s.wkv) + 6 * 100
+    assert moved() == 2 * moved(precision="bf16")
+    assert moved() < moved(checkpoint_blocks=True) == moved(horizon=2) < moved(checkpoint_blocks=True, horizon=2)
