@@ -77,7 +77,9 @@ COMMANDS = {  # most are one word, the benchmarks two
         "rwkv_train.commands:validate",
     ),
     "generate": Command(
-        "write a continuation of a prompt", "rwkv_train.command_config:GenerateConfig", "rwkv_train.commands:generate"
+        "write a continuation of one prompt or of many",
+        "rwkv_train.command_config:GenerateConfig",
+        "rwkv_train.commands:generate",
     ),
     "report": Command(
         "write a run's curves, samples and settings as one HTML page",

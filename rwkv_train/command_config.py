@@ -38,13 +38,19 @@ class ValidateConfig:
 
 @dataclass
 class GenerateConfig:
-    """Write a continuation of a prompt."""
+    """Write a continuation of a prompt, or of many side by side."""
 
     model: str
     """checkpoint or runs/NAME"""
 
     prompt: str = ""
     """text to continue; \\n in it is a line break, \\\\ a backslash; an empty one starts a new document"""
+
+    prompts: str | None = None
+    """file with a prompt in each line, as above, in place of prompt; blank lines are left out"""
+
+    lanes: int = 16
+    """prompts of the file that are continued side by side"""
 
     tokenizer: str | None = None
     """world, bytes or a tokenizer JSON; known for runs/NAME and for models with the World vocabulary"""
@@ -62,7 +68,7 @@ class GenerateConfig:
     """sample from this many of the likeliest tokens; 0 is all"""
 
     seed: int = 0
-    """the same seed writes the same text"""
+    """the same seed writes the same text; each further prompt of a file has the next seed"""
 
     device: str = "cpu"
     """cpu, cuda or cuda:N"""

@@ -17,8 +17,8 @@ from rwkv_train.data.lanes import LaneBatches, split, trained_tokens
 from rwkv_train.data.store import Store
 from rwkv_train.data.text_format import TextFormat, compare, compare_templates
 from rwkv_train.evaluate import Score, Scorer, byte_lengths, position_table
-from rwkv_train.files import unescaped
-from rwkv_train.generate import Sampling, generate_text
+from rwkv_train.files import read_lines, unescaped
+from rwkv_train.generate import Sampling, generate_text, generate_texts
 from rwkv_train.models.finite import broken_weight, finite
 from rwkv_train.models.loss import IGNORE_INDEX
 from rwkv_train.run_config import found_paths, run_settings
@@ -101,18 +101,49 @@ def _figures(score: Score) -> dict:
 
 
 def generate(config: GenerateConfig) -> None:
-    """Print a prompt and its continuation as it is written."""
+    """Print a prompt and its continuation as it is written, or those of a file, in its order."""
     sampling = Sampling(config.temperature, config.top_p, config.top_k)
     if config.tokens < 1:
         raise ValueError(f"--tokens must be at least 1, found {config.tokens}")
+    prompts = _prompts(config)
     dtype = DTYPES[config.dtype] if config.dtype else None
     model, tokenizer, _ = open_model(config.model, config.tokenizer, None, dtype, config.device, for_chats=False)
-    prompt = unescaped(config.prompt)
-    sys.stdout.write(prompt)
-    for piece in generate_text(model, tokenizer, prompt, sampling, config.tokens, config.seed):
+    if config.prompts:
+        _generate_side_by_side(config, model, tokenizer, prompts, sampling)
+        return
+    sys.stdout.write(prompts[0])
+    for piece in generate_text(model, tokenizer, prompts[0], sampling, config.tokens, config.seed):
         sys.stdout.write(piece)
         sys.stdout.flush()
     print()
+
+
+def _prompts(config: GenerateConfig) -> list[str]:
+    if config.lanes < 1:
+        raise ValueError(f"--lanes must be at least 1, found {config.lanes}")
+    if not config.prompts:
+        return [unescaped(config.prompt)]
+    if config.prompt:
+        raise ValueError("--prompt and --prompts both say what to continue; give one of them")
+    prompts = [unescaped(line) for _, line in read_lines(config.prompts)]
+    if not prompts:
+        raise ValueError(f"{config.prompts} has no prompt in it; write one in each line")
+    return prompts
+
+
+def _generate_side_by_side(config: GenerateConfig, model, tokenizer: Tokenizer, prompts: list[str], sampling) -> None:
+    """Print each text once it and those before it have ended, a blank line between two."""
+    texts, ended, shown = list(prompts), set(), 0
+    pieces = generate_texts(model, tokenizer, prompts, sampling, config.tokens, config.seed, config.lanes)
+    with tqdm(total=len(prompts), desc="generate", unit="text", leave=False, disable=None) as bar:
+        for number, piece in pieces:
+            texts[number] += piece or ""
+            if piece is None:
+                ended.add(number)
+                bar.update()
+            while shown in ended:
+                tqdm.write("\n" * (shown > 0) + texts[shown], file=sys.stdout)
+                shown += 1
 
 
 def inspect(config: InspectConfig) -> None:

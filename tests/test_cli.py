@@ -109,6 +109,26 @@ def test_generate_is_repeatable(model, capsys):
     assert run(*typed, capsys=capsys)[1].startswith("C:\\new \\frac\n.")
 
 
+def test_generate_continues_the_prompts_of_a_file(model, tmp_path, capsys):
+    argv = ["generate", "--model", model, "--tokenizer=bytes", "--tokens=9"]
+    (tmp_path / "prompts.txt").write_text("one\\n1\n\ntwo\nthree", encoding="utf-8")
+    code, out, err = run(*argv, "--prompts=prompts.txt", "--seed=4", "--lanes=2", capsys=capsys)
+    alone = [
+        run(*argv, f"--prompt={p}", f"--seed={4 + i}", capsys=capsys)[1]
+        for i, p in enumerate(("one\\n1", "two", "three"))
+    ]
+    assert (code, err) == (0, "") and out == "\n".join(alone)
+    for flags, said in (
+        (["--prompts=prompts.txt", "--prompt=x"], "--prompt and --prompts"),
+        (["--prompts=prompts.txt", "--lanes=0"], "--lanes"),
+        (["--prompts=none.txt"], "none.txt"),
+        (["--prompts=empty.txt"], "empty.txt has no prompt"),
+    ):
+        (tmp_path / "empty.txt").write_text("\n \n")
+        code, out, err = run(*argv, *flags, capsys=capsys)
+        assert code == 1 and said in err and err.count("\n") == 1 and not out
+
+
 @pytest.mark.parametrize("out", ["o.pth", "o.safetensors", "folder/"])
 def test_export_and_back(model, out, capsys):
     code, text, _ = run("export", "--model", model, "--out", out, "--dtype=bf16", capsys=capsys)

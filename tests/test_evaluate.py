@@ -10,8 +10,6 @@ from runs import store_of
 
 from rwkv_train.data.lanes import LaneBatches, split
 from rwkv_train.evaluate import Scorer, position_table
-from rwkv_train.generate import Sampling, generate_text, prefill
-from rwkv_train.tokenizer import load_tokenizer
 
 LENGTHS = [5, 70, 16, 33, 40]
 
@@ -67,41 +65,3 @@ def test_forgetting_differs_only_after_the_first_chunk():
     carried, dropped = score(model, store, 1, 16), score(model, store, 1, 16, forget=True)
     assert dropped.loss != carried.loss
     assert score(model, store, 1, 200, forget=True).loss == pytest.approx(score(model, store, 1, 200).loss)
-
-
-def test_greedy_generation_is_the_argmax_of_whole_forwards(generation):
-    model, tokenizer = random_model(vocab_size=257, generation=generation), load_tokenizer("bytes")
-    text = "".join(generate_text(model, tokenizer, "hi", Sampling(temperature=0), 12))
-    ids = [0, *tokenizer.encode("hi")]
-    for _ in range(12):
-        ids.append(int(model(torch.tensor([ids]))[0][0, -1].argmax()))
-        if ids[-1] == 0:
-            break
-    assert text == tokenizer.decode(ids[3:])
-
-
-def test_prefill_in_pieces_is_prefill_at_once(monkeypatch, generation):
-    model = random_model(dtype=torch.float64, generation=generation)
-    ids = list(range(20))
-    whole = prefill(model, ids)
-    monkeypatch.setattr("rwkv_train.generate.PREFILL", 3)
-    parts = prefill(model, ids)
-    for a, b in zip((whole[0], *whole[1]), (parts[0], *parts[1]), strict=True):
-        assert torch.allclose(a, b, rtol=1e-10, atol=1e-12)
-
-
-def test_sampling():
-    logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
-    rng = torch.Generator().manual_seed(0)
-
-    def seen(**kwargs):
-        return {Sampling(**kwargs)(logits, rng) for _ in range(200)}
-
-    assert seen() == {0, 1, 2, 3}
-    assert seen(top_k=2) == {0, 1}
-    assert seen(top_p=0.5) == {0}
-    assert seen(top_p=0.65) == {0, 1}
-    assert seen(temperature=0) == {0}
-    for bad in ({"top_p": 0}, {"temperature": -1}, {"top_k": -1}):
-        with pytest.raises(ValueError, match=next(iter(bad))):
-            Sampling(**bad)

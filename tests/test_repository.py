@@ -30,7 +30,7 @@ LAYERS = [
         "run_config",
     ],
     ["models"],
-    ["bptt", "generate", "evaluate", "checkpoints", "data"],
+    ["bptt", "generation", "generate", "evaluate", "checkpoints", "data"],
     ["train", "feedback", "plan"],
     ["chat"],
     ["bench"],

@@ -4,6 +4,7 @@ import io
 import sys
 import threading
 from collections import Counter
+from itertools import chain, repeat
 
 import pytest
 from helpers import random_model, run
@@ -201,7 +202,7 @@ def test_typed_in_a_terminal(tmp_path, capsys):
 
 
 def test_ctrl_c_stops_the_reply_and_not_the_chat(tmp_path, capsys, monkeypatch):
-    chat = chat_of(tmp_path, sampling=iter_sampling(" abcdef\n\n" * 3))
+    chat = chat_of(tmp_path, sampling=script(" abcdef\n\n" * 3))
     printed = []
 
     def write(text):
@@ -216,16 +217,16 @@ def test_ctrl_c_stops_the_reply_and_not_the_chat(tmp_path, capsys, monkeypatch):
         chat.show(line)
         assert "".join(printed) == "abc^C [stopped]\n\n"
         assert chat.dialogue.turns[-1].reply == "abcd"
-        chat.dialogue.sampling = iter_sampling(" abcdef\n\n")
+        chat.dialogue.sampling = script(" abcdef\n\n")
     printed.clear()
     with pytest.raises(KeyboardInterrupt):  # a script is stopped as a whole
         for line in "bcde":
             chat.show(line, plain=True)
 
 
-def iter_sampling(text):
-    tokens = iter(BYTES.encode(text))
-    return lambda logits, rng, used: next(tokens, BYTES.eod)
+def script(text):
+    """In place of a sampling: says a text, and then nothing more."""
+    return chain(BYTES.encode(text), repeat(BYTES.eod))
 
 
 def test_what_others_may_add(tmp_path, capsys):

@@ -23,12 +23,6 @@ def dialogue(tokenizer=BYTES, model=None, **kwargs) -> Dialogue:
     return Dialogue(model or MODELS[tokenizer.vocab_size], tokenizer, **{"max_new_tokens": 12} | kwargs)
 
 
-def scripted(ids):
-    """Sampling that says these tokens."""
-    tokens = iter(ids)
-    return lambda logits, rng, used: next(tokens)
-
-
 def assert_state_is_that_of_the_transcript(d: Dialogue):
     for ours, whole in zip(d.state, prefill(d.model, d.ids)[1], strict=True):
         assert_close_rel(ours, whole, 1e-9)
@@ -55,7 +49,7 @@ def test_token_ids_are_those_of_training():
     d.system("Hello")
     for user, reply in (("你好", "你好！"), ("Hello there.", "I am well.")):
         messages += [{"role": "user", "content": user}, {"role": "assistant", "content": reply}]
-        d.sampling = scripted(BPE.encode(f" {reply}\n\n"))
+        d.sampling = iter(BPE.encode(f" {reply}\n\n"))
         assert "".join(d.say(user)) == reply
     assert d.ids[1:] == [i for text, _ in Template().segments(messages) for i in BPE.encode(text)]
 
@@ -73,10 +67,10 @@ def test_token_ids_are_those_of_training():
     ],
 )
 def test_where_a_reply_ends(said, shown, kept, ended):
-    d = dialogue(sampling=scripted([0 if c == 0 else c + 1 for c in said.encode()]))
+    d = dialogue(sampling=iter([0 if c == 0 else c + 1 for c in said.encode()]))
     assert "".join(d.say("x")) == shown
     assert (d.last().reply, BYTES.decode(d.last().ids), d.last().ended) == (shown, kept, ended)
-    d.sampling = scripted([0])
+    d.sampling = iter([0])
     list(d.say("y"))
     assert BYTES.decode(d.ids) == f"User: x\n\nAssistant:{kept.removesuffix(chr(10) * 2)}\n\nUser: y\n\nAssistant:"
     assert_state_is_that_of_the_transcript(d)
@@ -93,7 +87,7 @@ def test_broken_off_anywhere_the_state_holds_what_was_shown(text, pieces, end, b
     cut = data.draw(st.integers(0, len(text)))
     ids = tokenizer.encode(text[:cut]) + tokenizer.encode(end[:1] + text[cut:] + end) + [tokenizer.eod]
     template = Template(roles={"user": "Q: {content}\n", "assistant": "A: {content}" + end})
-    d = dialogue(tokenizer, template=template, sampling=scripted(ids), max_new_tokens=200)
+    d = dialogue(tokenizer, template=template, sampling=iter(ids), max_new_tokens=200)
     reply = d.say("x")
     shown = "".join(piece for _, piece in zip(range(pieces), reply, strict=False))
     reply.close()
@@ -110,14 +104,15 @@ def test_an_interrupt_inside_the_model_loses_nothing(monkeypatch):
     list(d.say("a"))
     before, calls = d.turns, []
 
-    def prefill_interrupted(model, tokens, state=None):
+    hidden = d.model.hidden
+
+    def interrupted(tokens, state=None):
         calls.append(tokens)
         if len(calls) == allowed + 1:
             raise KeyboardInterrupt
-        return prefill(model, tokens, state)
+        return hidden(tokens, state)
 
-    monkeypatch.setattr("rwkv_train.chat.dialogue.prefill", prefill_interrupted)
-    monkeypatch.setattr("rwkv_train.generate.prefill", prefill_interrupted)
+    monkeypatch.setattr(d.model, "hidden", interrupted)
     for allowed in (0, 1, 4):
         calls.clear()
         with pytest.raises(KeyboardInterrupt):
@@ -165,10 +160,10 @@ def test_retry_asks_the_same_question():
 
 
 def test_the_next_call_breaks_off_a_reply_that_was_left():
-    d = dialogue(sampling=scripted(BYTES.encode(" abcdefgh")))
+    d = dialogue(sampling=iter(BYTES.encode(" abcdefgh")))
     left = d.say("x")
     assert next(left) + next(left) == "ab"
-    d.sampling = scripted([0])
+    d.sampling = iter([0])
     list(d.say("y"))
     assert d.turns[0].reply == "ab" and list(left) == []
     assert_state_is_that_of_the_transcript(d)
@@ -232,7 +227,7 @@ def test_another_model_reads_the_transcript():
 
 
 def test_what_a_correction_needs():
-    d = dialogue(sampling=scripted([*BYTES.encode(" A.\n\n B"), 0, 0]))
+    d = dialogue(sampling=iter([*BYTES.encode(" A.\n\n B"), 0, 0]))
     for text in ("a", "b"):
         list(d.say(text))
     d.system("s")
@@ -242,23 +237,6 @@ def test_what_a_correction_needs():
     assert [BYTES.eod, *d.context_of_last(), *question] == d.prompt_of_last()
     d.back(2)
     assert d.context_of_last() == []
-
-
-def test_penalties():
-    logits, used = torch.tensor([2.0, 1.0, 0.5, -1.0], dtype=torch.bfloat16), {0: 3, 2: 1}
-    rng = torch.Generator()
-    before = logits.clone()
-    for presence, frequency in ((0.5, 0.0), (0.0, 0.4), (1.0, -0.3), (0.0, 0.0)):
-        wanted = logits.float() - torch.tensor([presence + 3 * frequency, 0, presence + frequency, 0])
-        plain, penalised = Sampling(), Sampling(presence_penalty=presence, frequency_penalty=frequency)
-        for seed in range(20):
-            ours = penalised(logits, rng.manual_seed(seed), used)
-            assert ours == plain(wanted, rng.manual_seed(seed))
-        assert replace(penalised, temperature=0)(logits, rng, used) == int(wanted.argmax())
-    assert torch.equal(logits, before)
-    for name in ("presence_penalty", "frequency_penalty", "temperature"):
-        with pytest.raises(ValueError, match=name):
-            Sampling(**{name: float("nan")})
 
 
 def test_penalties_count_the_tokens_of_the_reply():
