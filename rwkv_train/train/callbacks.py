@@ -28,6 +28,7 @@ from rwkv_train.checkpoints.run_checkpoint import (
 from rwkv_train.checkpoints.weightfile import write_safetensors
 from rwkv_train.config import FitConfig
 from rwkv_train.evaluate import Score, perplexity
+from rwkv_train.train.answers import Answers
 from rwkv_train.train.module import OnlineTrainingModule
 from rwkv_train.train.runlog import RunLog, peak_memory_mb
 from rwkv_train.train.strategies import is_deepspeed, whole_weights
@@ -67,6 +68,7 @@ class Stopper(BetweenSteps):
 
     def __init__(self):
         self.signal: int | None = None
+        self._heard = Answers()  # whether one came to any rank
         self._ignored = [number for number in SIGNALS if signal.getsignal(number) == signal.SIG_IGN]
         self._old = {}
 
@@ -81,7 +83,12 @@ class Stopper(BetweenSteps):
         self.signal = number
 
     def after_step(self, trainer, module):
-        if any_rank(trainer, self.signal is not None):
+        heard = self.signal is not None
+        if trainer.world_size > 1:
+            mine = torch.full((), float(heard), device=module.device)
+            self._heard.ask(trainer.strategy.reduce(mine, reduce_op="sum"))
+            heard = any(answer.value for answer in self._heard.known())
+        if heard:
             self.signal = self.signal or signal.SIGTERM  # it came to another rank
             trainer.should_stop = True
 
@@ -124,10 +131,17 @@ class Monitor(BetweenSteps):
         self.mark = now
 
     def on_train_batch_end(self, trainer, module, outputs, batch, n):
-        now = time.monotonic()
-        self.busy += now - self.mark
+        self._busy_until_now()
         super().on_train_batch_end(trainer, module, outputs, batch, n)
         self.mark = time.monotonic()
+
+    def _busy_until_now(self, device: torch.device | None = None):
+        """device: what has to be done with its work first."""
+        if device is not None and device.type == "cuda":
+            torch.cuda.synchronize(device)
+        now = time.monotonic()
+        self.busy += now - self.mark
+        self.mark = now
 
     def after_step(self, trainer, module):
         self.steps += 1
@@ -138,11 +152,14 @@ class Monitor(BetweenSteps):
             self._record(trainer, module)
             self._window()
         if module.val_batches and not trainer.should_stop and (step % self.config.train.val_every == 0 or last):
+            self._busy_until_now(module.device)
             self._validate(trainer, module)
 
     def _record(self, trainer, module):
+        module.count_skips(wait=True)
         nats, tokens = module.add_over_ranks(module.sums).tolist()
         module.reset_sums()
+        self._busy_until_now(module.device)
         seconds = (self.busy + self.waited) / self.steps
         read = self.config.data.lanes * module.train_batches.width * trainer.accumulate_grad_batches
         loss = nats / tokens if tokens else math.nan  # no trained token in these steps, or none that was finite
@@ -215,7 +232,7 @@ class Saver(BetweenSteps):
         score = self.monitor.scores[step].loss if step in self.monitor.scores else None
         due = trainer.should_stop or step % train.save_every == 0 or step == trainer.max_steps
         best = trainer.is_global_zero and score is not None and is_best(self.run, score, train.keep_best)
-        if due or any_rank(trainer, best):
+        if due or (score is not None and any_rank(trainer, best)):
             self._save(trainer, module, step, score)
 
     def on_train_end(self, trainer, module):

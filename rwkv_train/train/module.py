@@ -15,6 +15,7 @@ from rwkv_train.evaluate import Score, Scorer
 from rwkv_train.models.base import RWKV
 from rwkv_train.models.state import State
 from rwkv_train.program import command
+from rwkv_train.train.answers import Answers
 from rwkv_train.train.optim import make_optimizer, number_by_model, put_in_force
 from rwkv_train.train.resume import refuse_changes
 from rwkv_train.train.strategies import is_deepspeed, is_fsdp, part_of_step_mean, shard
@@ -44,6 +45,7 @@ class OnlineTrainingModule(L.LightningModule):
         self.batches_done = 0
         self.grad_norm = torch.zeros(())
         self.skipped = self.skipped_in_a_row = 0  # optimizer steps whose loss or gradient was no finite number
+        self._broken_steps = Answers()
         self._resumed_rng: list[Tensor] | None = None
         self.reset_sums()
 
@@ -85,7 +87,7 @@ class OnlineTrainingModule(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
-        """Clip, keep the norm before it, and drop gradients that are no finite numbers.
+        """Clip, keep the norm before it, and let gradients that are no finite numbers change nothing.
 
         (Lightning's own clipping refuses fused optimizers under bfloat16; DeepSpeed clips by itself.)
         """
@@ -96,10 +98,12 @@ class OnlineTrainingModule(L.LightningModule):
         if gradient_clip_val:
             torch.nn.utils.clip_grads_with_norm_(self.parameters(), gradient_clip_val, norm)
         self.grad_norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        if self.grad_norm.isfinite():
-            self.skipped_in_a_row = 0
-        else:
-            self._skip()
+        broken = ~self.grad_norm.isfinite()
+        # A fused AdamW then leaves weights, moments and its count of steps as they are.
+        self.trainer.optimizers[0].found_inf = broken.float()
+        self._mend_state(broken)
+        self._broken_steps.ask(broken, about=self.batches_done)
+        self.count_skips()
 
     def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None) -> None:
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
@@ -108,25 +112,28 @@ class OnlineTrainingModule(L.LightningModule):
         if is_deepspeed(self.trainer.strategy):
             self.grad_norm = torch.tensor(self.trainer.model.get_global_grad_norm() or 0.0)
             if not self.grad_norm.isfinite():
-                raise ValueError(self._broken("", "DeepSpeed has taken it; resume from the last checkpoint with"))
+                then = "DeepSpeed has taken it; resume from the last checkpoint with"
+                raise ValueError(self._broken("", then, self.batches_done))
 
-    def _skip(self) -> None:
-        """Leave the weights as they are, and no lane with a state that is no number; give up after too many."""
-        for p in self.parameters():
-            p.grad = None
-        self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
-        sound = torch.stack([part.flatten(1).isfinite().all(1) for part in self.lane_state]).all(0)
+    def _mend_state(self, broken: Tensor) -> None:
+        """After a broken step no lane goes on with a state that is no number."""
+        sound = torch.stack([part.flatten(1).isfinite().all(1) for part in self.lane_state]).all(0) | ~broken
         empty = self.model.zero_state(len(sound))
         parts = zip(self.lane_state, empty, strict=True)
         self.lane_state = State(*(torch.where(sound.view(-1, *[1] * (s.ndim - 1)), s, e) for s, e in parts))
-        if self.skipped_in_a_row >= self.config.train.max_skips:
-            went = f"{self.skipped_in_a_row} steps in a row, which changed nothing; the last is"
-            raise ValueError(self._broken(went, "the last checkpoint is sound: --resume it with"))
 
-    def _broken(self, which: str, then: str) -> str:
-        """What to tell of steps without a finite gradient."""
-        step = self.batches_done // self.trainer.accumulate_grad_batches
-        documents = ", ".join(map(str, self.train_batches.documents_in(self.batches_done - 1)[:20]))
+    def count_skips(self, wait: bool = False) -> None:
+        """Count the steps that changed nothing, as far as it is known or until now; give up after too many in a row."""
+        for broken, batches in self._broken_steps.known(wait):
+            self.skipped, self.skipped_in_a_row = self.skipped + broken, (self.skipped_in_a_row + 1) * broken
+            if self.skipped_in_a_row >= self.config.train.max_skips:
+                went = f"{self.skipped_in_a_row} steps in a row, which changed nothing; the last is"
+                raise ValueError(self._broken(went, "the last checkpoint is sound: --resume it with", batches))
+
+    def _broken(self, which: str, then: str, batches: int) -> str:
+        """What to tell of steps without a finite gradient, after so many batches."""
+        step = batches // self.trainer.accumulate_grad_batches
+        documents = ", ".join(map(str, self.train_batches.documents_in(batches - 1)[:20]))
         look = command("inspect", "--run", self.trainer.default_root_dir, "--step", step)
         return (
             f"the loss or its gradient was no finite number in {which} step {step}, with documents {documents} "
@@ -134,7 +141,15 @@ class OnlineTrainingModule(L.LightningModule):
         )
 
     def train_dataloader(self) -> DataLoader:
-        return _loader(self.train_batches, sampler=_From(self.batches_done, len(self.train_batches)))
+        return self._loader(self.train_batches, sampler=_From(self.batches_done, len(self.train_batches)))
+
+    def _loader(self, batches: LaneBatches, **kwargs) -> DataLoader:
+        """A loader with random numbers of its own: it draws some, and a validation must not change dropout after it.
+
+        Its batches lie where a GPU can fetch them while it works.
+        """
+        on_gpu = self.trainer.strategy.root_device.type == "cuda"
+        return DataLoader(batches, batch_size=None, generator=torch.Generator(), pin_memory=on_gpu, **kwargs)
 
     def on_train_start(self) -> None:
         loaded = self.trainer.optimizers[0], self.trainer.lr_scheduler_configs[0].scheduler
@@ -155,8 +170,8 @@ class OnlineTrainingModule(L.LightningModule):
         self.model.eval()
         scorer = Scorer(self.model, self.byte_lengths)
         with self.trainer.precision_plugin.forward_context():
-            for batch in _loader(self.val_batches):
-                self.trainer.model(scorer, {name: x.to(self.device) for name, x in batch.items()})
+            for batch in self._loader(self.val_batches):
+                self.trainer.model(scorer, {name: x.to(self.device, non_blocking=True) for name, x in batch.items()})
         self.model.train()
         return scorer.score(self.add_over_ranks)
 
@@ -165,6 +180,7 @@ class OnlineTrainingModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         """Lane states and random state of all ranks go with the weights; only rank 0's dict is written."""
+        self.count_skips(wait=True)
         strategy = self.trainer.strategy
         if not is_deepspeed(strategy) and not is_fsdp(strategy):
             groups, states = self.trainer.optimizers[0].param_groups, checkpoint["optimizer_states"]
@@ -201,11 +217,6 @@ class OnlineTrainingModule(L.LightningModule):
     def _gather(self, x: Tensor) -> Tensor:
         """Rows of all ranks, in order, on the CPU."""
         return self.all_gather(x).flatten(0, 1).cpu() if self.trainer.world_size > 1 else x.cpu()
-
-
-def _loader(batches: LaneBatches, **kwargs) -> DataLoader:
-    """A loader with random numbers of its own: it draws some, and a validation must not change the dropout after it."""
-    return DataLoader(batches, batch_size=None, generator=torch.Generator(), **kwargs)
 
 
 class _From(Sampler):
