@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
+from typing import Literal, get_args, get_origin
 
 from rwkv_train import program
 from rwkv_train.command_config import ChatConfig as ChatConfig  # for those who open a chat from Python
@@ -201,7 +202,22 @@ def _parse_flat(parser: ArgumentParser, name: str, argv: list[str]) -> object:
     config = _find(COMMANDS[name].config)
     for f in fields(config):
         parser.add_argument(f"--{f.name}", type=_value, default=SUPPRESS, help=_phrase(config, f.name))
-    return config(**vars(parser.parse_args(_spelled_out(config, argv))))
+    given = vars(parser.parse_args(_spelled_out(config, argv)))
+    for f in fields(config):
+        if f.name in given and not _fits(given[f.name], f.type):
+            kind = f.type.__name__ if isinstance(f.type, type) else str(f.type).replace("typing.", "")
+            parser.error(f"--{f.name}={json.dumps(given[f.name])} is no {kind}; write a value of that kind, as in JSON")
+    return config(**given)
+
+
+def _fits(value: object, kind) -> bool:
+    """Whether a value is of the type of a benchmark's setting."""
+    if get_origin(kind) is list:
+        return isinstance(value, list) and all(_fits(x, *get_args(kind)) for x in value)
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    kinds = get_args(kind) or (kind,)
+    return type(value) in kinds or (type(value) is int and float in kinds)
 
 
 def _value(text: str) -> object:

@@ -1,8 +1,10 @@
 """What every benchmark shares: turns of repeats, agreement before speed, tables, and JSON that names the machine."""
 
+import gc
 import json
 import os
 import platform
+import subprocess
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -13,9 +15,11 @@ from statistics import median
 import torch
 from torch import Tensor
 
+from rwkv_train.files import replace_file
 from rwkv_train.ops.graph import capture
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+NEAR = 4  # times the allowed error: so far a result may be off and is timed all the same, with a word beside it
 LEAST = 0.02  # seconds that one repeat lasts at least: what is faster is called several times in it
 
 
@@ -51,27 +55,50 @@ def race(
     device: str = "cpu",
     budget: float = 60.0,
     least: float = LEAST,
+    failed: dict[str, str] | None = None,
 ) -> dict[str, Times]:
     """Time calls against each other: after a warm-up, in turns whose order rotates, so that all meet the same machine.
 
     budget: seconds of one contestant's repeats; one that is slower gets fewer of them, but one.
+    failed: where the reason of a contestant that raises is put, which then has no times; without it the error comes
+    through.
     """
-    plans = {}
+    plans: dict[str, tuple[int, int]] = {}
+    measured: dict[str, list[float]] = {}
+
+    def run(name: str, seconds_of: Callable[[], float]) -> float | None:
+        """None where that failed: the contestant is out."""
+        try:
+            return seconds_of()
+        except Exception as error:
+            if failed is None:
+                raise
+            failed[name] = one_line(error)
+            plans.pop(name, None), measured.pop(name, None)
+        free(device)  # here, where the error no longer holds the memory of what failed
+        return None
+
     for name, call in contestants.items():
-        seconds = _timed(call, 1, device)
-        if seconds < 1:  # the first call also allocates
-            seconds = _timed(call, 1, device)
-        inner = max(1, round(least / max(seconds, 1e-7)))
-        plans[name] = inner, max(1, min(repeats, int(budget / (seconds * inner))))
-    measured: dict[str, list[float]] = {name: [] for name in contestants}
-    names = list(contestants)
+        seconds = run(name, lambda call=call: _warm(call, device))
+        if seconds is not None:
+            inner = max(1, round(least / max(seconds, 1e-7)))
+            plans[name] = inner, max(1, min(repeats, int(budget / (seconds * inner))))
+            measured[name] = []
+    names = list(plans)
     for turn in range(repeats):
         shift = turn % max(1, len(names))
         for name in names[shift:] + names[:shift]:
-            inner, most = plans[name]
+            inner, most = plans.get(name, (0, 0))
             if turn < most:
-                measured[name].append(_timed(contestants[name], inner, device))
+                seconds = run(name, lambda name=name, inner=inner: _timed(contestants[name], inner, device))
+                if seconds is not None:
+                    measured[name].append(seconds)
     return {name: Times(seconds) for name, seconds in measured.items()}
+
+
+def _warm(call: Callable[[], object], device: str) -> float:
+    seconds = _timed(call, 1, device)
+    return _timed(call, 1, device) if seconds < 1 else seconds  # the first call also allocates
 
 
 def _timed(call: Callable[[], object], inner: int, device: str) -> float:
@@ -92,6 +119,13 @@ def need(device: str) -> None:
 def synchronize(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
+
+
+def free(device: str) -> None:
+    """Give a GPU's unused memory back; a CPU's goes back by itself."""
+    if device == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def graphed(call: Callable[[], object], device: str) -> tuple[Callable[[], object], str]:
@@ -138,9 +172,16 @@ class Agreement:
     def good(self) -> bool:
         return self.error <= self.allowed
 
+    @property
+    def near(self) -> bool:
+        """Good, or off by so little that its speed is worth knowing."""
+        return self.error <= NEAR * self.allowed
+
     def __str__(self) -> str:
         if self.failed:
             return f"failed: {self.failed}"
+        if self.near and not self.good:
+            return f"off: {self.error:.2g} > {self.allowed:g}, {self.where}"
         return f"{self.error:.1e}" if self.good else f"disagrees: {self.where} is off by {self.error:.1e}"
 
 
@@ -198,6 +239,41 @@ def machine(device: str = "cpu") -> dict[str, object]:
     return facts
 
 
+def versions(device: str) -> dict[str, str]:
+    """What a GPU's figures depend on; "-" for what is not there or does not tell."""
+    found = {"python": platform.python_version(), "torch": torch.__version__, "torch's CUDA": torch.version.cuda}
+    found["driver"] = _driver()
+    packages = ("cuda-core", "cuda-bindings", "nvidia-cuda-nvrtc", "triton", "transformers", "fla-core", "lightning")
+    found |= {package: installed(package) for package in packages}
+    found["NVRTC"] = _nvrtc()
+    if device == "cuda":
+        gpu = torch.cuda.get_device_properties(0)
+        found |= {"card": gpu.name, "capability": f"{gpu.major}.{gpu.minor}"}
+        found |= {"memory": f"{gpu.total_memory / 1e9:.1f} GB", "multiprocessors": str(gpu.multi_processor_count)}
+    found["machine"] = about(machine(device))
+    return {name: x or "-" for name, x in found.items()}
+
+
+def _driver() -> str | None:
+    """The version of the GPU's driver."""
+    try:
+        ask = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        return subprocess.run(ask, capture_output=True, text=True, timeout=20, check=True).stdout.split("\n")[0].strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _nvrtc() -> str | None:
+    """The version of the compiler that is loaded, which need not be that of the package."""
+    try:
+        from cuda.bindings import nvrtc
+
+        _, major, minor = nvrtc.nvrtcVersion()
+    except Exception:  # the loader's own, where the library is not there
+        return None
+    return f"{major}.{minor}"
+
+
 def about(facts: Mapping) -> str:
     """`machine` in a line."""
     where = [facts["gpu"]] if "gpu" in facts else []
@@ -210,7 +286,8 @@ def write_json(path: str | None, benchmark: str, config, results, device: str = 
     """Figures, the settings that they were measured with, and the machine."""
     if path:
         report = {"benchmark": benchmark, "settings": asdict(config), "machine": machine(device), "results": results}
-        Path(path).write_text(json.dumps(report, indent=1, default=_plain, ensure_ascii=False) + "\n", encoding="utf-8")
+        text = json.dumps(report, indent=1, default=_plain, ensure_ascii=False) + "\n"
+        replace_file(Path(path), lambda file: file.write_text(text, encoding="utf-8"))
 
 
 def _plain(x) -> object:

@@ -155,10 +155,13 @@ def in_transformers(model: RWKV4) -> torch.nn.Module:
         return transformers.RwkvForCausalLM.from_pretrained(Path(folder) / "hf", dtype=torch.float32).train()
 
 
-def transformers_step(theirs: torch.nn.Module, tokens: Tensor) -> Callable[[], Tensor]:
+def transformers_step(theirs: torch.nn.Module, tokens: Tensor, precision: str = "fp32") -> Callable[[], Tensor]:
+    """Forward and backward as `training_step`'s. Targets are the tokens themselves, which it moves by one."""
+
     def step() -> Tensor:
         theirs.zero_grad(set_to_none=True)
-        loss = theirs(tokens, labels=tokens, use_cache=False).loss
+        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=precision == "bf16"):
+            loss = theirs(tokens, labels=tokens, use_cache=False).loss
         loss.backward()
         return loss.detach()
 

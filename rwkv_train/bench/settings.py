@@ -147,8 +147,8 @@ class GenerateBench:
 class GpuBench:
     """Check and time everything that runs on a GPU (8 minutes at most; torch is enough, no network is needed)."""
 
-    minutes: float = 5.0
-    """sections that would begin later than this are left out"""
+    minutes: float = 8.0
+    """all ends then: what is running is ended, and what has not begun is left out"""
 
     shapes: list[str] = field(default_factory=lambda: ["8x4096x2048", "1x4096x2048", "8x512x768", "1x512x768"])
     """BxTxC of the WKV operator"""
@@ -156,11 +156,16 @@ class GpuBench:
     dtypes: list[Precision] = field(default_factory=lambda: ["bf16", "fp32"])
     """number formats of k and v"""
 
-    models: list[str] = field(default_factory=lambda: ["169M:8", "1.5B:1", "rwkv7-169M:8"])
+    models: list[str] = field(
+        default_factory=lambda: ["rwkv7-2048x24x65536:1", "1.5B:1", "rwkv7-768x12x65536:8", "169M:8"]
+    )
     """sizes with lanes, as 169M:8; of an RWKV-7 as rwkv7-169M:8"""
 
-    chunk_lens: list[int] = field(default_factory=lambda: [512, 1024, 4096])
+    chunk_lens: list[int] = field(default_factory=lambda: [1024, 4096])
     """tokens of a training step's chunk"""
+
+    memory_model: str = "169M"
+    """the size whose memory is measured"""
 
     lengths: list[int] = field(default_factory=lambda: [4096, 16384, 65536])
     """tokens of the texts over which memory should stay flat"""
@@ -177,11 +182,17 @@ class GpuBench:
     deepspeed_steps: int = 20
     """steps of `fit` with deepspeed_stage_2, where deepspeed is installed"""
 
+    tests: bool = False
+    """also run the tests of the kernels on a GPU, where this is a clone and pytest is installed"""
+
     repeats: int = 5
     """times that each contestant is measured, in turns"""
 
+    device: Device = "cuda"
+    """cuda, or cpu to see whether all of it runs"""
+
     json: str | None = None
-    """also write the figures to this file"""
+    """also write the figures to this file, after each of them"""
 
 
 @dataclass

@@ -1,6 +1,9 @@
 """`bench train`: a training step beside transformers', its bare matrix products, and its exact gradient."""
 
+import math
 from collections.abc import Callable, Mapping
+
+import torch
 
 from rwkv_train.bench.limits import matrix_products
 from rwkv_train.bench.measure import (
@@ -12,6 +15,7 @@ from rwkv_train.bench.measure import (
     installed,
     machine,
     need,
+    one_line,
     race,
     table,
     target,
@@ -30,7 +34,8 @@ from rwkv_train.bench.models import (
     truncated_step,
 )
 from rwkv_train.bench.settings import TrainBench
-from rwkv_train.bench.wkv import OPERATORS, Case, backwards_of, forwards_of
+from rwkv_train.bench.wkv import backwards_of, forwards_of
+from rwkv_train.bench.wkv_operators import OPERATORS, Case
 from rwkv_train.models.base import RWKV
 from rwkv_train.models.loss import IGNORE_INDEX
 from rwkv_train.models.rwkv4 import RWKV4
@@ -49,7 +54,7 @@ OVER_TRUNCATED = 1.4
 
 
 def train(config: TrainBench) -> int:
-    """Print speeds, and what follows from them beside its targets; 1 if a step of ours has wrong gradients."""
+    """Print speeds, and what follows from them beside its targets; 1 if a step of ours has wrong gradients or fails."""
     need(config.device)
     about_it = machine(config.device)
     print(about(about_it) + "\n")
@@ -57,24 +62,30 @@ def train(config: TrainBench) -> int:
     for name in config.sizes:
         model = random_model(size_of(name), device=config.device)
         known = isinstance(model, RWKV4) and config.peers and installed("transformers")
-        peer = in_transformers(model).to(config.device) if known else None
-        checked = check(model, peer, config)
+        peer, checked = None, check(model, config)
+        if known:
+            peer, checked[PEER] = check_peer(model, config)
         wrong |= any(not a.good for who, a in checked.items() if who != PEER)
         for tokens in config.tokens:
-            timed = times(model, peer, checked, tokens, config)
-            rows += shown(name, tokens * config.lanes, checked, timed)
+            failed: dict[str, str] = {}
+            timed = times(model, peer, checked, tokens, config, failed=failed)
+            wrong |= any(who.startswith("ours") for who in failed)
+            rows += shown(name, tokens * config.lanes, checked, timed, failed)
             ratios += compared(name, tokens, model.config.n_layer, timed, bool(about_it["bf16 instructions"]))
         del peer
-    exact = exact_times(config) if config.chunks else {}
-    print(table([{k: v for k, v in row.items() if k != "times"} for row in rows]))
-    ratios += exact_ratio(exact)
+    print(table([{k: v for k, v in row.items() if k != "times"} for row in rows]), flush=True)
+    exact, failed = {}, {}
+    if config.chunks:
+        exact = exact_times(config, failed)
+        ratios += exact_ratio(exact)
+        ratios += [{"what": f"{what} gradient", "found": f"failed: {reason}"} for what, reason in failed.items()]
     print("\n" + table(ratios))
     write_json(config.json, "train", config, {"rows": rows, "ratios": ratios, "exact": exact}, config.device)
-    return int(wrong)
+    return int(wrong or bool(failed))
 
 
-def check(model: RWKV, peer, config: TrainBench) -> dict[str, Agreement]:
-    """How far the loss and gradients of each contestant are from the specification's in float64, on a short text."""
+def check(model: RWKV, config: TrainBench) -> dict[str, Agreement]:
+    """How far our loss and gradients are from the specification's in float64, on a short text."""
     text = random_text(model.config, config.lanes, CHECKED, config.device)
     if isinstance(model, RWKV7):  # its first tokens read a nearly empty state through a norm, which magnifies rounding
         text[1][:, : CHECKED // 3] = IGNORE_INDEX
@@ -85,43 +96,64 @@ def check(model: RWKV, peer, config: TrainBench) -> dict[str, Agreement]:
         verdicts[f"ours {precision}"] = agreement(
             lambda step=step: gradients(step, model), expected, allowed=ALLOWED[precision]
         )
-    if peer is not None:
-        ours, step = their_names(model, peer), transformers_step(peer, text[0])
-        verdicts[PEER] = agreement(lambda: gradients(step, peer, ours.__getitem__), expected, ALLOWED["fp32"])
     return verdicts
 
 
+def check_peer(model: RWKV4, config: TrainBench, precision: str = "fp32") -> tuple[torch.nn.Module | None, Agreement]:
+    """The same weights in transformers, and how far its loss and gradients are off; None where it cannot be made."""
+    text, allowed = random_text(model.config, config.lanes, CHECKED, config.device), ALLOWED[precision]
+    try:
+        peer = in_transformers(model).to(config.device)
+        ours = their_names(model, peer)
+    except Exception as error:  # of another version of it, whatever that may be
+        return None, Agreement(math.inf, allowed, failed=one_line(error))
+    step = transformers_step(peer, text[0], precision)
+    found = agreement(lambda: gradients(step, peer, ours.__getitem__), reference_gradients(model, text), allowed)
+    return peer, found
+
+
 def times(
-    model: RWKV, peer, checked: Mapping[str, Agreement], tokens: int, config: TrainBench, chunk_len: int | None = None
+    model: RWKV,
+    peer,
+    checked: Mapping[str, Agreement],
+    tokens: int,
+    config: TrainBench,
+    chunk_len: int | None = None,
+    failed: dict[str, str] | None = None,
 ) -> dict[str, Times]:
-    """Seconds of a step of each contestant that agrees, of its matrix products and of its WKV."""
+    """Seconds of a step of each contestant that agrees or nearly so, of its matrix products and of its WKV.
+
+    failed: as of `race`.
+    """
     text = random_text(model.config, config.lanes, tokens, config.device)
     calls: dict[str, Callable] = {}
     for precision in config.precisions:
-        if checked[f"ours {precision}"].good:
+        if checked[f"ours {precision}"].near:
             calls[f"ours {precision}"] = training_step(model, text, precision, chunk_len)
         calls[f"products {precision}"] = matrix_products(model, tokens * config.lanes, precision)
         operator, channels = ("wkv4", model.config.n_att) if isinstance(model, RWKV4) else ("wkv7", model.config.n_embd)
         case = [Case.draw(operator, (config.lanes, tokens, channels), DTYPES[precision], config.device, resets=False)]
         calls[f"WKV forward {precision}"] = forwards_of(OPERATORS[operator].run, case)
         calls[f"WKV backward {precision}"] = backwards_of(OPERATORS[operator].run, case)
-    if peer is not None and checked[PEER].good:
+    if peer is not None and checked[PEER].near:
         calls[PEER] = transformers_step(peer, text[0])
-    return race(calls, config.repeats, config.device, config.budget)
+    return race(calls, config.repeats, config.device, config.budget, failed=failed)
 
 
-def shown(size: str, tokens: int, checked: Mapping[str, Agreement], timed: Mapping[str, Times]) -> list[dict]:
+def shown(
+    size: str, tokens: int, checked: Mapping[str, Agreement], timed: Mapping[str, Times], failed: Mapping[str, str]
+) -> list[dict]:
     """The steps as people read them, with their times."""
     rows = []
-    for who in dict.fromkeys([*checked, *timed]):
-        if who.startswith("WKV"):
+    for who in dict.fromkeys([*checked, *timed, *failed]):
+        if who.startswith("WKV") and who not in failed:
             continue
         row = {"size": size, "tokens": str(tokens), "who": who, "error": str(checked.get(who, "-"))}
         if who in timed:
             row |= {"tokens/s": timed[who].rate(tokens), "a step": timed[who].shown(unit="s"), "times": timed[who]}
             row["repeats"] = str(len(timed[who].seconds))
         else:
-            row["tokens/s"] = "refused"
+            row["tokens/s"] = f"failed: {failed[who]}" if who in failed else "refused"
         rows.append(row)
     return rows
 
@@ -140,27 +172,38 @@ def compared(size: str, tokens: int, layers: int, timed: Mapping[str, Times], bf
     for precision in OURS:
         ours = f"ours {precision}"
         over(f"time over matrix products, {precision}", ours, f"products {precision}", OVER_PRODUCTS.get(size), False)
-        if ours in timed:
-            wkv = sum(timed[f"WKV {kind} {precision}"].median for kind in ("forward", "backward"))
-            share = layers * wkv / timed[ours].median
+        share = wkv_share(timed, layers, precision)
+        if share is not None:
             rows.append(target(f"{at}: WKV's share of the step, {precision}", share, WKV_SHARE.get(size), False))
     return rows
 
 
-def exact_times(config: TrainBench) -> dict[str, Times]:
-    """Seconds of a long text in chunks, with the gradient through all of them and with the truncated one."""
+def wkv_share(timed: Mapping[str, Times], layers: int, precision: str) -> float | None:
+    """Of our step's time; None where one of them has none."""
+    parts = [timed.get(name) for name in (f"WKV forward {precision}", f"WKV backward {precision}", f"ours {precision}")]
+    if None in parts:
+        return None
+    forward, backward, step = (t.median for t in parts)
+    return layers * (forward + backward) / step
+
+
+def exact_times(config: TrainBench, failed: dict[str, str]) -> dict[str, Times]:
+    """Seconds of a long text in chunks, with the gradient through all of them and with the truncated one.
+
+    failed: as of `race`.
+    """
     model = random_model(size_of(config.exact_size), device=config.device)
     text = random_text(model.config, config.lanes, config.chunks * config.chunk_len, config.device)
     calls = {
         "exact": training_step(model, text, chunk_len=config.chunk_len),
         "truncated": truncated_step(model, text, config.chunk_len),
     }
-    timed = race(calls, config.repeats, config.device, config.budget)
+    timed = race(calls, config.repeats, config.device, config.budget, failed=failed)
     return {f"{kind}, {config.exact_size}, {config.chunks} chunks": t for kind, t in timed.items()}
 
 
 def exact_ratio(timed: Mapping[str, Times]) -> list[dict[str, str]]:
-    if not timed:
+    if len(timed) < 2:
         return []
     (name, exact), (_, truncated) = timed.items()
     ratio = exact.median / truncated.median

@@ -56,7 +56,7 @@ def read_report(path: Path) -> dict:
     if "gpu" not in report["machine"]:
         return {}
     sections = report["results"]["sections"]
-    limits = {row["limit"]: row["found"] for row in sections.get("limits", [])}
+    limits = {row["limit"]: row["found"] for row in sections.get("limits", []) if "limit" in row}  # others failed
     steps = [row for row in sections.get("training", []) if {"generation", "over them"} <= row.keys()]
     bandwidth, speed = limits.get("copy, bytes/s"), limits.get("bf16 products, FLOP/s")
     return {"gpu": report["machine"]["gpu"], "bandwidth": bandwidth, "speed": speed, "steps": steps}

@@ -3,7 +3,6 @@
 import gc
 import json
 import math
-import subprocess
 import sys
 from dataclasses import replace
 from importlib import import_module
@@ -11,15 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from bench_toys import TOY, TOY_GPU
+from bench_toys import TOY
 from helpers import run
 from torch.utils.flop_counter import FlopCounterMode
 
-from rwkv_train.bench import gpu, measure, memory, models
+from rwkv_train.bench import measure, memory, models
 from rwkv_train.bench.apart import Apart, apart, peak_mb
 from rwkv_train.bench.limits import matrices_of, matrix_products
-from rwkv_train.bench.settings import GpuBench
-from rwkv_train.bench.wkv import OPERATORS
+from rwkv_train.bench.wkv_operators import OPERATORS
 from rwkv_train.ops.wkv4 import BACKENDS
 
 COLUMNS = {
@@ -58,8 +56,7 @@ def in_this_process(monkeypatch):
         module, name = function.split(":")
         return Apart(getattr(import_module(module), name)(**arguments), peak_mb())
 
-    for module in (gpu, memory):
-        monkeypatch.setattr(module, "apart", here)
+    monkeypatch.setattr(memory, "apart", here)
     gc.freeze()  # or every section looks through the objects of all packages
     yield
     gc.unfreeze()
@@ -133,8 +130,8 @@ def test_a_failing_peer_is_told_and_the_rest_is_measured(here, monkeypatch, caps
     def broken(*args, **kwargs):
         raise TypeError("not today")
 
-    monkeypatch.setattr("rwkv_train.bench.wkv._transformers", broken)
-    monkeypatch.setattr("rwkv_train.bench.wkv.installed", lambda package: "1")
+    monkeypatch.setattr("rwkv_train.bench.wkv_operators._transformers", broken)
+    monkeypatch.setattr("rwkv_train.bench.wkv_operators.installed", lambda package: "1")
     code, out, _ = run("bench", "wkv", *TOY["bench wkv"], "--dtypes=[fp32]", capsys=capsys)
     (line, _) = [line for line in out.splitlines() if "| transformers" in line]
     assert code == 0 and "failed: TypeError: not today" in line and "refused" in line
@@ -169,52 +166,6 @@ def test_exact_and_truncated_steps_are_what_they_say():
     assert difference(models.truncated_step(model, text, 8)) > 1e-3
 
 
-@pytest.mark.usefixtures("few_checks", "in_this_process")
-def test_gpu_sections_run_on_a_cpu_too(here, capsys):
-    code = gpu.gpu(GpuBench(**TOY_GPU, json="f.json", deepspeed_steps=4), device="cpu")
-    out = capsys.readouterr().out
-    assert code == 0, out
-    short = out.split("\n\n")[-1]
-    for what in (
-        "a copy",
-        "all agree",
-        "16x2x31, 2 x 16",
-        "rwkv7-64x2x31, 2 x 16",
-        "exact: peak MB",
-        "generation 16x2x31",
-        "generation rwkv7-64x2x31",
-        "fit with deepspeed",
-    ):
-        assert what in short
-    assert len(json.loads((here / "f.json").read_text())["results"]["sections"]) == 7
-
-
-def test_a_failing_gpu_section_does_not_take_the_others_with_it(here, monkeypatch, capsys):
-    def broken(config, device, results):
-        raise RuntimeError("the card is on fire")
-
-    def whole(config, device, results):
-        return [], [{"what": "the last one", "found": "here"}], True
-
-    for section in ("correctness", "kernels", "training", "flat_memory", "generation"):
-        monkeypatch.setattr(gpu, section, broken)
-    monkeypatch.setattr(gpu, "deepspeed", whole)
-    code = gpu.gpu(GpuBench(**TOY_GPU), device="cpu")
-    out = capsys.readouterr().out
-    assert code == 1 and "failed: RuntimeError: the card is on fire" in out and "the last one" in out
-    assert gpu.gpu(GpuBench(**TOY_GPU, minutes=0, json="f.json"), device="cpu") == 0
-    assert "left out: 0 minutes are over" in capsys.readouterr().out
-    assert "left out: 0 minutes are over" in (here / "f.json").read_text()
-
-
-def test_the_static_step_of_a_graph_is_generation():
-    model = models.random_model(models.size_of("16x2x31")).double().eval()
-    state = model.zero_state(1)
-    step = gpu.GraphedStep(model, state)
-    for count in (5, 2):
-        assert torch.equal(gpu.replayed(step, state, count), gpu.eager(model, state, count))
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("name", ["gpu", "wkv", "train"])
 def test_without_a_gpu_one_line_says_so(name, capsys):
@@ -226,32 +177,6 @@ def test_without_a_gpu_one_line_says_so(name, capsys):
 @pytest.fixture
 def tools(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1] / "tools"))
-
-
-def test_bench_gpu_needs_nothing_but_torch():
-    """On a bare machine: flags are read, everything is imported, and the sections run that need no time."""
-    banned = "jsonargparse platformdirs lightning datasets filelock yaml tokenizers pyrwkv_tokenizer safetensors tqdm"
-    flags = [*TOY["bench gpu"], "--lengths", "[16]", "--json=x.json"]
-    code = f"""
-import sys
-sys.modules |= dict.fromkeys({banned.split()})
-from rwkv_train import cli
-from rwkv_train.bench import gpu
-from rwkv_train.ops import build_cpu
-assert "platformdirs" not in build_cpu.load()[1]
-config, _ = cli.parse("bench gpu", {flags})
-assert (config.lengths, config.square, config.json) == ([16], 32, "x.json")
-rows, short, good = gpu.training(config, "cpu", {{}})
-assert good, rows
-try:
-    cli.main(["bench", "gpu", "--nonsense=1"])
-except SystemExit as stop:
-    assert stop.code == 2
-cli.main(["fit", "--name=x"])
-"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, text=True)
-    last = done.stderr.splitlines()[-2:]
-    assert done.returncode == 1 and "--nonsense=1" in last[0] and "fit: this command needs packages" in last[1], last
 
 
 def test_a_process_of_its_own_has_its_own_peak(tools):

@@ -6,6 +6,7 @@ TOY_GPU = {
     "shapes": ["2x24x16"],
     "models": ["16x2x31:2", "rwkv7-64x2x31:2"],
     "chunk_lens": [8, 16],
+    "memory_model": "16x2x31",
     "lengths": [16, 32],
     "generated": 3,
     "copy_mb": 1,
