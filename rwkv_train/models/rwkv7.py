@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from rwkv_train.models.base import RWKV, Linear, orthogonal_
 from rwkv_train.ops.elementwise import squared_relu, token_shift_mix
 from rwkv_train.ops.elementwise7 import HEAD_NORM_EPS, decay, head_output, keys, value_residual
+from rwkv_train.ops.linear import times
 from rwkv_train.ops.wkv7 import wkv7
 
 RANK_FACTORS = {"w": 2.5, "a": 2.5, "v": 1.7, "g": 5.0}  # ranks of fresh models are these times sqrt(n_embd)
@@ -102,13 +103,16 @@ class TimeMix(nn.Module):
         mixes = (1 - x for x in (self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g))
         xr, xw, xk, xv, xa, xg, last = token_shift_mix(x, last, reset, *mixes)
         r, k, v = self.receptance(xr), self.key(xk), self.value(xv)
-        w = decay(torch.tanh(xw @ self.w1) @ self.w2, self.w0)
+        down = [(xw, self.w1), (xa, self.a1), (xg, self.g1)] + ([] if self.first else [(xv, self.v1)])
+        low_w, low_a, low_g, *low_v = times(*down)
+        up = [(torch.tanh(low_w), self.w2), (low_a, self.a2), (torch.sigmoid(low_g), self.g2)]
+        w, a, g, *rate_v = times(*up, *((low, self.v2) for low in low_v))
+        w = decay(w, self.w0)
         if self.first:
             v_first = v
         else:
-            v = value_residual(v, v_first, xv @ self.v1 @ self.v2, self.v0)
-        k, remove, add = keys(k, xa @ self.a1 @ self.a2, self.a0, self.k_k, self.k_a, self.n_head)
-        g = torch.sigmoid(xg @ self.g1) @ self.g2
+            v = value_residual(v, v_first, *rate_v, self.v0)
+        k, remove, add = keys(k, a, self.a0, self.k_k, self.k_a, self.n_head)
         heads = (x.unflatten(-1, (self.n_head, -1)) for x in (r, w, k, v, remove, add))
         y, wkv = wkv7(*heads, wkv, reset)
         out = head_output(y.flatten(2), r, k, v, g, self.r_k, self.ln_x.weight, self.ln_x.bias)

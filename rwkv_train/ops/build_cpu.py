@@ -104,6 +104,8 @@ def _bind(path: Path) -> ctypes.CDLL:
                 function = getattr(library, f"{operator}_{direction}_{dtype}")
                 function.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int)
                 function.restype = None
+    for dtype in ("f32", "bf16"):
+        getattr(library, f"products_{dtype}").argtypes = (ctypes.c_char_p, ctypes.c_int64, ctypes.c_int)
     library.wkv_use_team.argtypes = (ctypes.c_void_p,)
     library.wkv_use_team(_team())
     return library
