@@ -222,6 +222,10 @@ class TrainConfig:
     """how devices share the work: ddp, each holds the whole model; fsdp, weights in pieces; DeepSpeed's ZeRO with
     optimizer (1), gradients (2), weights (3) in pieces, offload with the optimizer on the CPU; auto is ddp"""
 
+    cuda_graph: bool = False
+    """record what a batch launches as a CUDA graph and replay it, which spares a small model the time of its launches;
+    for one GPU, without dropout, not with model.tune: state"""
+
     val_every: int = 200
     """optimizer steps between validations"""
 
@@ -330,9 +334,25 @@ class FitConfig:
             raise ValueError("model.tune: state and train.strategy contradict each other; use ddp, a state is small")
         if self.model.base != "float" and (self.train.strategy != "auto" or self.train.devices * self.train.nodes > 1):
             raise ValueError(f"model.base: {self.model.base} works on one device; use train.strategy: auto, devices: 1")
+        self.check_graph()
         self.check_lanes()
         if not self.name or "/" in self.name:
             raise ValueError(f"name must be the name of a folder below {self.runs}/, found {self.name!r}")
+
+    def check_graph(self) -> None:
+        """ValueError where a step cannot be a CUDA graph."""
+        train = self.train
+        if not train.cuda_graph:
+            return
+        for other, found, remedy in (
+            ("train.device: cpu", train.device == "cpu", "drop one of them"),
+            ("several devices", train.devices * train.nodes > 1, "a graph is of one GPU; drop train.cuda_graph"),
+            (f"train.strategy: {train.strategy}", train.strategy != "auto", "a graph is of one GPU; use auto"),
+            ("model.dropout", self.model.dropout > 0, "its random numbers cannot be recorded; set it to 0"),
+            ("model.tune: state", self.model.tune == "state", "its steps differ with the text; drop train.cuda_graph"),
+        ):
+            if found:
+                raise ValueError(f"train.cuda_graph and {other} contradict each other: {remedy}")
 
     def check_lanes(self) -> None:
         """ValueError where devices would have unequal numbers of lanes."""

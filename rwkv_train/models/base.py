@@ -144,7 +144,9 @@ class RWKV(nn.Module):
         shifts, wkvs = [], []
         for block, shift, wkv in zip(self.blocks, state.shift.unbind(1), state.wkv.unbind(1), strict=True):
             if checkpoint_blocks and torch.is_grad_enabled():
-                x, shift, wkv, carry = checkpoint(block, x, shift, wkv, reset, carry, use_reentrant=False)
+                draws = block.training and block.dropout > 0
+                inputs = x, shift, wkv, reset, carry
+                x, shift, wkv, carry = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=draws)
             else:
                 x, shift, wkv, carry = block(x, shift, wkv, reset, carry)
             shifts.append(shift)

@@ -32,6 +32,7 @@ from rwkv_train.program import command
 from rwkv_train.run_config import whole_paths
 from rwkv_train.tokenizer import Tokenizer
 from rwkv_train.train.callbacks import SIGNALS, AtStart, HeldCheckpoint, Monitor, Saver, Stopper
+from rwkv_train.train.graphed import refuse_graph
 from rwkv_train.train.module import OnlineTrainingModule
 from rwkv_train.train.output import lasting_output
 from rwkv_train.train.resume import compare, find_run, open_run, texts_of
@@ -53,6 +54,7 @@ def fit(config: FitConfig, resume: str | None = None) -> int:
         tokenizer = form.tokenizer
         torch.manual_seed(config.seed)
         model = make_model(config.model, tokenizer)
+        refuse_graph(config, model)
         train, val = make_batches(config, store, model.config.vocab_size)
         steps, texts = len(train) // config.train.accumulate, texts_of(config, store)
         changes = compare(then, config, model.config, steps, texts) if then else []
@@ -218,6 +220,8 @@ def _check_machine(config: FitConfig) -> None:
             raise ValueError("log.wandb: online needs a key: run `wandb login` first, or use log.wandb: offline")
     if by_deepspeed and (config.train.device == "cpu" or not torch.cuda.is_available()):
         raise ValueError(f"train.strategy: {config.train.strategy} needs a GPU; on a CPU use ddp or fsdp")
+    if config.train.cuda_graph and not torch.cuda.is_available():
+        raise ValueError("train.cuda_graph needs a GPU, and torch sees none; drop it")
     if config.train.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("train.device: cuda, but torch sees no GPU; use train.device: cpu")
 

@@ -16,6 +16,7 @@ from rwkv_train.models.base import RWKV
 from rwkv_train.models.state import State
 from rwkv_train.program import command
 from rwkv_train.train.answers import Answers
+from rwkv_train.train.graphed import GraphedStep
 from rwkv_train.train.optim import make_optimizer, number_by_model, put_in_force
 from rwkv_train.train.resume import refuse_changes
 from rwkv_train.train.strategies import is_deepspeed, is_fsdp, part_of_step_mean, shard
@@ -46,6 +47,7 @@ class OnlineTrainingModule(L.LightningModule):
         self.grad_norm = torch.zeros(())
         self.skipped = self.skipped_in_a_row = 0  # optimizer steps whose loss or gradient was no finite number
         self._broken_steps = Answers()
+        self._graphed = GraphedStep(self._recorded, list(model.parameters())) if config.train.cuda_graph else None
         self._resumed_rng: list[Tensor] | None = None
         self.reset_sums()
 
@@ -63,22 +65,35 @@ class OnlineTrainingModule(L.LightningModule):
         self.sums = torch.zeros(2, dtype=torch.float64)
 
     def training_step(self, batch: dict[str, Tensor], _) -> Tensor:
-        data = self.config.data
-        loss, tokens, state = chunked_loss(
-            self.model,
-            batch["tokens"],
-            batch["targets"],
-            self.lane_state,
-            batch["reset"],
-            data.chunk_len,
-            z_loss=self.config.optim.z_loss,
-            checkpoint_blocks=self.config.checkpoint_blocks,
-        )
+        inputs = batch["tokens"], batch["targets"], batch["reset"]
+        if self._graphed:
+            state = self.lane_state or self.model.zero_state(len(inputs[0]))
+            loss, tokens, *state = self._graphed(*inputs, batch["step_tokens"], *state)
+            state = State(*state)
+        else:
+            loss, tokens, state = self._loss(*inputs, self.lane_state)
         self.lane_state = state.detach()
         self.batches_done += 1
         sums = torch.stack([loss.detach().double(), tokens.double()])
         self.sums = self.sums.to(loss.device) + torch.where(sums.isfinite().all(), sums, 0.0)
         return part_of_step_mean(loss, batch["step_tokens"], self.trainer)
+
+    def _loss(self, tokens: Tensor, targets: Tensor, reset: Tensor, state: State | None):
+        config = self.config
+        more = {"z_loss": config.optim.z_loss, "checkpoint_blocks": config.checkpoint_blocks}
+        return chunked_loss(self.model, tokens, targets, state, reset, config.data.chunk_len, **more)
+
+    def _recorded(self, tokens: Tensor, targets: Tensor, reset: Tensor, step_tokens: Tensor, *state: Tensor):
+        """What a graph does: the loss as it goes into the backward, and (loss, trained tokens, state)."""
+        loss, n, state = self._loss(tokens, targets, reset, State(*state))
+        part = part_of_step_mean(loss, step_tokens, self.trainer) / self.trainer.accumulate_grad_batches
+        return part, (loss, n, *state)
+
+    def backward(self, loss: Tensor) -> None:
+        if self._graphed:  # has done it
+            self._graphed.give_gradients(more_to_come=self.trainer.accumulate_grad_batches > 1)
+        else:
+            loss.backward()
 
     def configure_optimizers(self):
         steps, then = self.trainer.max_steps, replace(self.config.optim, **self.layout)

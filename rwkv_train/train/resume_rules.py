@@ -44,6 +44,7 @@ RULES = {
     "train.accumulate": (REFUSES, "it decides which batches make a step"),
     "train.precision": (TAKES, "weights are float32 either way; refused with DeepSpeed, which keeps others"),
     "train.checkpoint_blocks": (TAKES, "gradients are the same"),
+    "train.cuda_graph": (TAKES, "gradients are the same"),
     "train.device": (TAKES, "dropout draws other numbers there"),
     "train.devices": (TAKES, "lanes are shared out anew, dropout draws other numbers; refused with DeepSpeed"),
     "train.nodes": (TAKES, "lanes are shared out anew, dropout draws other numbers; refused with DeepSpeed"),
