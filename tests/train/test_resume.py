@@ -81,6 +81,7 @@ DEEPSPEED = [
 ]
 ELSEWHERE = {  # settings that another test shows
     "train.epochs": "test_more_epochs_go_on_as_if_there_had_been_as_many_from_the_beginning",
+    "train.cuda_graph": "test_a_run_of_recorded_steps_is_the_run_of_plain_ones",
     "train.devices": "test_one_rank_with_all_lanes_goes_on_as_two_with_half_of_them",
     "train.nodes": "the same, for torchrun",
 }
