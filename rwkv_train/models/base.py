@@ -57,9 +57,10 @@ class Block(nn.Module):
     def forward(self, x: Tensor, shift: Tensor, wkv: Tensor, reset: Tensor | None, carry: Tensor | None):
         if self.ln0 is not None:
             x = self.ln0(x)
-        out, att_last, wkv, carry = self.att(self.ln1(x), shift[:, 0], wkv, reset, carry)
+        att_last, ffn_last = shift.unbind(1)
+        out, att_last, wkv, carry = self.att(self.ln1(x), att_last, wkv, reset, carry)
         x = x + F.dropout(out, self.dropout, self.training)
-        out, ffn_last = self.ffn(self.ln2(x), shift[:, 1], reset)
+        out, ffn_last = self.ffn(self.ln2(x), ffn_last, reset)
         x = x + F.dropout(out, self.dropout, self.training)
         return x, torch.stack([att_last, ffn_last], 1), wkv, carry
 

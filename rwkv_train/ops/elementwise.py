@@ -74,7 +74,7 @@ def _kernels_for(x: Tensor) -> ModuleType | None:
     return kernels_for(x, "elementwise", elementwise_cpu, elementwise_cuda)
 
 
-def kernels_for(x: Tensor, operator: str, cpu: ModuleType, cuda: ModuleType | None) -> ModuleType | None:
+def kernels_for(x: Tensor, operator: str, cpu: ModuleType, cuda: ModuleType) -> ModuleType | None:
     """The module with the kernels for a tensor's device and dtype; None where torch does the work.
 
     operator: as `build_cuda.VARIANTS` knows it.

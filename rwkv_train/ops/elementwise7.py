@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rwkv_train.ops import elementwise7_cpu
-from rwkv_train.ops.elementwise import kernels_for, wide_dtype
+from rwkv_train.ops import elementwise, elementwise7_cpu, elementwise7_cuda
+from rwkv_train.ops.elementwise import wide_dtype
 
 FASTEST = math.exp(-0.5)  # of all log decays per token, the largest in size
 HEAD_NORM_EPS = 64e-5
@@ -71,9 +71,8 @@ def head_output(
 
 
 def _kernels_for(*sequences: Tensor) -> ModuleType | None:
-    x = sequences[0]
-    served = x.device.type == "cpu" and all(other.dtype == x.dtype for other in sequences)
-    return kernels_for(x, "elementwise7", elementwise7_cpu, None) if served else None
+    same = all(x.dtype == sequences[0].dtype for x in sequences)
+    return elementwise.kernels_for(sequences[0], "elementwise7", elementwise7_cpu, elementwise7_cuda) if same else None
 
 
 def _wide(*sequences: Tensor) -> list[Tensor]:

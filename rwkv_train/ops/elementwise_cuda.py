@@ -13,14 +13,21 @@ from rwkv_train.ops.build_cuda import NATIVE, TYPES, library, refuse
 WIDTH, ROWS, MOST = 32, 8, 6  # as in elementwise_gpu.h and mix.cu; WIDTH * ROWS threads are a block, at most
 KERNELS = {
     "mix": ("mix", "mix_back"),
-    "elementwise": ("squared_relu", "squared_relu_back", "gate", "gate_back"),
+    "elementwise": tuple(
+        name + back for name in ("squared_relu", "gate", "decay", "value_residual") for back in ("", "_back")
+    ),
+    "heads": ("keys", "keys_back", "head_output", "head_output_back"),
 }
 # Of x and of what is mixed from it.
 MIXES = {(dtype, dtype) for dtype in TYPES} | {(torch.float32, torch.bfloat16), (torch.float32, torch.float16)}
 IMPLEMENTATIONS: dict[str, Callable] = {}  # of the operators, by name
 
 # These are for a later look at the clock; none of them changes what is computed, but for rounding.
-PACK = {"mix": 4, "elementwise": 8}  # neighbouring numbers that a thread reads at once: what 16 bytes hold, at most
+PACK = {
+    "mix": 4,
+    "elementwise": 8,
+    "heads": 4,
+}  # neighbouring numbers that a thread reads at once: what 16 bytes hold, at most
 STRIP, SHORT_STRIP = 16, 4  # tokens that a thread walks
 MANY = 1 << 22  # tokens x channels that keep a GPU busy with long strips
 
@@ -130,6 +137,11 @@ def _contiguous(x):
     return x.contiguous() if isinstance(x, Tensor) else x
 
 
+def wide_dtype(x: Tensor) -> torch.dtype:
+    """In which it is computed."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
 def like(*tensors: Tensor) -> list[Tensor]:
     """Room for results that are as these."""
     return [x.new_empty(x.shape) for x in tensors]
@@ -145,7 +157,7 @@ def present(gradient: Tensor | None, result: Tensor, dtype: torch.dtype | None =
 
 def token_shift_mix(x: Tensor, last: Tensor, reset: Tensor | None, dtype: torch.dtype, *mixes: Tensor):
     """All mixes [B,T,C] in `dtype`, and the last token [B,C]; x, last and the mixes [C] in one dtype."""
-    mixes = torch.stack(mixes).to(torch.promote_types(x.dtype, torch.float32))
+    mixes = torch.stack(mixes).to(wide_dtype(x))
     ys, end = torch.ops.rwkv_train.token_shift_mix(x, last, reset, mixes, dtype)
     return *ys, end
 

@@ -11,16 +11,22 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from rwkv_train.ops import build_cuda, elementwise, elementwise_cuda
+from rwkv_train.ops import build_cuda, elementwise, elementwise7, elementwise7_cuda, elementwise_cuda
 from rwkv_train.ops.elementwise import gate, squared_relu, token_shift_mix
+from rwkv_train.ops.elementwise7 import decay, head_output, keys, value_residual
 
 pytestmark = needs_compiler
-# Of each operation the arguments behind `reset`: sequences [B,T,C], [B,C] "before" and parameters of C "channels".
+# Of each operation the arguments behind `reset`: sequences [B,T,C], [B,C] "before" and parameters of C "channels" or
+# [H,N] "heads".
 OPERATIONS = {
     "mix of 2": (lambda reset, x, last, *m: token_shift_mix(x, last, reset, *m), "sequence before channels channels"),
     "mix of 6": (lambda reset, x, last, *m: token_shift_mix(x, last, reset, *m), "sequence before" + " channels" * 6),
     "squared_relu": (lambda reset, x: squared_relu(x), "sequence"),
     "gate": (lambda reset, r, y: gate(r, y), "sequence sequence"),
+    "decay": (lambda reset, raw, w0: decay(raw, w0), "sequence channels"),
+    "value_residual": (lambda reset, *given: value_residual(*given), "sequence sequence sequence channels"),
+    "keys": (lambda reset, k, raw, a0, *m: keys(k, raw, a0.flatten(), *m, len(a0)), "sequence sequence" + " heads" * 3),
+    "head_output": (lambda reset, *given: head_output(*given), "sequence " * 5 + "heads channels channels"),
 }
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
 
@@ -29,6 +35,7 @@ TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 5e-4, to
 def on_gpu(on_cpu, monkeypatch):
     """Whatever device a tensor is on, the kernels do the work."""
     monkeypatch.setattr(elementwise, "_kernels_for", lambda x: elementwise_cuda)
+    monkeypatch.setattr(elementwise7, "_kernels_for", lambda *x: elementwise7_cuda)
     return on_cpu
 
 
@@ -60,6 +67,7 @@ def check(operation, shape, dtype, seed=0):
     got, arriving = results(function, tensors)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(elementwise, "_kernels_for", lambda x: None)
+        patch.setattr(elementwise7, "_kernels_for", lambda *x: None)
         want, _ = results(function, [x.double() for x in tensors], [g.double() for g in arriving])
     assert [g.dtype for g in got[-len(tensors) :]] == [x.dtype for x in tensors]
     for ours, right in zip(got, want, strict=True):
@@ -70,9 +78,10 @@ def check(operation, shape, dtype, seed=0):
 @needs_cuda_core
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_120"])
 def test_kernels_compile_and_stay_in_registers(arch):
-    for dtype in build_cuda.TYPES:
-        for variant in build_cuda.VARIANTS["elementwise"](dtype):
+    for dtype in build_cuda.TYPES if arch == "sm_90" else (torch.bfloat16, torch.float32):
+        for variant in {*build_cuda.VARIANTS["elementwise"](dtype), *build_cuda.VARIANTS["elementwise7"](dtype)}:
             check_compiles(variant, arch)
+    check_compiles(elementwise_cuda.Variant("heads", torch.bfloat16, 4, torch.bfloat16, 512), arch)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1, 16), (2, 37, 2, 7), (3, 5, 3, 20), (1, 65, 1, 34)])
@@ -88,7 +97,7 @@ def test_equals_torch(on_gpu, operation, shape):
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_32_bits_compute_what_16_bits_store(on_gpu, operation, N, dtype):
     got = check(operation, (2, 33, 2, N), dtype, 1)
-    assert got[0].dtype == dtype
+    assert got[0].dtype == (torch.float32 if operation == "decay" else dtype)
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
@@ -174,6 +183,22 @@ OPERATORS = {
     "squared_relu_backward": lambda x, c: (x, -x),
     "gate": lambda x, c: (x, -x),
     "gate_backward": lambda x, c: (x, -x, 2 * x),
+    "decay": lambda x, c: (x, c),
+    "decay_backward": lambda x, c: (x, c, -x),
+    "value_residual": lambda x, c: (x, -x, 2 * x, c),
+    "value_residual_backward": lambda x, c: (x, -x, 2 * x, c, 3 * x),
+    "keys": lambda x, c: (x, -x, *c.view(1, 2, 3).expand(3, 2, 3).clone()),
+    "keys_backward": lambda x, c: (x, -x, *c.view(1, 2, 3).expand(3, 2, 3).clone(), 2 * x, 3 * x, 4 * x),
+    "head_output": lambda x, c: (x, -x, 2 * x, 3 * x, 4 * x, *c.view(1, 2, 3).expand(3, 2, 3).clone()),
+    "head_output_backward": lambda x, c: (
+        x,
+        -x,
+        2 * x,
+        3 * x,
+        4 * x,
+        *c.view(1, 2, 3).expand(3, 2, 3).clone(),
+        5 * x,
+    ),
 }
 
 

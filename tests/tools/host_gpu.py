@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rwkv_train.ops import build_cuda, elementwise_cuda, wkv4_cuda, wkv7_cuda
+from rwkv_train.ops import build_cuda, elementwise7_cuda, wkv4_cuda, wkv7_cuda
 
 HOST = Path(__file__).with_name("wkv_host.h")
 has_cuda_core = find_spec("cuda") is not None and find_spec("cuda.core") is not None
@@ -27,7 +27,7 @@ _cpu = torch.library.Library("rwkv_train", "IMPL")
 for _name, _module in (("wkv4", wkv4_cuda), ("wkv7", wkv7_cuda)):
     _cpu.impl(_name, _module._forward, "CPU")
     _cpu.impl(f"{_name}_backward", _module._backward, "CPU")
-for _name, _run in elementwise_cuda.IMPLEMENTATIONS.items():
+for _name, _run in elementwise7_cuda.IMPLEMENTATIONS.items():  # of both
     _cpu.impl(_name, _run, "CPU")
 
 
@@ -66,14 +66,18 @@ def launcher(folder: Path, how: dict):
 @contextmanager
 def cuda_autocast(dtype: torch.dtype = torch.bfloat16):
     """torch.autocast("cuda"), which torch switches off where no GPU is, for tensors that are fake."""
-    before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
-    try:
-        torch.set_autocast_enabled("cuda", True)
+    before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda"), torch.is_autocast_cache_enabled()
+
+    def put(enabled, dtype, cache):
+        torch.set_autocast_enabled("cuda", enabled)
         torch.set_autocast_dtype("cuda", dtype)
+        torch.set_autocast_cache_enabled(cache)
+
+    put(True, dtype, False)  # the cache holds on to tensors through CUDA's own code
+    try:
         yield
     finally:
-        torch.set_autocast_enabled("cuda", before[0])
-        torch.set_autocast_dtype("cuda", before[1])
+        put(*before)
 
 
 def check_compiles(variant, arch: str) -> None:

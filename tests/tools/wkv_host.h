@@ -20,6 +20,7 @@
 
 template <class R> WKV_FN R wkv_exp(R x) { return std::exp2(x); }
 template <class R> WKV_FN R wkv_log(R x) { return std::log2(x); }
+template <class R> WKV_FN R wkv_sqrt(R x) { return std::sqrt(x); }
 template <class R> WKV_FN R wkv_below(R x) { return -std::fabs(x); }
 template <class R> WKV_FN R wkv_max(R x, R y) { return x > y ? x : y; }
 

@@ -10,6 +10,8 @@ WKV_FN float wkv_exp(float x) { return exp2f(x); }  // to base 2, see LOG2E in w
 WKV_FN double wkv_exp(double x) { return exp2(x); }
 WKV_FN float wkv_log(float x) { return __log2f(x); }
 WKV_FN double wkv_log(double x) { return log2(x); }
+WKV_FN float wkv_sqrt(float x) { return sqrtf(x); }
+WKV_FN double wkv_sqrt(double x) { return sqrt(x); }
 WKV_FN float wkv_below(float x) { return fminf(x, -x); }  // one instruction, -fabsf(x) is two
 WKV_FN double wkv_below(double x) { return fmin(x, -x); }
 WKV_FN float wkv_max(float x, float y) { return fmaxf(x, y); }
