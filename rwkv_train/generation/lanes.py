@@ -49,34 +49,35 @@ class Lanes(NamedTuple):
 
 
 @torch.no_grad()
-def advance(model: RWKV, lanes: Lanes, uniform: Tensor, needs: Needs) -> tuple[Lanes, Tensor]:
+def advance(model: RWKV, lanes: Lanes, uniform: Tensor, needs: Needs, into: State | None) -> tuple[Lanes, Tensor]:
     """Read each lane's token and choose its next: (the lanes after it, logits [N,V]). Counts are changed in place.
 
-    uniform [N] float64 in [0,1): what chooses.
+    uniform [N] float64 in [0,1): what chooses. into: as of `RWKV.hidden`.
     """
     if needs.penalised:
         lanes.counts.scatter_add_(1, lanes.token[:, None], torch.ones_like(lanes.settings[:, :1]))
-    x, state = model.hidden(lanes.token[:, None], lanes.state)
+    x, state = model.hidden(lanes.token[:, None], lanes.state, into=into)
     logits = model.head(x[:, -1])
     token = choose(logits, lanes.settings, uniform, needs, lanes.counts)
     return lanes._replace(token=token, state=state), logits
 
 
 class Eager:
-    """Steps of some lanes, each a call."""
+    """Steps of some lanes, each a call. Of several lanes it changes the state in place: a new one is new memory."""
 
     def __init__(self, lanes: Lanes, needs: Needs):
-        self.lanes, self.needs = lanes, needs
+        self.own = lanes.state.clone() if len(lanes.token) > 1 else None
+        self.lanes, self.needs = lanes._replace(state=self.own or lanes.state), needs
 
     def step(self, model: RWKV, uniform: Tensor) -> list[int]:
         """Read each lane's token: the next ones. NotFinite, a ValueError, if the model gives no finite number."""
-        self.lanes, logits = advance(model, self.lanes, uniform.to(model.device), self.needs)
+        self.lanes, logits = advance(model, self.lanes, uniform.to(model.device), self.needs, self.own)
         finite(logits, model)
         return self.lanes.token.tolist()
 
     def state(self, lane: int) -> State:
         """The state of one lane, which stays as it is."""
-        return self.lanes.state if len(self.lanes.token) == 1 else self.lanes.state.select(lane)
+        return self.lanes.state if self.own is None else self.own.select(lane)
 
 
 class Recorded:
@@ -92,7 +93,7 @@ class Recorded:
         self.replay = record(lambda: self._run(model))
 
     def _run(self, model: RWKV) -> None:
-        after, self.logits = advance(model, self.room, self.uniform, self.needs)
+        after, self.logits = advance(model, self.room, self.uniform, self.needs, None)
         self.told = torch.stack([after.token, self.logits.sum(-1, dtype=torch.float32).isfinite().long()])
         for ours, new in zip((self.room.token, *self.room.state), (after.token, *after.state), strict=True):
             ours.copy_(new)

@@ -128,11 +128,17 @@ class RWKV(nn.Module):
         return self.head(x), state
 
     def hidden(
-        self, tokens: Tensor, state: State | None = None, reset: Tensor | None = None, checkpoint_blocks: bool = False
+        self,
+        tokens: Tensor,
+        state: State | None = None,
+        reset: Tensor | None = None,
+        checkpoint_blocks: bool = False,
+        into: State | None = None,
     ) -> tuple[Tensor, State]:
         """As `forward`, but stops before the head: (x [B,T,C], state). The loss needs logits only piecewise.
 
         checkpoint_blocks: keep no activations inside a block; the backward runs each block's forward a second time.
+        into: where the state after the last token is written and returned, without gradients; `state` itself will do.
         """
         if tokens.ndim != 2 or tokens.shape[1] == 0:
             raise ValueError(f"tokens must be [B,T] with T >= 1, found {list(tokens.shape)}")
@@ -140,10 +146,10 @@ class RWKV(nn.Module):
         if state.shift.shape[0] != tokens.shape[0]:
             raise ValueError(f"state has {state.shift.shape[0]} lanes and tokens {tokens.shape[0]}; they must agree")
         if reset is not None and self.initial_wkv is not None:
-            return self._hidden_from_initial(tokens, state, reset, checkpoint_blocks)
+            return self._hidden_from_initial(tokens, state, reset, checkpoint_blocks, into)
         x, carry = self.enter(tokens)
         shifts, wkvs = [], []
-        for block, shift, wkv in zip(self.blocks, state.shift.unbind(1), state.wkv.unbind(1), strict=True):
+        for i, (block, shift, wkv) in enumerate(zip(self.blocks, *(t.unbind(1) for t in state), strict=True)):
             if checkpoint_blocks and torch.is_grad_enabled():
                 draws = block.training and block.dropout > 0
                 inputs = x, shift, wkv, reset, carry
@@ -151,11 +157,17 @@ class RWKV(nn.Module):
             else:
                 x, shift, wkv, carry = block(x, shift, wkv, reset, carry)
             shifts.append(shift)
-            wkvs.append(wkv)
-        return self.ln_out(x), State(torch.stack(shifts, 1), torch.stack(wkvs, 1))
+            if into is None:
+                wkvs.append(wkv)
+            else:
+                into.wkv[:, i] = wkv  # while it is in the processor's cache
+        if into is None:
+            return self.ln_out(x), State(torch.stack(shifts, 1), torch.stack(wkvs, 1))
+        torch.stack(shifts, 1, out=into.shift)
+        return self.ln_out(x), into
 
     def _hidden_from_initial(
-        self, tokens, state: State, reset: Tensor, checkpoint_blocks: bool
+        self, tokens, state: State, reset: Tensor, checkpoint_blocks: bool, into: State | None
     ) -> tuple[Tensor, State]:
         """Blocks reset to nothing. Where documents begin otherwise, they are read from one beginning to the next."""
         cuts, xs = sorted({0, *reset.any(0).nonzero().flatten().tolist()}), []
@@ -163,7 +175,7 @@ class RWKV(nn.Module):
             begins, initial = reset[:, start], self.empty_state(len(tokens))
             pairs = zip(initial, state, strict=True)
             state = State(*(torch.where(begins.view(-1, *[1] * (s.ndim - 1)), i, s) for i, s in pairs))
-            x, state = self.hidden(tokens[:, start:end], state, None, checkpoint_blocks)
+            x, state = self.hidden(tokens[:, start:end], state, None, checkpoint_blocks, into)
             xs.append(x)
         return torch.cat(xs, 1), state
 

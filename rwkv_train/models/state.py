@@ -23,6 +23,9 @@ class State(NamedTuple):
         """The same numbers, with no gradient path to where they came from."""
         return State(*(t.detach() for t in self))
 
+    def clone(self) -> "State":
+        return State(*(t.clone() for t in self))
+
     def select(self, lanes) -> "State":
         """The state of some lanes: an index, slice, list or tensor over B (an int keeps the axis)."""
         lanes = [lanes] if isinstance(lanes, int) else lanes

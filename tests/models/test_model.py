@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import assert_close_rel, random_model
 
+from rwkv_train.models.adapters import tune
 from rwkv_train.models.rwkv4 import RWKV4, RWKV4Config
 from rwkv_train.models.rwkv7 import RWKV7, RWKV7Config
 
@@ -51,6 +52,24 @@ def test_a_reset_at_the_first_token_forgets_the_carried_state(generation):
     reset[:, 0] = True
     assert_close_rel(model(tokens, carried, reset)[0], model(tokens)[0], 1e-12)
     assert not torch.allclose(model(tokens, carried)[0], model(tokens)[0])
+
+
+@pytest.mark.parametrize("initial", [False, True])
+@torch.no_grad()
+def test_a_state_may_be_written_into_the_one_before(initial, generation):
+    model = random_model(generation=generation)
+    if initial:
+        tune(model, "state", 0)
+        model.initial_wkv.mul_(0.5).add_(0.1)
+    tokens, reset = tokens_of(model, lanes=3), None
+    if initial:
+        reset = torch.zeros_like(tokens, dtype=torch.bool)
+        reset[1, 4] = True
+    _, carried = model(tokens)
+    x, after = model.hidden(tokens, carried, reset)
+    place = carried.clone()
+    assert torch.equal(model.hidden(tokens, place, reset, into=place)[0], x)
+    assert all(map(torch.equal, place, after))
 
 
 def test_initial_weights():
