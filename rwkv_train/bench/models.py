@@ -144,6 +144,7 @@ def quiet_transformers() -> ModuleType:
     import transformers
 
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     return transformers
 
 

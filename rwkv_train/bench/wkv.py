@@ -84,7 +84,7 @@ def measured(
     device: str,
     repeats: int,
     budget: float,
-    bandwidth: float | None,
+    bandwidth: float,
 ) -> list[dict[str, object]]:
     """One row for each backend: its error, and its times if it agrees with the specification or nearly so."""
     tried = {n: b.run for n, b in contestants.items() if checked[n].near and (n not in LOOPS or shape[1] <= LONGEST)}
@@ -94,12 +94,12 @@ def measured(
         row = {"operator": operator, "B x T x C": "x".join(map(str, shape)), "dtype": dtype, "backend": name}
         row |= {"error": checked[name], "wrong": backend.ours and (not checked[name].good or name in failed)}
         if name not in timed:
-            loop = f"not run: over {LONGEST:,} tokens" if checked[name].near else "refused"
-            row["why not"] = failed.get(name, loop)
+            untried = f"not run: over {LONGEST:,} tokens" if checked[name].near else "refused"
+            row["why not"] = failed.get(name, untried)
         else:
             row |= {"forward": timed[name][0], "backward": timed[name][1], "started as": how}
             row["copy share"] = [
-                b * math.prod(shape) / bandwidth / t.median if bandwidth else None
+                b * math.prod(shape) / bandwidth / t.median
                 for b, t in zip(OPERATORS[operator].streams[dtype], timed[name], strict=True)
             ]
         rows.append(row)
@@ -115,12 +115,7 @@ def shown(row: Mapping, unit: str = "ms") -> dict[str, str]:
     cells |= {kind: row[kind].shown(1, unit) for kind in ("forward", "backward")}
     elements = math.prod(map(int, row["B x T x C"].split("x")))
     cells["ns a token-channel"] = f"{both * 1e9 / elements:.3g}"
-    return cells | {"share of a copy's bandwidth": share(row)}
-
-
-def share(row: Mapping) -> str:
-    """Of a copy's bandwidth, forward / backward; dashes where no copy was measured."""
-    return " / ".join("-" if x is None else f"{x:.1%}" for x in row["copy share"])
+    return cells | {"share of a copy's bandwidth": " / ".join(f"{share:.1%}" for share in row["copy share"])}
 
 
 def wkv(config: WkvBench) -> int:

@@ -228,3 +228,47 @@ def test_sizes():
     assert (models.size_of("169M").n_embd, models.size_of("8x3").vocab_size) == (768, 1024)
     with pytest.raises(ValueError, match="there is no size '170M'; write 256x4"):
         models.size_of("170M")
+
+
+def test_who_fails_leaves_the_race_and_the_others_go_on():
+    def broken():
+        raise RuntimeError("out of order")
+
+    def failing_later(called=[]):  # noqa: B006
+        called.append(1)
+        if len(called) > 3:
+            broken()
+
+    calls, failed = {"broken": broken, "whole": lambda: None, "later": failing_later}, {}
+    found = measure.race(calls, 5, least=0, failed=failed)
+    assert list(found) == ["whole"] and len(found["whole"].seconds) == 5
+    assert failed == dict.fromkeys(["broken", "later"], "RuntimeError: out of order")
+    with pytest.raises(RuntimeError, match="out of order"):
+        measure.race(calls, 5, least=0)
+
+
+def test_what_is_off_by_little_is_timed_and_says_so():
+    off = measure.Agreement(0.034, 0.03, "gradient of w")
+    assert not off.good and off.near and str(off) == "off: 0.034 > 0.03, gradient of w"
+    wrong = measure.Agreement(0.34, 0.03, "y")
+    assert not wrong.near and "disagrees: y is off by 3.4e-01" in str(wrong)
+    assert not measure.Agreement(math.inf, 0.03, failed="x").near
+
+
+@pytest.mark.parametrize("name", ["bench train", "bench generate"])
+def test_a_peer_that_cannot_be_made_and_a_step_that_fails_leave_the_rest_of_the_table(name, here, monkeypatch, capsys):
+    def broken(*args, **kwargs):
+        raise TypeError("not today")
+
+    module = import_module(f"rwkv_train.{name.replace(' ', '.')}")
+    monkeypatch.setattr(module, "in_transformers", broken)
+    monkeypatch.setattr(module, "installed", lambda package: package == "transformers")
+    failing = "matrix_products" if name == "bench train" else "_sampling"
+    monkeypatch.setattr(module, failing, lambda *args: broken)
+    less = ["--sizes=[16x2x31]", "--chunks=0"] if name == "bench train" else []
+    code, out, _ = run(*name.split(), *TOY[name], *less, capsys=capsys)
+    lines = [line for line in out.splitlines() if "not today" in line]
+    assert any("transformers" in line and "failed: TypeError: not today" in line for line in lines), out
+    assert any("products" in line or "sampling" in line for line in lines), out
+    assert [line for line in out.splitlines() if "| ours" in line and "(" in line and "failed" not in line], out
+    assert code == (1 if name == "bench generate" else 0)
