@@ -119,8 +119,8 @@ def _kernel(name: str, variant, index: int):
     return _program(variant, _arch(index)).get_kernel(name)
 
 
-def _launch(name, variant, device: torch.device, blocks: int, block: tuple[int, int], arguments: list[int]) -> None:
-    """Queue a kernel; its arguments are addresses and sizes, all of 64 bits."""
+def _launch(name, variant, device: torch.device, blocks: int, block: tuple[int, int], arguments: list) -> None:
+    """Queue a kernel; its arguments are addresses, sizes and floats, all of 64 bits."""
     from cuda.core import LaunchConfig, launch
 
     with torch.cuda.device(device):

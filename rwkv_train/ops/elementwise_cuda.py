@@ -16,6 +16,7 @@ KERNELS = {
     "elementwise": tuple(
         name + back for name in ("squared_relu", "gate", "decay", "value_residual") for back in ("", "_back")
     ),
+    "cross_entropy": ("cross_entropy",),
     "heads": ("keys", "keys_back", "head_output", "head_output_back"),
 }
 # Of x and of what is mixed from it.
@@ -23,11 +24,7 @@ MIXES = {(dtype, dtype) for dtype in TYPES} | {(torch.float32, torch.bfloat16), 
 IMPLEMENTATIONS: dict[str, Callable] = {}  # of the operators, by name
 
 # These are for a later look at the clock; none of them changes what is computed, but for rounding.
-PACK = {
-    "mix": 4,
-    "elementwise": 8,
-    "heads": 4,
-}  # neighbouring numbers that a thread reads at once: what 16 bytes hold, at most
+PACK = {"mix": 4, "elementwise": 8, "heads": 4, "cross_entropy": 8}  # numbers that a thread reads at once, at most
 STRIP, SHORT_STRIP = 16, 4  # tokens that a thread walks
 MANY = 1 << 22  # tokens x channels that keep a GPU busy with long strips
 
@@ -69,7 +66,7 @@ def pack(name: str, width: int, tensors) -> int:
 
 
 build_cuda.VARIANTS["elementwise"] = lambda dtype: [
-    Variant("elementwise", dtype, widest("elementwise", dtype), dtype),
+    *(Variant(name, dtype, widest(name, dtype), dtype) for name in ("elementwise", "cross_entropy")),
     *(Variant("mix", x, widest("mix", x, y), y) for x, y in sorted(MIXES, key=str) if x == dtype),
 ]
 
@@ -262,3 +259,28 @@ operator(
     lambda r, y, g: tuple(like(r, y)),
     lambda results, r, y, g: _each("gate_back", r, y, g, *results),
 )
+
+
+# ---- cross entropy
+
+
+def cross_entropy_(logits: Tensor, targets: Tensor, z_loss: float) -> Tensor:
+    return torch.ops.rwkv_train.cross_entropy_(logits, targets, z_loss)
+
+
+def _losses(logits, targets, z_loss):
+    return logits.new_empty(len(logits), dtype=wide_dtype(logits))
+
+
+def _cross_entropy(logits, targets, z_loss):
+    nll, (rows, size) = _losses(logits, targets, z_loss), logits.shape
+    variant = Variant("cross_entropy", logits.dtype, pack("cross_entropy", size, (logits,)), logits.dtype)
+    tensors = (logits, targets.contiguous(), nll)
+    build_cuda.call("cross_entropy", variant, rows, (WIDTH, ROWS), (size, float(z_loss)), tensors)
+    return nll
+
+
+library.define("cross_entropy_(Tensor(a!) logits, Tensor targets, float z_loss) -> Tensor")
+library.impl("cross_entropy_", _cross_entropy, "CUDA")
+torch.library.register_fake("rwkv_train::cross_entropy_", _losses, lib=library)
+IMPLEMENTATIONS["cross_entropy_"] = _cross_entropy

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rwkv_train.ops import build_cuda, elementwise, elementwise7, elementwise7_cuda, elementwise_cuda
-from rwkv_train.ops.elementwise import gate, squared_relu, token_shift_mix
+from rwkv_train.ops.elementwise import IGNORE_INDEX, cross_entropy_, gate, squared_relu, token_shift_mix
 from rwkv_train.ops.elementwise7 import decay, head_output, keys, value_residual
 
 pytestmark = needs_compiler
@@ -39,7 +39,7 @@ def on_gpu(on_cpu, monkeypatch):
     return on_cpu
 
 
-def draw(operation, shape, dtype=torch.float64, seed=0):
+def draw(operation, shape, dtype=torch.float64, seed=0, device="cpu"):
     """The function, which takes tensors alone, and tensors of numbers that `dtype` can hold. shape: B, T, H, N."""
     function, arguments = OPERATIONS[operation]
     B, T, H, N = shape
@@ -47,9 +47,9 @@ def draw(operation, shape, dtype=torch.float64, seed=0):
     shapes = {"sequence": (B, T, H * N), "before": (B, H * N), "channels": (1, 1, H * N), "heads": (H, N)}
     draw = lambda name: torch.randn(shapes[name], generator=rng, dtype=torch.float64).to(dtype)  # noqa: E731
     wide = torch.promote_types(dtype, torch.float32)
-    reset = (torch.rand(B, T, generator=rng) < 0.2) if seed % 2 else None
+    reset = (torch.rand(B, T, generator=rng) < 0.2).to(device) if seed % 2 else None
     tensors = [draw(name) if name in ("sequence", "before") else draw(name).to(wide) for name in arguments.split()]
-    return lambda *tensors: function(reset, *tensors), tensors
+    return lambda *tensors: function(reset, *tensors), [x.to(device) for x in tensors]
 
 
 def results(function, tensors, arriving=None):
@@ -58,19 +58,23 @@ def results(function, tensors, arriving=None):
     out = function(*leaves)
     out = out if isinstance(out, tuple) else (out,)
     rng = torch.Generator().manual_seed(1)
-    arriving = arriving or [torch.randn(o.shape, generator=rng, dtype=torch.float64).to(o.dtype) for o in out]
+    arriving = arriving or [torch.randn(o.shape, generator=rng, dtype=torch.float64).to(o) for o in out]
     return [*out, *torch.autograd.grad(out, leaves, arriving)], arriving
+
+
+def in_torch(function, tensors, arriving):
+    """What is right."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(elementwise, "_kernels_for", lambda x: None)
+        patch.setattr(elementwise7, "_kernels_for", lambda *x: None)
+        return results(function, [x.double() for x in tensors], [g.double() for g in arriving])[0]
 
 
 def check(operation, shape, dtype, seed=0):
     function, tensors = draw(operation, shape, dtype, seed)
     got, arriving = results(function, tensors)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(elementwise, "_kernels_for", lambda x: None)
-        patch.setattr(elementwise7, "_kernels_for", lambda *x: None)
-        want, _ = results(function, [x.double() for x in tensors], [g.double() for g in arriving])
     assert [g.dtype for g in got[-len(tensors) :]] == [x.dtype for x in tensors]
-    for ours, right in zip(got, want, strict=True):
+    for ours, right in zip(got, in_torch(function, tensors, arriving), strict=True):
         assert_close_rel(ours, right, TOLERANCES[dtype])
     return got
 
@@ -176,11 +180,38 @@ def test_torch_compile_takes_it_whole(on_gpu, operation):
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("z_loss", [0.0, 0.1])
+@pytest.mark.parametrize("size", [(1, 1), (0, 5), (5, 63), (3, 2200)])
+def test_cross_entropy(on_gpu, monkeypatch, size, z_loss, dtype):
+    rng = torch.Generator().manual_seed(0)
+    logits = (10 * torch.randn(size, generator=rng, dtype=torch.float64)).to(dtype)
+    targets = torch.randint(0, size[1], (size[0], 3), generator=rng)[:, 1]  # which does not lie in one piece
+    targets[1:2] = IGNORE_INDEX
+    logits[1:2, :1] = float("nan")
+    ours, turned, right = logits.clone(), logits.clone(), logits.double()
+    nll = cross_entropy_(ours, targets, z_loss)
+    on_gpu["descending"] = True
+    assert torch.equal(cross_entropy_(turned, targets, z_loss), nll) and torch.equal(turned, ours)
+    monkeypatch.setattr(elementwise, "_kernels_for", lambda x: None)
+    assert_close_rel(nll, cross_entropy_(right, targets, z_loss), 1e-12 if dtype == torch.float64 else 1e-6)
+    assert_close_rel(ours, right, TOLERANCES[dtype])
+
+
+def test_cross_entropy_says_what_has_none(on_gpu):
+    logits = torch.zeros(4, 30)
+    logits[1, 3] = float("nan")
+    logits[2, 3] = float("inf")
+    nll = cross_entropy_(logits, torch.tensor([0, 1, 2, 30]))
+    assert nll.isfinite().tolist() == [True, False, False, False]
+
+
 OPERATORS = {
     "token_shift_mix": lambda x, c: (x, x[:, 0].clone(), x[..., 0] > 1, torch.stack([c, c]), torch.float32),
     "token_shift_mix_backward": lambda x, c: (x, x[:, 0].clone(), None, torch.stack([c, c]), None, [x.clone(), -x]),
     "squared_relu": lambda x, c: (x,),
     "squared_relu_backward": lambda x, c: (x, -x),
+    "cross_entropy_": lambda x, c: (x.flatten(0, 1), torch.arange(10) % 6, 0.1),
     "gate": lambda x, c: (x, -x),
     "gate_backward": lambda x, c: (x, -x, 2 * x),
     "decay": lambda x, c: (x, c),
@@ -209,7 +240,7 @@ def test_all_operators_are_checked():
 @pytest.mark.parametrize("name", OPERATORS)
 def test_operators_keep_what_torch_expects_of_them(on_gpu, name):
     given = OPERATORS[name](torch.randn(2, 5, 6), torch.randn(6))
-    for argument in () if name.endswith("_backward") else given:
+    for argument in () if name.endswith(("_", "_backward")) else given:
         if isinstance(argument, torch.Tensor) and argument.is_floating_point():
             argument.requires_grad_()
     torch.library.opcheck(getattr(torch.ops.rwkv_train, name).default, given)

@@ -6,6 +6,7 @@ import io
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -56,7 +57,8 @@ def launcher(folder: Path, how: dict):
 
     def launch(name, variant, device, blocks, block, arguments):
         kernel = getattr(library(folder, variant), f"host_{name}")
-        numbers = (ctypes.c_int64 * len(arguments))(*arguments)
+        bits = [struct.unpack("q", struct.pack("d", x))[0] if isinstance(x, float) else x for x in arguments]
+        numbers = (ctypes.c_int64 * len(bits))(*bits)
         kernel(ctypes.c_int(blocks), *map(ctypes.c_int, block), ctypes.c_bool(how["descending"]), numbers)
         how["launched"].append(name)
 

@@ -85,6 +85,7 @@ static void run_thread() {
 
 template <class A> WKV_FN A argument(int64_t x) {
     if constexpr (std::is_pointer_v<A>) return reinterpret_cast<A>(x);
+    else if constexpr (std::is_same_v<A, double>) return same_bits<double>(x);
     else return x;
 }
 template <class... A, size_t... I> void call(void (*kernel)(A...), std::index_sequence<I...>) {
