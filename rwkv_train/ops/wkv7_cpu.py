@@ -15,7 +15,7 @@ _SEQUENCES = ("r", "w", "k", "v", "a", "b")
 
 
 class _Inputs(ctypes.Structure):  # this and the next two as in wkv7_cpu.cpp
-    _fields_ = [(n, ctypes.c_int64) for n in ("B", "T", "H", "N", "chunk")] + [
+    _fields_ = [(n, ctypes.c_int64) for n in ("B", "T", "H", "N", "chunk", "apart")] + [
         (n, ctypes.c_void_p) for n in ("r", "decay", "k", "v", "a", "b", "state", "reset")
     ]
 
@@ -44,15 +44,17 @@ def wkv7(r, w, k, v, a, b, state, reset=None):
 
 
 def _inputs(r, decay, k, v, a, b, state, reset) -> _Inputs:
-    return _Inputs(*r.shape, CHUNK, *map(address, (r, decay, k, v, a, b, state, reset)))
+    return _Inputs(*r.shape, CHUNK, state.stride(0), *map(address, (r, decay, k, v, a, b, state, reset)))
 
 
 def _forward(r, w, k, v, a, b, state, reset, save: bool):
     """y, the state, and what the backward needs: the kernel's inputs, and with `save` the states before each chunk."""
-    inputs = [x.contiguous() for x in (r, w.exp(), k, v, a, b, state)] + [None if reset is None else reset.contiguous()]
-    r, state = inputs[0], inputs[-2]
-    y, out = torch.empty_like(r), torch.empty_like(state)
     (B, T, H, N), saved = r.shape, None
+    if T > 1 or save or state.stride()[1:] != (N * N, N, 1):  # a token's may be a layer's part of several lanes' state
+        state = state.contiguous()
+    inputs = *(x.contiguous() for x in (r, w.exp(), k, v, a, b)), state, None if reset is None else reset.contiguous()
+    r = inputs[0]
+    y, out = torch.empty_like(r), state.new_empty(state.shape)
     if save:
         saved = r.new_empty(B, H, -(-T // CHUNK), N, N)
     run("wkv7_forward", r.dtype, _inputs(*inputs), _Results(*map(address, (y, out, saved))))

@@ -89,6 +89,22 @@ def test_equals_reference(backend, T, N, positions):
     assert_close(run(backend, args, reset, gy, gstate), want, 1e-11)
 
 
+@needs_compiler
+@pytest.mark.parametrize("N", [5, 16, 64])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 3e-6), (torch.float64, 1e-13)])
+def test_a_token_without_gradients_equals_reference_wherever_the_state_lies(N, dtype, tolerance):
+    args, reset = draw(3, 1, 2, N), resets_at(3, 1, 0)
+    *sequences, state = (x.to(dtype) for x in args)
+    layers = torch.stack([state, 2 * state], 1)  # as in a model's state
+    want = wkv7(*args, reset, backend="reference")
+    for lies in (state, layers[:, 0], state.mT.contiguous().mT):
+        got = wkv7(*sequences, lies, reset, backend="cpu")
+        for ours, theirs in zip(got, want, strict=True):
+            assert (ours.double() - theirs).norm() <= tolerance * theirs.norm()
+        alone = wkv7(*(x[:1] for x in sequences), lies[:1], None, backend="cpu")
+        assert all(torch.equal(part[:1], whole) for part, whole in zip(got, alone, strict=True))
+
+
 @pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize(("slowest", "fastest"), [(0, -0.6065), (0, 0), (-0.6065, -0.6065), (-4.9, -5)])
 @pytest.mark.parametrize("positions", [None, (20, 21, 50)])

@@ -26,7 +26,7 @@ template <class R> using V = typename Wide<R>::V;
 template <class R> constexpr int WIDTH = sizeof(V<R>) / sizeof(R);
 
 template <class R> struct Inputs {
-    int64_t B, T, H, N, chunk;                   // N is a multiple of 16
+    int64_t B, T, H, N, chunk, apart;            // N is a multiple of 16; from a lane's state to the next one's
     const R *r, *decay, *k, *v, *a, *b, *state;  // [B,T,H,N] each, decay = exp(w); [B,H,N,N]
     const uint8_t* reset;                        // [B,T] or null
 };
@@ -137,6 +137,34 @@ static void forward(const Inputs<R>& in, const Results<R>& out, int64_t head, in
     turn_out<R, P>(S.get(), N, i0, out.state + place.square);
 }
 
+// A single token, of which no gradient is wanted: the state stays as it lies, and the vectors go along keys.
+template <class R> static void one_token(const Inputs<R>& in, const Results<R>& out, int64_t head) {
+    const Place<R> place(in, head);
+    const int64_t N = in.N, at = place.at(0);
+    const R* from = in.state + place.lane * in.apart + head % in.H * N * N;
+    R* to = out.state + place.square;
+    if (place.opens(in, 0)) {
+        memset(to, 0, size_t(N * N) * sizeof(R));
+        from = to;
+    }
+    for (int64_t i = 0; i < N; i += WIDTH<R>, from += WIDTH<R> * N, to += WIDTH<R> * N) {
+        V<R> removed[WIDTH<R>] = {}, y[WIDTH<R>] = {};
+        for (int64_t j = 0; j < N; j += WIDTH<R>)
+            for (int l = 0; l < WIDTH<R>; l++) removed[l] += load(from + l * N + j) * load(in.a + at + j);
+        const V<R> removals = sum_each<R>(removed);
+        for (int64_t j = 0; j < N; j += WIDTH<R>) {
+            const V<R> decay = load(in.decay + at + j), b = load(in.b + at + j), k = load(in.k + at + j);
+            for (int l = 0; l < WIDTH<R>; l++) {
+                const V<R> all_removed = removals[l] - V<R>{}, v = in.v[at + i + l] - V<R>{};
+                const V<R> s = wkv7_step(load(from + l * N + j), decay, all_removed, b, v, k);
+                store(to + l * N + j, s);
+                y[l] += s * load(in.r + at + j);
+            }
+        }
+        store(out.y + at + i, sum_each<R>(y));
+    }
+}
+
 template <class R, int P> struct Backward {
     const Inputs<R>& in;
     const Gradients<R>& g;
@@ -245,6 +273,10 @@ template <class R, class Job> static void for_each_head(const Inputs<R>& in, int
 }
 
 template <class R> static void run_forward(const Inputs<R>* in, const Results<R>* out, int threads) {
+    if (in->T == 1 && !out->saved) {
+        const int64_t heads = in->B * in->H;
+        return share_numbers(heads * in->N * in->N, heads, threads, [=](int64_t head) { one_token(*in, *out, head); });
+    }
     for_each_head(*in, threads, [=](int64_t head, int64_t i0, auto P) {
         if (out->saved) forward<R, P.value, true>(*in, *out, head, i0);
         else forward<R, P.value, false>(*in, *out, head, i0);
