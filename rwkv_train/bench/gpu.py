@@ -6,6 +6,7 @@ written as soon as it is known.
 """
 
 import contextlib
+import gc
 import json
 import os
 import queue
@@ -144,7 +145,7 @@ def _watch(plan: list[tuple[str, Job]], first: int, board: Board) -> int:
         board.wrong |= board.left > 0
         return first
     section, job = plan[current]
-    board.add(section, job.failed(why))
+    board.add(section, job.ended(why) if board.over else job.failed(why))
     return current + 1
 
 
@@ -165,8 +166,10 @@ class Worker:
         )
         self.events: queue.Queue[dict] = queue.Queue()
         threading.Thread(target=self._listen, daemon=True).start()
-        self.process.stdin.write(json.dumps({"config": asdict(config), "first": first, "results": results}) + "\n")
-        self.process.stdin.flush()
+        given = {"config": asdict(config), "first": first, "results": results}
+        with contextlib.suppress(BrokenPipeError):  # it has ended, as _listen tells
+            self.process.stdin.write(json.dumps(given) + "\n")
+            self.process.stdin.flush()
 
     def _listen(self) -> None:
         for line in self.process.stdout:
@@ -184,12 +187,14 @@ class Worker:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
-        self.process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
 
 
 def work(config: GpuBench, first: int, results: Results, tell: Callable[[Mapping], None]) -> None:
     """Do the jobs from `first` on, until all are done or the device no longer works; tell of each row at once."""
     number = first
+    gc.freeze()  # `free` need not look through the objects of all packages each time
     for number, (section, job) in enumerate(jobs(config, results)):
         if number < first:
             continue

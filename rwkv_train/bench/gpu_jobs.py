@@ -31,6 +31,10 @@ class Job:
     def failed(self, reason: str) -> Row:
         return Row({"what": self.what, "failed": reason}, self.what, f"failed: {reason}", good=not self.ours)
 
+    def ended(self, reason: str) -> Row:
+        """That it was not let finish is no mistake."""
+        return Row({"what": self.what, "ended": reason}, self.what, f"ended: {reason}")
+
 
 def row_of(results: Results, sections: tuple[str, ...], **cells) -> dict[str, object]:
     """The first row of some sections with these cells; empty if there is none: it failed, or was left out."""

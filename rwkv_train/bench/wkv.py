@@ -20,7 +20,18 @@ from rwkv_train.bench.measure import (
     write_json,
 )
 from rwkv_train.bench.settings import WkvBench
-from rwkv_train.bench.wkv_operators import LONGEST, LOOPS, OPERATORS, Backend, Case, Run, backends, check, peers
+from rwkv_train.bench.wkv_operators import (
+    LONGEST,
+    LOOPS,
+    OPERATORS,
+    Backend,
+    Case,
+    Run,
+    backends,
+    check,
+    launches,
+    peers,
+)
 
 
 def times(
@@ -128,11 +139,15 @@ def wkv(config: WkvBench) -> int:
     for operator in config.operators:
         contestants = backends(operator, config.device) | peers(operator, config.device)
         for dtype in config.dtypes:
-            checked = {name: check(operator, backend, dtype, config.device) for name, backend in contestants.items()}
+            checked, ran = {}, {}
+            for name, backend in contestants.items():
+                with launches() as ran[name]:
+                    checked[name] = check(operator, backend, dtype, config.device)
             for tokens in config.tokens:
                 shape = (config.lanes, tokens, config.channels)
                 limits = (config.device, config.repeats, config.budget, bandwidth)
-                rows += measured(operator, contestants, checked, shape, dtype, *limits)
+                found = measured(operator, contestants, checked, shape, dtype, *limits)
+                rows += [row | {"checked kernels": "; ".join(ran[row["backend"]])} for row in found]
     print(table([shown(row) for row in rows]))
     write_json(config.json, "wkv", config, {"copy bytes/s": bandwidth, "rows": rows}, config.device)
     return int(any(row["wrong"] for row in rows))

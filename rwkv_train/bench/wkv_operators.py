@@ -205,13 +205,15 @@ def expected_results(
 @contextmanager
 def launches() -> Iterator[list[str]]:
     """Inside, the CUDA kernels of ours that are launched, with what they are built for, each once."""
-    found: dict[str, None] = {}
+    found: list[str] = []
     launch = build_cuda._launch
 
     def noted(name, variant, device, blocks, block, arguments):
         built = (str(DTYPE_NAMES.get(x, x)) for x in variant)
         about = ", ".join(f"{field} {x}" for field, x in zip(variant._fields, built, strict=True))
-        found[f"{name}({about}; {block[0]}x{block[1]} threads)"] = None
+        kernel = f"{name}({about}; {block[0]}x{block[1]} threads)"
+        if kernel not in found:
+            found.append(kernel)
         launch(name, variant, device, blocks, block, arguments)
 
     build_cuda._launch = noted

@@ -98,10 +98,10 @@ def test_an_exception_ends_its_job_and_keeps_the_rows_before_it(monkeypatch, cap
 WORKER = """
 import json, os, sys, time
 first = json.loads(sys.stdin.readline())["first"]
-tell = lambda event: print(json.dumps(event), flush=True)
+tell = lambda *events: print(*map(json.dumps, events), sep="\\n", flush=True)
 for n in range(first, 5):
-    tell({"job": n, "what": f"job {n}"})
-    tell({"row": {"cells": {"n": n}, "what": f"job {n}", "found": f"first was {first}", "good": True}})
+    row = {"cells": {"n": n}, "what": f"job {n}", "found": f"first was {first}", "good": True}
+    tell({"job": n, "what": f"job {n}"}, {"row": row})
     if n == 1: os._exit(3)
     if n == 2: time.sleep(600)
 tell({"next": 5})
@@ -133,6 +133,12 @@ def test_a_crash_and_a_job_without_end_cost_themselves_alone(tmp_path, capsys):
 def test_it_ends_when_its_minutes_are_over_and_where_no_process_begins(tmp_path, monkeypatch, capsys):
     assert gpu.gpu(GpuBench(**TOY_GPU, device="cpu", minutes=0)) == 0
     assert "5 jobs left out: 0 minutes are over" in capsys.readouterr().out
+    monkeypatch.setattr(gpu, "jobs", lambda config, results: iter([("all", Job(f"job {n}", list)) for n in range(5)]))
+    with monkeypatch.context() as patch:
+        patch.setattr(gpu.Board, "left", property(lambda board: 60.0 if len(board.short) < 4 else 0.0))
+        assert gpu.gpu(TOYS) == 1, "job 1 crashes before"
+    out = capsys.readouterr().out
+    assert "| ended: 8 minutes are over" in out and "2 jobs left out: 8 minutes are over" in out
     monkeypatch.setattr(gpu.Worker, "command", [sys.executable, "-c", "raise SystemExit(1)"])
     assert gpu.gpu(TOYS) == 1
     out = capsys.readouterr().out
