@@ -36,6 +36,7 @@ class Step:
         self.sweep = data.horizon > 1 and not self.fsdp and self.zero < 3
         bf16 = train.precision == "bf16"
         self.autocast = bf16 and not self.zero
+        self.gathers_16 = bf16 and self.fsdp and data.horizon == 1  # the blocks' layers, see train/strategies.py
         self.w = self.r = 2 if bf16 and self.zero else 4
         self.m = 2 if bf16 else 4
 
@@ -45,8 +46,9 @@ class Step:
         a billion gathered. The sweep keeps what it has cast, 2 bytes for each number that products read."""
         p = self.sizes.parameters
         if self.fsdp and self.ranks > 1:
-            whole = 2 * self.sizes.table + 3 * self.sizes.block
-            return 4 * (p / self.ranks + (p if self.config.data.horizon > 1 else min(p, whole)))
+            blocks = (2 if self.gathers_16 else 4) * min(3, self.sizes.n_layer) * self.sizes.block
+            whole = 8 * self.sizes.table + blocks
+            return 4 * p / self.ranks + (4 * p if self.config.data.horizon > 1 else min(4 * p, whole))
         cast = 2 * (self.sizes.products + self.sizes.table) if self.autocast and self.sweep else 0
         return self.w * (p / self.ranks + min(p, LIVE) if self.zero == 3 else p) + cast
 
@@ -86,7 +88,7 @@ class Step:
         r: the block's input and middle and two layer norms: 4 nC, in torch also two token shifts. m: the mixed inputs;
         k of the channel mix and relu(k)^2: 2 nF (in torch relu(k) instead of k). What the generation's time mix does.
         Dropout: 2 nC masks, of m bytes, on a GPU of 1. CUDA's autocast squares in float32: 4 nF more.
-        Under autocast also each matrix in bfloat16, but for the sweep, which has them all.
+        Under autocast also each matrix in bfloat16, but for the sweep, which has them all, and FSDP, which gathers it.
         """
         s, n = self.sizes, self.n
         kept = self.r * (4 if self.kernel else 6) * n * s.n_embd + self.m * n * (s.mixed * s.n_embd + 2 * s.n_ffn)
@@ -96,7 +98,7 @@ class Step:
         return kept + self.casts()
 
     def casts(self) -> float:
-        return 2 * self.sizes.matrices if self.autocast and not self.sweep else 0
+        return 2 * self.sizes.matrices if self.autocast and not self.sweep and not self.gathers_16 else 0
 
     def activations(self) -> tuple[float, float]:
         """Of one chunk, at the end of its forward and in the backward of its last block.
@@ -211,14 +213,18 @@ def exchanged(config: FitConfig, sizes: Sizes) -> float:
 
     DDP: a sum of all gradients, 2 * 4P f. ZeRO 1 and 2: gradients scattered, weights gathered, 2 w P f; ZeRO-2
     scatters after every batch. Weights in pieces are gathered for forward and backward, and gradients scattered:
-    3 w P f a batch. With a horizon H + 2 times in FSDP, where the backward keeps them, 4 H in ZeRO-3.
+    ZeRO-3 3 w P f a batch, with a horizon 4 H times; FSDP gathers blocks 2 H times, what is outside them H times, and
+    scatters once, 4P f (counted). In bf16, without a horizon, it gathers the blocks' layers in 2 bytes a number.
     """
     train, s = config.train, Step(config, sizes, "cuda")
     share = sizes.parameters * (s.ranks - 1) / s.ranks
     horizon = config.data.horizon
-    if s.fsdp or s.zero == 3:
-        passes = 3 if horizon == 1 else horizon + 2 if s.fsdp else 4 * horizon
-        return s.w * share * train.accumulate * passes
+    if s.fsdp:
+        blocks = sizes.n_layer * sizes.block
+        gathered = 8 * blocks - 4 * (sizes.layers if s.gathers_16 else 0) + 4 * (sizes.parameters - blocks)
+        return (4 * share + horizon * gathered * (s.ranks - 1) / s.ranks) * train.accumulate
+    if s.zero == 3:
+        return s.w * share * train.accumulate * (3 if horizon == 1 else 4 * horizon)
     if s.zero:
         return s.w * share * (1 + (train.accumulate if s.zero == 2 else 1))
     return 8 * share

@@ -40,6 +40,11 @@ class Sizes:
         return self.n_layer * self.matrices
 
     @property
+    def layers(self) -> int:
+        """Numbers in the linear layers of all blocks."""
+        return self.products
+
+    @property
     def repeated(self) -> int:
         """Those of the products that checkpoint_blocks does again."""
         return self.products
@@ -116,6 +121,11 @@ class RWKV7Sizes(Sizes):
     @property
     def products(self) -> int:
         return super().products - 2 * self.n_embd * self.rank_v
+
+    @property
+    def layers(self) -> int:
+        """Without the low-rank pairs, which are no layers of their own."""
+        return self.n_layer * self.n_embd * (4 * self.n_embd + 2 * self.n_ffn)
 
     @property
     def repeated(self) -> int:

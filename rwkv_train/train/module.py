@@ -58,7 +58,8 @@ class OnlineTrainingModule(L.LightningModule):
                 batches.take(self.global_rank, self.trainer.world_size)
 
     def configure_model(self) -> None:
-        shard(self.model, self.trainer.strategy)
+        gather_16 = self.config.train.precision == "bf16" and self.config.data.horizon == 1
+        shard(self.model, self.trainer.strategy, gather_16)
 
     def reset_sums(self) -> None:
         """Start a new mean of the training loss: self.sums = nats and trained tokens of this rank."""

@@ -2,9 +2,10 @@
 
 from contextlib import nullcontext
 
+import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, Strategy
-from torch import Tensor
+from torch import Tensor, nn
 
 from rwkv_train.config import TrainConfig
 from rwkv_train.models.base import RWKV
@@ -30,16 +31,25 @@ def deepspeed(stage: int, offload: bool, kind: type[DeepSpeedStrategy] = DeepSpe
     return strategy
 
 
-def shard(model: RWKV, strategy: Strategy) -> None:
-    """Cut a model's weights up, where the strategy wants the model to do that itself."""
+def shard(model: RWKV, strategy: Strategy, gather_16: bool) -> None:
+    """Cut a model's weights up, where the strategy wants the model to do that itself.
+
+    gather_16: the blocks' linear layers are gathered in bfloat16, to which autocast would cast them; what is computed
+    with in float32, and all gradients, which are sums over ranks, go in float32. Not for a horizon of several chunks:
+    their gradients would add up in 16 bits before that.
+    """
     if not is_fsdp(strategy):
         return
-    from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
     if isinstance(model, FSDPModule):
         return
     mesh = strategy.device_mesh["data_parallel"]
     for block in model.blocks:
+        if gather_16:
+            policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+            for layer in [m for m in block.modules() if isinstance(m, nn.Linear)]:
+                fully_shard(layer, mesh=mesh, mp_policy=policy)
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
     register_fsdp_forward_method(model, "hidden")  # the loss calls this one, and then uses the head's weight

@@ -102,6 +102,19 @@ def test_two_ranks_are_one_and_go_on_from_their_checkpoint(single_of, store, tmp
     assert all(torch.equal(again[name], whole[name]) for name in whole)
 
 
+def test_two_ranks_that_gather_16_bits_are_one_within_their_rounding(store, tmp_path):
+    train = replace(TRAIN, steps=3, precision="bf16", checkpoint_blocks=True)
+    found = {}
+    for ranks, strategy in ((1, "auto"), (2, "fsdp")):
+        config = config_of(store, tmp_path / strategy, model=model_of("rwkv7"), optim=OPTIM)
+        config = replace(config, data=replace(config.data, chunk_len=32, horizon=1))
+        (tmp_path / strategy).mkdir()
+        on_ranks(replace(config, train=replace(train, devices=ranks, strategy=strategy)), tmp_path, ranks=ranks)
+        run = tmp_path / strategy / "run"
+        found[ranks] = [r[key] for r in metrics(run) for key in ("loss", "val_loss", "grad_norm") if key in r]
+    assert len(found[1]) > 6 and found[2] == pytest.approx(found[1], rel=1e-2)
+
+
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_one_rank_with_all_lanes_goes_on_as_two_with_half_of_them(single, store, tmp_path, strategy):
     shutil.copytree(single, tmp_path / "run")
