@@ -18,7 +18,9 @@ from rwkv_train.ops import cache
 
 FOLDER = Path(__file__).parent / "native"
 SOURCES = tuple(FOLDER / f"{name}_cpu.cpp" for name in ("wkv4", "wkv7", "elementwise", "elementwise7", "linear"))
-HEADERS = tuple(FOLDER / name for name in ("jobs.h", "storage.h", "exp_log.h", "wkv4.h", "wkv7.h"))
+HEADERS = tuple(
+    FOLDER / name for name in ("jobs.h", "storage.h", "exp_log.h", "vectors.h", "wkv4.h", "wkv7.h", "wkv7_back.h")
+)
 # Of dtypes, at the ends of the functions' names.
 NAMES = {torch.float32: "f32", torch.float64: "f64", torch.bfloat16: "bf16"}
 COMPILERS = ("c++", "g++", "clang++")
@@ -98,9 +100,9 @@ def _run(*command: str) -> str:
 
 def _bind(path: Path) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
-    for operator, dtypes in (("wkv4", NAMES.values()), ("wkv7", ("f32", "f64"))):
+    for operator in ("wkv4", "wkv7"):
         for direction in ("forward", "backward"):
-            for dtype in dtypes:
+            for dtype in NAMES.values():
                 function = getattr(library, f"{operator}_{direction}_{dtype}")
                 function.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int)
                 function.restype = None

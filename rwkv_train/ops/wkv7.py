@@ -14,7 +14,11 @@ BACKENDS = {
     "cuda": wkv7_cuda.wkv7,
     "fla": wkv7_fla.wkv7,
 }
-HALVES = (wkv7_cuda.wkv7, wkv7_fla.wkv7)  # read and write 16 bits themselves: no copies
+HALVES = {
+    wkv7_cpu.wkv7: (torch.bfloat16,),
+    wkv7_cuda.wkv7: (torch.bfloat16, torch.float16),
+    wkv7_fla.wkv7: (torch.bfloat16, torch.float16),
+}  # read and written without copies
 
 
 def wkv7(
@@ -60,7 +64,7 @@ def wkv7(
     dtype = check("wkv7", "r", arguments | {"state": (state, "[B, H, N, N]", (B, H, N, N))}, reset)
     halves = r.dtype == k.dtype == v.dtype and r.dtype in build_cuda.TYPES and dtype == torch.float32
     run = pick("wkv7", BACKENDS, backend, r.device, r.dtype if halves else dtype)
-    stored = r.dtype if halves and run in HALVES else dtype
+    stored = r.dtype if halves and r.dtype in HALVES.get(run, ()) else dtype
     with torch.autocast(r.device.type, enabled=False):
         r_, k, v = (cast(x, stored) for x in (r, k, v))
         y, state = run(r_, cast(w, dtype), k, v, *(cast(x, dtype) for x in (a, b, state)), reset)

@@ -8,28 +8,31 @@ from torch.autograd.function import once_differentiable
 
 from rwkv_train.ops.build_cpu import address, demand, run
 
-CHUNK = 16  # tokens whose states the backward holds at a time; of each chunk the forward keeps one
+CHUNK = 16  # tokens, as in wkv7_back.h; of each chunk the forward keeps the state before it
 _WIDTH = 16  # the kernel takes heads of a multiple of this size
 
-_SEQUENCES = ("r", "w", "k", "v", "a", "b")
 
-
-class _Inputs(ctypes.Structure):  # this and the next two as in wkv7_cpu.cpp
-    _fields_ = [(n, ctypes.c_int64) for n in ("B", "T", "H", "N", "chunk", "apart")] + [
-        (n, ctypes.c_void_p) for n in ("r", "decay", "k", "v", "a", "b", "state", "reset")
+class _Inputs(ctypes.Structure):  # this and the next two as in wkv7_cpu.cpp and wkv7_back.h
+    _fields_ = [(n, ctypes.c_int64) for n in ("B", "T", "H", "N", "apart")] + [
+        (n, ctypes.c_void_p) for n in ("r", "k", "v", "w", "a", "b", "state", "reset")
     ]
 
 
 class _Results(ctypes.Structure):
-    _fields_ = [(n, ctypes.c_void_p) for n in ("y", "state", "saved")]
+    _fields_ = [(n, ctypes.c_void_p) for n in ("y", "state", "saved", "removed")]
 
 
 class _Gradients(ctypes.Structure):
-    _fields_ = [(n, ctypes.c_void_p) for n in ("gy", "gstate", "saved", *_SEQUENCES, "initial")]
+    _fields_ = [
+        (n, ctypes.c_void_p) for n in ("gy", "gstate", "saved", "removed", "r", "k", "v", "w", "a", "b", "initial")
+    ]
 
 
 def wkv7(r, w, k, v, a, b, state, reset=None):
-    """WKV-7 by the C++ kernel; see `rwkv_train.wkv.wkv7`. CPU tensors, all float32 or all float64."""
+    """WKV-7 by the C++ kernel; see `rwkv_train.wkv.wkv7`. CPU tensors.
+
+    w, a, b and state are float32, and r, k and v float32 or bfloat16; or all are float64.
+    """
     demand("wkv7")
     N = r.shape[-1]
     if missing := -N % _WIDTH:  # channels of zeros, which read and change nothing
@@ -43,39 +46,39 @@ def wkv7(r, w, k, v, a, b, state, reset=None):
     return (y[..., :N], state[..., :N, :N]) if missing else (y, state)
 
 
-def _inputs(r, decay, k, v, a, b, state, reset) -> _Inputs:
-    return _Inputs(*r.shape, CHUNK, state.stride(0), *map(address, (r, decay, k, v, a, b, state, reset)))
+def _inputs(r, w, k, v, a, b, state, reset) -> _Inputs:
+    return _Inputs(*r.shape, state.stride(0), *map(address, (r, k, v, w, a, b, state, reset)))
 
 
 def _forward(r, w, k, v, a, b, state, reset, save: bool):
-    """y, the state, and what the backward needs: the kernel's inputs, and with `save` the states before each chunk."""
-    (B, T, H, N), saved = r.shape, None
+    """y, the state, and what the backward needs: contiguous inputs, and with `save` what the kernel kept."""
+    (B, T, H, N), saved, removed = r.shape, None, None
     if T > 1 or save or state.stride()[1:] != (N * N, N, 1):  # a token's may be a layer's part of several lanes' state
         state = state.contiguous()
-    inputs = *(x.contiguous() for x in (r, w.exp(), k, v, a, b)), state, None if reset is None else reset.contiguous()
-    r = inputs[0]
-    y, out = torch.empty_like(r), state.new_empty(state.shape)
+    sequences = [x.contiguous() for x in (r, w, k, v, a, b)]
+    inputs = *sequences, state, None if reset is None else reset.contiguous()
+    y, out = torch.empty_like(sequences[0]), state.new_empty(state.shape)
     if save:
-        saved = r.new_empty(B, H, -(-T // CHUNK), N, N)
-    run("wkv7_forward", r.dtype, _inputs(*inputs), _Results(*map(address, (y, out, saved))))
-    return y, out, inputs, saved
+        saved, removed = state.new_empty(B, H, -(-T // CHUNK), N, N), state.new_empty(r.shape)
+    run("wkv7_forward", r.dtype, _inputs(*inputs), _Results(*map(address, (y, out, saved, removed))))
+    return y, out, inputs, saved, removed
 
 
 class _WKV7(torch.autograd.Function):
-    """The kernel with its hand-written gradient, from the formulas in wkv7.h."""
+    """The kernel with its hand-written gradient, from the formulas in wkv7_back.h."""
 
     @staticmethod
     def forward(ctx, r, w, k, v, a, b, state, reset):
-        y, out, inputs, saved = _forward(r, w, k, v, a, b, state, reset, save=True)
-        ctx.save_for_backward(*inputs, saved)
+        y, out, inputs, *kept = _forward(r, w, k, v, a, b, state, reset, save=True)
+        ctx.save_for_backward(*inputs, *kept)
         return y, out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gy, gstate):
-        *inputs, saved = ctx.saved_tensors
+        *inputs, saved, removed = ctx.saved_tensors
         gy, gstate = gy.contiguous(), gstate.contiguous()
-        gradients = [torch.empty_like(x) for x in inputs[:-1]]
-        pointers = _Gradients(*map(address, (gy, gstate, saved, *gradients)))
+        gradients = r, w, k, v, a, b, initial = [torch.empty_like(x) for x in inputs[:-1]]
+        pointers = _Gradients(*map(address, (gy, gstate, saved, removed, r, k, v, w, a, b, initial)))
         run("wkv7_backward", gy.dtype, _inputs(*inputs), pointers)
         return *gradients, None

@@ -119,6 +119,17 @@ def test_float32(backend, slowest, fastest, positions):
     assert_close(got, want, 1e-5 if fastest > -1 else 1e-4)
 
 
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("slowest", "fastest"), [(-5, -9), (-15, -40), (0, -200)])
+def test_the_cpu_kernel_takes_any_decay(slowest, fastest, dtype):
+    args = [x.to(dtype) for x in draw(2, 40, 2, 16, slowest=slowest, fastest=fastest)]
+    gy, gstate = cotangents(2, 40, 2, 16)
+    reset = resets_at(2, 40, 3, 20, 21)
+    want = run("reference", [x.double() for x in args], reset, gy, gstate)
+    assert_close(run("cpu", args, reset, gy, gstate), want, 1e-4 if dtype == torch.float32 else 1e-11, floor=1)
+
+
 @functools.cache
 def long_sequence(fastest):
     """Arguments, cotangents, and what the reference makes of them in float64."""

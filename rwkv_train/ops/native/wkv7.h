@@ -15,7 +15,8 @@
 //              gw[j]   = decay[j] * sum over rows of G[j] P[j]
 //              G[j]   <- wkv7_back(...)
 //
-// decay = exp(w). Nothing is ever divided by it: states before a token are computed again from saved ones.
+// decay = exp(w). Nothing is ever divided by the decays of many tokens: states before a token are computed again from
+// saved ones. (The CPU's backward takes a chunk at once, see wkv7_back.h.)
 // The includer defines WKV_FN, the qualifiers of an inlined function. No header is included, because NVRTC has none.
 #pragma once
 
