@@ -113,6 +113,8 @@ class Board:
 
 
 def _text(x: object) -> str:
+    if isinstance(x, list):  # the file has all of it
+        return " and ".join([*map(str, x[:1]), *([f"{len(x) - 1} more"] if len(x) > 1 else [])])
     return number(x) if isinstance(x, float) else "-" if x is None else str(x)
 
 

@@ -56,7 +56,7 @@ def checked(operator: str, name: str, backend: Backend, dtype: str, device: str)
     with launches() as ran:
         verdict = check(operator, backend, dtype, device)
     cells = {"operation": operator, "backend": name, "dtype": dtype, "error": str(verdict), "allowed": verdict.allowed}
-    cells |= {"near": verdict.near, "good": verdict.good, "ran": "; ".join(ran)}
+    cells |= {"near": verdict.near, "good": verdict.good, "ran": ran}
     told = ("", "") if verdict.good else (f"{operator} {name} {dtype} against float64", str(verdict))
     yield Row(cells, *told, good=verdict.good or not backend.ours)
 
@@ -65,7 +65,7 @@ def _elementwise(name: str, kind: str, device: str) -> Iterator[Row]:
     with launches() as ran:
         verdict = elementwise_cases.check(name, kind, device)
     cells = {"operation": name, "backend": "auto", "dtype": kind, "error": str(verdict), "allowed": verdict.allowed}
-    cells |= {"near": verdict.near, "good": verdict.good, "ran": "; ".join(ran) or "torch"}
+    cells |= {"near": verdict.near, "good": verdict.good, "ran": ran or ["torch"]}
     told = ("", "") if verdict.good else (f"{name} {kind} against float64", str(verdict))
     yield Row(cells, *told, good=verdict.good)
 
@@ -101,7 +101,7 @@ def timed(
         found, failed, started = times(
             operator, {name: backend.run}, shape, dtype, config.device, config.repeats, BUDGET
         )
-    cells |= {"started as": started, "ran": "; ".join(ran)}
+    cells |= {"started as": started, "ran": ran}
     if failed:
         yield Row(cells | {"forward us": failed[name]}, what, failed[name], good=not backend.ours)
         return

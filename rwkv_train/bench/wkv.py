@@ -147,7 +147,7 @@ def wkv(config: WkvBench) -> int:
                 shape = (config.lanes, tokens, config.channels)
                 limits = (config.device, config.repeats, config.budget, bandwidth)
                 found = measured(operator, contestants, checked, shape, dtype, *limits)
-                rows += [row | {"checked kernels": "; ".join(ran[row["backend"]])} for row in found]
+                rows += [row | {"checked kernels": ran[row["backend"]]} for row in found]
     print(table([shown(row) for row in rows]))
     write_json(config.json, "wkv", config, {"copy bytes/s": bandwidth, "rows": rows}, config.device)
     return int(any(row["wrong"] for row in rows))

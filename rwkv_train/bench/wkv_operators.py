@@ -204,14 +204,14 @@ def expected_results(
 
 @contextmanager
 def launches() -> Iterator[list[str]]:
-    """Inside, the CUDA kernels of ours that are launched, with what they are built for, each once."""
+    """Inside, the CUDA kernels of ours that are launched, each once: what they are built for, and the names."""
     found: list[str] = []
     launch = build_cuda._launch
 
     def noted(name, variant, device, blocks, block, arguments):
-        built = (str(DTYPE_NAMES.get(x, x)) for x in variant)
-        about = ", ".join(f"{field} {x}" for field, x in zip(variant._fields, built, strict=True))
-        kernel = f"{name}({about}; {block[0]}x{block[1]} threads)"
+        built = (DTYPE_NAMES.get(x, x) for x in variant)
+        about = " ".join(f"{field}={x}" for field, x in zip(variant._fields, built, strict=True))
+        kernel = f"{variant.source.stem} {about} {block[0]}x{block[1]}: {name}"
         if kernel not in found:
             found.append(kernel)
         launch(name, variant, device, blocks, block, arguments)

@@ -183,8 +183,8 @@ def test_the_kernels_of_training_are_among_those_that_are_checked():
 def test_rows_name_the_kernels_that_ran(on_cpu):
     with launches() as ran:
         Case.draw("wkv4", (2, 40, 6), torch.bfloat16, "cpu", resets=True).results(wkv4_cuda.wkv4)
-    assert any(name.startswith("forward(backward False, dtype bf16, vector 2; 32x8 threads)") for name in ran), ran
-    assert any(name.startswith("backward(") for name in ran)
+    assert "wkv4 backward=False dtype=bf16 vector=2 32x8: forward" in ran
+    assert "wkv4 backward=True dtype=bf16 vector=1 32x8: backward" in ran and len(set(ran)) == len(ran)
 
 
 @pytest.mark.parametrize("name", elementwise_cases.CASES)
