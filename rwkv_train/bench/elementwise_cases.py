@@ -43,7 +43,9 @@ def _cross_entropy(inputs: list[Tensor], more: More) -> tuple[Tensor, Tensor]:
 
 
 CASES = {
-    "token_shift_mix": Operation("BTC BC C C C", lambda x, m: elementwise.token_shift_mix(*x[:2], m.reset, *x[2:])),
+    "token_shift_mix": Operation(
+        "BTC BC C C C C C C", lambda x, m: elementwise.token_shift_mix(*x[:2], m.reset, *x[2:])
+    ),
     "squared_relu": Operation("BTC", lambda x, m: (elementwise.squared_relu(*x),)),
     "gate": Operation("BTC BTC", lambda x, m: (elementwise.gate(*x),)),
     "cross_entropy_": Operation("BTC", _cross_entropy, differentiable=False),
@@ -83,6 +85,7 @@ def _draw(inputs: list[str], size: tuple[int, int, int, int], dtype: torch.dtype
     lengths, rng = {"B": B, "T": T, "C": H * N, "H": H, "N": N}, torch.Generator().manual_seed(0)
     normal = [torch.randn([lengths[axis] for axis in axes], generator=rng) for axes in inputs]
     reset, targets = torch.rand(B, T, generator=rng) < 0.05, torch.randint(H * N, (B * T,), generator=rng)
+    targets[::7] = elementwise.IGNORE_INDEX
     return [x.to(dtype) if x.ndim == 3 else x for x in normal], More(reset, targets, H)
 
 
