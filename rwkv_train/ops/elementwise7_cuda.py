@@ -62,11 +62,11 @@ def _run(name: str, parameter: Tensor, tensors: list[Tensor], sum_to: Tensor | N
     tensors = [*tensors, *sums]
     if parameter.dim() == 2:
         H, N = parameter.shape
-        variant = Variant("heads", x.dtype, pack("heads", N, tensors), x.dtype, N)
+        variant = Variant("heads", x.dtype, pack("heads", x.dtype, N, tensors), x.dtype, N)
         share = min(WIDTH, 1 << (N // variant.vector - 1).bit_length())  # threads of a head, GROUP in heads.cu
         columns, width = -(-H // (WIDTH // share)), H
     else:
-        variant = Variant("elementwise", x.dtype, pack("elementwise", C, tensors), x.dtype)
+        variant = Variant("elementwise", x.dtype, pack("elementwise", x.dtype, C, tensors), x.dtype)
         columns, width = groups(C, variant), C
     strips.run(name, variant, columns, (x.numel() // C, width, strips.strip), tensors)
     if sums:

@@ -21,6 +21,7 @@ KERNELS = {
 }
 # Of x and of what is mixed from it.
 MIXES = {(dtype, dtype) for dtype in TYPES} | {(torch.float32, torch.bfloat16), (torch.float32, torch.float16)}
+ALIGNED = 32  # bytes of the largest pack
 IMPLEMENTATIONS: dict[str, Callable] = {}  # of the operators, by name
 
 # These are for a later look at the clock; none of them changes what is computed, but for rounding.
@@ -52,22 +53,21 @@ class Variant(NamedTuple):
         return [*types.items(), ("WKV_V", str(self.vector)), ("WKV_N", str(self.size))]
 
 
-def widest(name: str, *dtypes: torch.dtype) -> int:
-    """Numbers that a thread reads at once where all packs start at the right places in memory."""
-    return min(PACK[name], 16 // min(dtype.itemsize for dtype in dtypes))
+def widest(name: str, dtype: torch.dtype) -> int:
+    """Numbers that a thread reads at once where it can; dtype: the smallest that is stored in."""
+    return min(PACK[name], 16 // dtype.itemsize)
 
 
-def pack(name: str, width: int, tensors) -> int:
-    """The same, or 1 where they do not. Rows are `width` numbers."""
-    tensors = [x for x in tensors if x is not None and x.dtype in TYPES]
-    vector = widest(name, *(x.dtype for x in tensors))
-    fits = width % vector == 0 and all(x.data_ptr() % (vector * x.element_size()) == 0 for x in tensors)
-    return vector if fits else 1
+def pack(name: str, dtype: torch.dtype, width: int, tensors) -> int:
+    """The same, or 1 where rows of `width` numbers or tensors do not begin where packs may."""
+    vector = widest(name, dtype)
+    numbers = (x for x in tensors if x is not None and x.dtype is not torch.bool)
+    return 1 if width % vector or any(x.data_ptr() % ALIGNED for x in numbers) else vector
 
 
 build_cuda.VARIANTS["elementwise"] = lambda dtype: [
     *(Variant(name, dtype, widest(name, dtype), dtype) for name in ("elementwise", "cross_entropy")),
-    *(Variant("mix", x, widest("mix", x, y), y) for x, y in sorted(MIXES, key=str) if x == dtype),
+    *(Variant("mix", x, widest("mix", y), y) for x, y in sorted(MIXES, key=str) if x == dtype),
 ]
 
 
@@ -136,7 +136,7 @@ def _contiguous(x):
 
 def wide_dtype(x: Tensor) -> torch.dtype:
     """In which it is computed."""
-    return torch.promote_types(x.dtype, torch.float32)
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def like(*tensors: Tensor) -> list[Tensor]:
@@ -183,7 +183,7 @@ def _run_mix(name, dtype, tensors, streams):
     """tensors begin with x, last, reset and mixes; streams are the mixes or their gradients."""
     x, _, _, mixes, *_ = tensors
     (B, T, C), n, strips = x.shape, len(mixes), _strips(x)
-    variant = Variant("mix", x.dtype, pack("mix", C, (*tensors, *streams)), dtype)
+    variant = Variant("mix", x.dtype, pack("mix", dtype, C, (*tensors, *streams)), dtype)
     absent = [None] * (MOST - n)
     strips.run(name, variant, groups(C, variant), (B, T, C, strips.strip, n), (*tensors, *streams, *absent))
 
@@ -233,7 +233,7 @@ def gate(r: Tensor, y: Tensor) -> Tensor:
 def _each(name: str, *tensors: Tensor) -> None:
     """A kernel that has a thread for each pack of numbers."""
     x, size = tensors[0], tensors[0].numel()
-    variant = Variant("elementwise", x.dtype, pack("elementwise", 0, tensors), x.dtype)
+    variant = Variant("elementwise", x.dtype, pack("elementwise", x.dtype, 0, tensors), x.dtype)
     build_cuda.call(name, variant, -(-size // (WIDTH * ROWS * variant.vector)), (WIDTH, ROWS), (size,), tensors)
 
 
@@ -274,7 +274,7 @@ def _losses(logits, targets, z_loss):
 
 def _cross_entropy(logits, targets, z_loss):
     nll, (rows, size) = _losses(logits, targets, z_loss), logits.shape
-    variant = Variant("cross_entropy", logits.dtype, pack("cross_entropy", size, (logits,)), logits.dtype)
+    variant = Variant("cross_entropy", logits.dtype, pack("cross_entropy", logits.dtype, size, (logits,)), logits.dtype)
     tensors = (logits, targets.contiguous(), nll)
     build_cuda.call("cross_entropy", variant, rows, (WIDTH, ROWS), (size, float(z_loss)), tensors)
     return nll

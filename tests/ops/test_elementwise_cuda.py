@@ -96,6 +96,21 @@ def test_equals_torch(on_gpu, operation, shape):
     assert on_gpu["launched"]
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("operation", ["keys", "head_output"])
+def test_large_heads(on_gpu, operation, dtype):
+    check(operation, (1, 5, 2, 130), dtype)
+
+
+def test_keys_of_no_length(on_gpu):
+    function, (k, *others) = draw("keys", (1, 3, 2, 8))
+    k[:, 0] = 0
+    k[:, 1] *= 1e-14
+    got, arriving = results(function, (k, *others))
+    for ours, right in zip(got, in_torch(function, (k, *others), arriving), strict=True):
+        assert_close_rel(ours, right, 1e-12)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("N", [7, 16])
 @pytest.mark.parametrize("operation", OPERATIONS)

@@ -30,15 +30,17 @@ WKV_FN Top join_all(Top mine) {
 }
 
 // nll [rows] and, in the place of logits [rows, size], their gradient.
-KERNEL cross_entropy(Size size, double z_loss, X* logits, const long long* targets, R* nll) {
-    X* const row = logits + Size(blockIdx.x) * size;
-    const Size target = targets[blockIdx.x], thread = (threadIdx.y * WIDTH + threadIdx.x) * V;
-    constexpr Size STEP = WIDTH * ROWS * V;
+KERNEL cross_entropy(Size n, double z_loss, X* logits, const long long* targets, R* nll) {
+    const int size = n;
+    X* const row = logits + blockIdx.x * n;
+    const long long target = targets[blockIdx.x];
+    const int thread = (threadIdx.y * WIDTH + threadIdx.x) * V;
+    constexpr int STEP = WIDTH * ROWS * V;
     const bool known = 0 <= target && target < size, ignored = target == IGNORE_INDEX;
     const R wanted = known ? real(row[target]) : R(0);  // before others write
     R x[V];
     Top top = {R(-3e38), 0, 0x7fffffff};
-    for (Size at = thread; at < size && !ignored; at += STEP) {
+    for (int at = thread; at < size && !ignored; at += STEP) {
         load(row + at, x);
         R most = top.most;
         UNROLL for (int j = 0; j < V; j++)
@@ -49,7 +51,7 @@ KERNEL cross_entropy(Size size, double z_loss, X* logits, const long long* targe
     const Top all = join_all(top);
     const R lse = all.most + wkv_log(all.sum) * LN2;
     const R z = R(z_loss) * all.most;
-    for (Size at = thread; at < size; at += STEP) {
+    for (int at = thread; at < size; at += STEP) {
         load(row + at, x);
         UNROLL for (int j = 0; j < V; j++) {
             x[j] = wkv_exp((x[j] - lse) * LOG2E) - (at + j == target) + (at + j == all.where ? z : R(0));

@@ -69,7 +69,7 @@ HEADS keys(Size tokens, Size H, Size strip, const X* k_, const X* raw_, const R*
         R square[1] = {0};
         EACH square[0] += k[e][j] * k_k[e][j] * (k[e][j] * k_k[e][j]);
         add_up(square);
-        const R one = 1 / wkv_max(wkv_sqrt(square[0]), SHORTEST);
+        const R length = wkv_sqrt(square[0]), one = 1 / (length < SHORTEST ? SHORTEST : length);
         Numbers removed, added;
         EACH {
             const R a = sigmoid(raw[e][j] + a0[e][j]), kk = k[e][j] * k_k[e][j] * one;
@@ -97,8 +97,8 @@ HEADS keys_back(Size tokens, Size H, Size strip, const X* k_, const X* raw_, con
             sum[0] += u * u, sum[1] += u * gkk[e][j];
         }
         add_up(sum);
-        const R length = wkv_sqrt(sum[0]), one = 1 / wkv_max(length, SHORTEST);
-        const R along = length >= SHORTEST ? sum[1] * one * one : R(0);  // a length that is not divided by: no gradient
+        const R length = wkv_sqrt(sum[0]), one = 1 / (length < SHORTEST ? SHORTEST : length);
+        const R along = length < SHORTEST ? R(0) : sum[1] * one * one;  // a length that is not divided by: no gradient
         EACH {
             const R a = raw[e][j], u = k[e][j] * k_k[e][j], gu = (gkk[e][j] - u * along) * one;
             const R ga = gadd[e][j] * u * one + gout[e][j] * k[e][j] * k_a[e][j];

@@ -11,13 +11,6 @@ WKV_FN void load_mixes(const R* from, const Place& p, Size n, R (&to)[MOST][V]) 
         if (i < n) load(from + i * p.C + p.c, to[i]);
 }
 
-// What is before a token: the lane's, or zeros where a document begins. t: the token's number in its lane.
-WKV_FN void load_before(const X* x, const X* last, const unsigned char* reset, const Place& p, Size token, Size t,
-                        Size lane, R (&to)[V]) {
-    if (reset && reset[token]) clear(to);
-    else load(t ? x + (token - 1) * p.C + p.c : last + lane * p.C + p.c, to);
-}
-
 // All mixes [B, T, C], and the last tokens, end [B, C].
 KERNEL mix(Size B, Size T, Size C, Size strip, Size n, const X* x_, const X* last, const unsigned char* reset,
            const R* mixes, X* end, Y* y0, Y* y1, Y* y2, Y* y3, Y* y4, Y* y5) {
@@ -25,12 +18,13 @@ KERNEL mix(Size B, Size T, Size C, Size strip, Size n, const X* x_, const X* las
     const Place p(B * T, C, strip);
     if (p.first >= p.end) return;
     R m[MOST][V], x[V], before[V];
-    load_mixes(mixes, p, n, m);
+    load_mixes(mixes, p, n, m), clear(before);
     Size lane = p.first / T, t = p.first % T;
-    load_before(x_, last, reset, p, p.first, t, lane, before);
+    if (t) load(x_ + (p.first - 1) * C + p.c, before);
     for (Size token = p.first; token < p.end; token++) {
         load(x_ + token * C + p.c, x);
-        if (token > p.first && (t == 0 || reset)) load_before(x_, last, reset, p, token, t, lane, before);
+        if (t == 0) load(last + lane * C + p.c, before);
+        if (reset && reset[token]) clear(before);
         UNROLL for (int i = 0; i < MOST; i++) {
             if (i >= n) break;
             R y[V];
@@ -59,20 +53,20 @@ KERNEL mix_back(Size B, Size T, Size C, Size strip, Size n, const X* x_, const X
                 const Y* g3, const Y* g4, const Y* g5) {
     const Y* const gs[MOST] = {g0, g1, g2, g3, g4, g5};
     const Place p(B * T, C, strip);
-    R m[MOST][V], gm[MOST][V], later[V];  // handed back by the token after
-    clear(later);
+    R m[MOST][V], gm[MOST][V], x[V], later[V];  // handed back by the token after
+    clear(x), clear(later);
     UNROLL for (int i = 0; i < MOST; i++) clear(gm[i]);
     if (p.first < p.end) {
-        load_mixes(mixes, p, n, m);
+        load_mixes(mixes, p, n, m), load(x_ + (p.end - 1) * C + p.c, x);
         const bool goes_on = p.end % T && !(reset && reset[p.end]);
         if (goes_on) hand_back(gs, m, p, n, p.end, later);
     }
     Size lane = (p.end - 1) / T, t = (p.end - 1) % T;
     for (Size token = p.end - 1; token >= p.first; token--) {
         const bool opens = reset && reset[token];
-        R x[V], before[V], gx[V], handed[V];
-        load(x_ + token * C + p.c, x), load_before(x_, last, reset, p, token, t, lane, before), clear(handed);
-        UNROLL for (int j = 0; j < V; j++) gx[j] = later[j], x[j] -= before[j];
+        R before[V], gx[V], handed[V];
+        load(t ? x_ + (token - 1) * C + p.c : last + lane * C + p.c, before), clear(handed);
+        UNROLL for (int j = 0; j < V; j++) gx[j] = later[j], x[j] -= opens ? R(0) : before[j];
         if (t == T - 1 && gend) load(gend + lane * C + p.c, gx);
         UNROLL for (int i = 0; i < MOST; i++) {
             if (i >= n) break;
@@ -84,8 +78,11 @@ KERNEL mix_back(Size B, Size T, Size C, Size strip, Size n, const X* x_, const X
             }
         }
         put(gx, gx_ + token * C + p.c);
-        UNROLL for (int j = 0; j < V; j++) later[j] = opens ? R(0) : handed[j];
-        if (t == 0) put(later, glast + lane * C + p.c), clear(later), t = T, lane--;
+        UNROLL for (int j = 0; j < V; j++) later[j] = opens ? R(0) : handed[j], x[j] = before[j];
+        if (t == 0) {
+            put(later, glast + lane * C + p.c), clear(later), t = T, lane--;
+            if (token > p.first) load(x_ + (token - 1) * C + p.c, x);
+        }
         t--;
     }
     UNROLL for (int i = 0; i < MOST; i++)
