@@ -59,10 +59,13 @@ class Block(nn.Module):
             x = self.ln0(x)
         att_last, ffn_last = shift.unbind(1)
         out, att_last, wkv, carry = self.att(self.ln1(x), att_last, wkv, reset, carry)
-        x = x + F.dropout(out, self.dropout, self.training)
+        x = x + self._dropped(out)
         out, ffn_last = self.ffn(self.ln2(x), ffn_last, reset)
-        x = x + F.dropout(out, self.dropout, self.training)
+        x = x + self._dropped(out)
         return x, torch.stack([att_last, ffn_last], 1), wkv, carry
+
+    def _dropped(self, out: Tensor) -> Tensor:
+        return F.dropout(out, self.dropout) if self.training and self.dropout else out
 
 
 class RWKV(nn.Module):

@@ -3,7 +3,7 @@
 The sequences of a call have one dtype. The backward has the inputs saved and computes the rest again.
 """
 
-import ctypes
+import struct
 
 import torch
 from torch import Tensor
@@ -35,20 +35,22 @@ def head_output(
 
 def _run(kernel: str, heads: int, *tensors: Tensor | None) -> None:
     """The first of the tensors is a sequence; they stand as in the kernel's structure, None where it reads nothing."""
-    assert all(x is None or x.is_contiguous() for x in tensors)
+    assert all([x is None or x.is_contiguous() for x in tensors])
     channels = tensors[0].shape[-1]
     sizes = tensors[0].numel() // channels, heads, channels // heads
-    structure = (ctypes.c_int64 * (3 + len(tensors)))(*sizes, *(build_cpu.address(x) or 0 for x in tensors))
+    addresses = [0 if x is None else x.data_ptr() for x in tensors]
+    structure = struct.pack(f"{3 + len(tensors)}q", *sizes, *addresses)
     name = f"{kernel}_{build_cpu.NAMES[tensors[0].dtype]}"
     getattr(build_cpu.load()[0], name)(structure, torch.get_num_threads())
 
 
 def _wide(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _flat(parameters: tuple[Tensor, ...], like: Tensor) -> list[Tensor]:
-    return [p.reshape(-1).to(_wide(like)).contiguous() for p in parameters]
+    wide = _wide(like)
+    return [p if p.dtype == wide and p.is_contiguous() else p.to(wide).contiguous() for p in parameters]
 
 
 def _sums(count: int, like: Tensor) -> Tensor:

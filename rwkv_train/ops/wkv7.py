@@ -1,5 +1,7 @@
 """The WKV-7 operator: its contract, and the choice of a backend."""
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 
@@ -65,7 +67,9 @@ def wkv7(
     halves = r.dtype == k.dtype == v.dtype and r.dtype in build_cuda.TYPES and dtype == torch.float32
     run = pick("wkv7", BACKENDS, backend, r.device, r.dtype if halves else dtype)
     stored = r.dtype if halves and r.dtype in HALVES.get(run, ()) else dtype
-    with torch.autocast(r.device.type, enabled=False):
+    device = r.device.type
+    # Entering that context takes as long as one token.
+    with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
         r_, k, v = (cast(x, stored) for x in (r, k, v))
         y, state = run(r_, cast(w, dtype), k, v, *(cast(x, dtype) for x in (a, b, state)), reset)
     return cast(y, r.dtype), state
