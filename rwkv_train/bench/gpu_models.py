@@ -27,8 +27,9 @@ def with_lanes(text: str) -> tuple[str, int]:
 def training(config: GpuBench, results: Results) -> Iterator[Job]:
     """A step's forward and backward in bf16 over its bare matrix products; gradients checked on a short text."""
     for name, lanes in map(with_lanes, config.models):
-        settings = TrainBench(precisions=["bf16"], lanes=lanes, repeats=config.repeats, budget=5.0)
-        settings.device = config.device
+        settings = TrainBench(
+            precisions=["bf16"], lanes=lanes, repeats=config.repeats, budget=5.0, device=config.device
+        )
         subject = cache(partial(_checked, name, settings))  # made by the first job that needs it
         for tokens in config.chunk_lens:
             what = f"step {name}, {lanes} x {tokens}"
@@ -43,8 +44,6 @@ def _checked(name: str, settings: TrainBench) -> tuple[RWKV, Agreement]:
 def _step(what: str, subject: Callable[[], tuple[RWKV, Agreement]], tokens: int, settings: TrainBench) -> Iterator[Row]:
     model, verdict = subject()
     free(settings.device)
-    if settings.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
     failed: dict[str, str] = {}
     timed = times(model, None, {STEP: verdict}, tokens, settings, failed=failed)
     cells = {"step": what, "error": str(verdict)}
@@ -64,8 +63,6 @@ def _step(what: str, subject: Callable[[], tuple[RWKV, Agreement]], tokens: int,
         cells |= {"products s": timed[PRODUCTS].median, "over them": ratio}
         found += f", {ratio:.2f} x its matrix products"
     cells["WKV's share"] = wkv_share(timed, model.config.n_layer, "bf16")
-    if settings.device == "cuda":
-        cells["peak GB"] = torch.cuda.max_memory_allocated() / 1e9
     if failed:
         cells["failed"] = "; ".join(f"{who}: {reason}" for who, reason in failed.items())
     flag = "" if verdict.good else f" ({verdict})"
