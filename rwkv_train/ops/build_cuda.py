@@ -16,7 +16,9 @@ from torch import Tensor
 from rwkv_train.ops import cache
 
 NATIVE = Path(__file__).parent / "native"
-HEADERS = tuple(NATIVE / name for name in ("gpu.h", "elementwise_gpu.h", "wkv4.h", "wkv4_gpu.h", "wkv7.h"))
+HEADERS = tuple(
+    NATIVE / name for name in ("gpu.h", "elementwise_gpu.h", "wkv4.h", "wkv4_gpu.h", "wkv7.h", "wkv7_gpu.h")
+)
 # Fast: exponentials and divisions of about 2 ulp, numbers below 1e-38 are 0. None of it touches double precision.
 OPTIONS = {"std": "c++17", "use_fast_math": True, "restrict": True, "diag_suppress": 177}
 TYPES = {torch.bfloat16: "Bf16", torch.float16: "Half", torch.float32: "float", torch.float64: "double"}

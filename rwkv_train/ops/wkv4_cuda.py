@@ -92,12 +92,12 @@ class _Work(NamedTuple):
         blocks = self.B * self.stretches * -(-self.C // (WIDTH * variant.vector))
         call(name, variant, blocks, (WIDTH, rows), (self.T, self.C, self.L), arguments)
 
-    def hand_on(self, variant: Variant, state: Tensor, gstate: Tensor | None, crossings: Tensor) -> Tensor:
+    def hand_on(self, variant: Variant, state: Tensor, gend: Tensor | None, crossings: Tensor) -> Tensor:
         """What the scan hands to each stretch, [B, stretches, 4, C]."""
         handed = state.new_empty(self.B, self.stretches, 4, self.C)
-        sizes = (self.B, self.C, self.stretches)
+        sizes = (self.B, self.C, self.stretches, variant.backward)
         blocks = -(-self.B * self.C // WIDTH)
-        call("scan", variant, blocks, (WIDTH, 1), sizes, (state, gstate, crossings, handed))
+        call("scan", variant, blocks, (WIDTH, 1), sizes, (state, gend, crossings, handed))
         return handed
 
 
@@ -115,8 +115,8 @@ library.define(
     " -> (Tensor y, Tensor end, Tensor states)"
 )
 library.define(
-    "wkv4_backward(Tensor w, Tensor u, Tensor k, Tensor v, Tensor? reset, Tensor states, Tensor end, Tensor gy,"
-    " Tensor gstate, str path) -> (Tensor gwu, Tensor gk, Tensor gv, Tensor gstate)"
+    "wkv4_backward(Tensor w, Tensor u, Tensor k, Tensor v, Tensor? reset, Tensor states, Tensor end, Tensor? gy,"
+    " Tensor? gend, str path) -> (Tensor gwu, Tensor gk, Tensor gv, Tensor gstate)"
 )
 
 
@@ -141,16 +141,18 @@ def _forward(w, u, k, v, state, reset, path, save):
 
 
 @torch.library.impl(library, "wkv4_backward", "CUDA")
-def _backward(w, u, k, v, reset, states, end, gy, gstate, path):
-    w, u, k, v, reset, gy, gstate = contiguous(w, u, k, v, reset, gy, gstate)
+def _backward(w, u, k, v, reset, states, end, gy, gend, path):
+    """gy and gend are None for zeros; those of y are made here, because hardly anybody trains a state alone."""
+    w, u, k, v, reset, gend = contiguous(w, u, k, v, reset, gend)
+    gy = torch.zeros_like(k) if gy is None else gy.contiguous()
     work, variant, handed = _Work.plan(k, path), _variant(True, k, v, gy), None
     gk, gv, initial = torch.empty_like(k), torch.empty_like(v), torch.empty_like(end)
     sums = w.new_empty(work.B * work.stretches, 2, work.C)
     if work.stretches > 1:
         crossings = w.new_empty(work.B, work.stretches, 5, work.C)
         work.run("summarise_adjoints", variant, 1, w, u, k, v, reset, states, gy, crossings)
-        handed = work.hand_on(variant, end, gstate, crossings)
-    inputs = (w, u, k, v, reset, states, end, gy, gstate, handed)
+        handed = work.hand_on(variant, end, gend, crossings)
+    inputs = (w, u, k, v, reset, states, end, gy, gend, handed)
     work.run("backward", variant, work.rows, *inputs, gk, gv, sums, initial)
     return sums.sum(0), gk, gv, initial
 
@@ -159,7 +161,7 @@ torch.library.register_fake("rwkv_train::wkv4", _results, lib=library)
 
 
 @torch.library.register_fake("rwkv_train::wkv4_backward", lib=library)
-def _gradients(w, u, k, v, reset, states, end, gy, gstate, path):
+def _gradients(w, u, k, v, reset, states, end, gy, gend, path):
     return w.new_empty(2, *w.shape), k.new_empty(k.shape), v.new_empty(v.shape), end.new_empty(end.shape)
 
 
@@ -167,10 +169,11 @@ def _save(ctx, inputs, output):
     w, u, k, v, _, reset, ctx.path, _ = inputs
     _, end, states = output
     ctx.save_for_backward(w, u, k, v, reset, states, end)
+    ctx.set_materialize_grads(False)  # `states` is no small thing to make zeros of
 
 
-def _differentiate(ctx, gy, gstate, _):
-    gwu, gk, gv, initial = torch.ops.rwkv_train.wkv4_backward(*ctx.saved_tensors, gy, gstate, ctx.path)
+def _differentiate(ctx, gy, gend, _):
+    gwu, gk, gv, initial = torch.ops.rwkv_train.wkv4_backward(*ctx.saved_tensors, gy, gend, ctx.path)
     return *gwu, gk, gv, initial, None, None, None
 
 

@@ -10,9 +10,10 @@ from torch import Tensor
 from rwkv_train.ops import build_cuda
 
 SOURCE = build_cuda.NATIVE / "wkv7.cu"
-SHARE, ANCHOR = 4, 64  # as in wkv7.cu
+SHARE, ANCHOR = 4, 64  # as in wkv7_gpu.h and wkv7.cu
 LARGEST = 512  # head size that the kernels' shared memory holds
-MANY = 1 << 15  # lanes x channels that keep a GPU busy with two rows a thread; for a later look at the clock
+MANY = 1 << 13  # lanes x channels that keep a GPU busy with two rows a thread; for a later look at the clock
+WIDE = 512  # bytes of a row of the state; of longer ones the registers bear one a thread
 
 
 class Variant(NamedTuple):
@@ -25,7 +26,8 @@ class Variant(NamedTuple):
     @classmethod
     def of(cls, r: Tensor) -> "Variant":
         B, _, H, N = r.shape
-        return cls(r.dtype, N, 2 if B * H * N >= MANY else 1)
+        bytes_of_a_row = N * max(r.element_size(), 4)  # of the state, which has at least 32 bits
+        return cls(r.dtype, N, 2 if B * H * N >= MANY and bytes_of_a_row <= WIDE else 1)
 
     @property
     def source(self) -> Path:
@@ -74,7 +76,7 @@ build_cuda.library.define(
     f"wkv7({_SEQUENCES}, Tensor state, Tensor? reset, bool save) -> (Tensor y, Tensor end, Tensor removed)"
 )
 build_cuda.library.define(
-    f"wkv7_backward({_SEQUENCES}, Tensor state, Tensor? reset, Tensor end, Tensor removed, Tensor gy, Tensor gend)"
+    f"wkv7_backward({_SEQUENCES}, Tensor state, Tensor? reset, Tensor end, Tensor removed, Tensor? gy, Tensor? gend)"
     " -> (Tensor gr, Tensor gw, Tensor gk, Tensor gv, Tensor ga, Tensor gb, Tensor gstate)"
 )
 
@@ -84,9 +86,15 @@ def _results(r, w, k, v, a, b, state, reset, save):
     return r.new_empty(r.shape), state.new_empty(state.shape), w.new_empty(w.shape if save else 0)
 
 
+def _ready(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Contiguous, and beginning where the kernels can read 16 bytes at once, as all that torch allocates does."""
+    tensors = build_cuda.contiguous(*tensors)
+    return [x if x is None or x.data_ptr() % 16 == 0 else x.clone() for x in tensors]
+
+
 @torch.library.impl(build_cuda.library, "wkv7", "CUDA")
 def _forward(r, w, k, v, a, b, state, reset, save):
-    r, w, k, v, a, b, state, reset = build_cuda.contiguous(r, w, k, v, a, b, state, reset)
+    r, w, k, v, a, b, state, reset = _ready(r, w, k, v, a, b, state, reset)
     y, end, removed = _results(r, w, k, v, a, b, state, reset, save)
     Variant.of(r).run("forward", r, w, k, v, a, b, reset, state, y, end, removed if save else None)
     return y, end, removed
@@ -94,7 +102,9 @@ def _forward(r, w, k, v, a, b, state, reset, save):
 
 @torch.library.impl(build_cuda.library, "wkv7_backward", "CUDA")
 def _backward(r, w, k, v, a, b, state, reset, end, removed, gy, gend):
-    r, w, k, v, a, b, state, reset, gy, gend = build_cuda.contiguous(r, w, k, v, a, b, state, reset, gy, gend)
+    """gy and gend are None for zeros."""
+    r, w, k, v, a, b, state, reset = _ready(r, w, k, v, a, b, state, reset)
+    end, removed, gy, gend = _ready(end, removed, gy, gend)
     gr, gw, gk, gv, ga, gb, gstate = (torch.empty_like(x) for x in (r, w, k, v, a, b, state))
     gremoved, between, run = torch.empty_like(w), torch.empty_like(w), Variant.of(r).run
     (B, T, H, N) = r.shape
@@ -116,6 +126,7 @@ def _gradients(r, w, k, v, a, b, state, reset, end, removed, gy, gend):
 def _save(ctx, inputs, output):
     _, end, removed = output
     ctx.save_for_backward(*inputs[:-1], end, removed)
+    ctx.set_materialize_grads(False)  # zeros for what nobody has used would have to be read, too
 
 
 def _differentiate(ctx, gy, gend, _):

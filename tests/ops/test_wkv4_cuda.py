@@ -137,6 +137,19 @@ def test_any_size_any_reset(on_cpu, data):
 
 
 @needs_compiler
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("stretched", [False, True])
+def test_a_gradient_that_nobody_gives_equals_zeros(on_cpu, monkeypatch, which, stretched):
+    cut(monkeypatch, stretched)
+    args, given = draw(2, 150, 5), list(cotangents(2, 150, 5))
+    leaves = [x.requires_grad_() for x in args]
+    results = wkv4_cuda.wkv4(*leaves, resets_at(2, 150, 9), path="chunked")
+    got = torch.autograd.grad(results[which], leaves, given[which], retain_graph=True)
+    given[1 - which] = torch.zeros_like(given[1 - which])
+    assert all(torch.equal(x, y) for x, y in zip(got, torch.autograd.grad(results, leaves, given), strict=True))
+
+
+@needs_compiler
 def test_layouts_and_one_result_only(on_cpu):
     B, T, C = 2, 40, 6
     w, u, k, v, state = draw(B, T, C)

@@ -23,7 +23,7 @@ def to_cpu(values):
 
 @pytest.mark.parametrize("path", ["serial", "chunked"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 33, 7), (3, 300, 66), (1, 1025, 130)])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 33, 7), (3, 300, 66), (1, 1025, 130), (4, 301, 2050)])
 def test_equals_reference(path, dtype, shape):
     B, T, C = shape
     args, (gy, gstate), reset = draw(B, T, C), cotangents(B, T, C), resets_at(B, T, 7, 8, 60, 300, -1)

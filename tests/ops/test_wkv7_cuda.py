@@ -1,5 +1,7 @@
 """The CUDA kernels of WKV-7, as in test_wkv4_cuda.py: compiled for GPUs that are not here, and run on the CPU."""
 
+import itertools
+
 import pytest
 import torch
 from host_gpu import check_compiles, needs_compiler, needs_cuda_core
@@ -18,10 +20,29 @@ pytestmark = needs_compiler
 @needs_cuda_core
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_120"])
 def test_kernels_compile_and_stay_in_registers(arch):
-    for dtype in build_cuda.TYPES:
-        for rows in (1, 2):
-            check_compiles(wkv7_cuda.Variant(dtype, 64, rows), arch)
-    check_compiles(wkv7_cuda.Variant(torch.bfloat16, 128, 1), arch)
+    for dtype, size in itertools.product((torch.bfloat16, torch.float32, torch.float64), (64, 128)):
+        for variant in variants(dtype, size):
+            check_compiles(variant, arch)
+    check_compiles(wkv7_cuda.Variant(torch.float16, 64, 2), arch)
+
+
+@needs_cuda_core
+def test_the_largest_heads_fit_into_shared_memory():
+    for dtype in (torch.float32, torch.float64):  # 16 bits are float32 there
+        for variant in variants(dtype, wkv7_cuda.LARGEST):
+            assert build_cuda.build(variant, "sm_80")[:4] == b"\x7fELF"
+
+
+def variants(dtype, size):
+    """Those that few heads take and many."""
+    return {wkv7_cuda.Variant.of(torch.empty(lanes, 1, 1, size, dtype=dtype, device="meta")) for lanes in (1, 1 << 13)}
+
+
+def test_many_heads_take_two_rows_a_thread_but_for_long_ones():
+    counts = {(dtype, size): len(variants(dtype, size)) for dtype in build_cuda.TYPES for size in (64, 128, 256)}
+    ones = {(torch.float64, 128), *((dtype, 256) for dtype in build_cuda.TYPES)}
+    assert {key for key, n in counts.items() if n == 1} == ones
+    assert wkv7_cuda.Variant.of(torch.empty(8, 1, 16, 64, device="meta")).rows == 2
 
 
 @pytest.fixture
@@ -86,6 +107,33 @@ def test_order_of_threads_changes_no_bit(run, on_cpu, rows):
     turned = run(args, reset, *given, rows=rows)
     assert all(torch.equal(plain[name], turned[name]) for name in NAMES)
     assert on_cpu["launched"][-4:] == ["forward", "gradients", "reads", "writes"]
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_gradient_that_nobody_gives_equals_zeros(on_cpu, which):
+    args, given = draw(2, 20, 2, 16), list(cotangents(2, 20, 2, 16))
+    leaves = [x.requires_grad_() for x in args]
+    results = wkv7_cuda.wkv7(*leaves, resets_at(2, 20, 9))
+    got = torch.autograd.grad(results[which], leaves, given[which], retain_graph=True)
+    given[1 - which] = torch.zeros_like(given[1 - which])
+    assert all(torch.equal(x, y) for x, y in zip(got, torch.autograd.grad(results, leaves, given), strict=True))
+
+
+def test_tensors_may_begin_anywhere_in_memory(on_cpu):
+    """The kernels read 16 bytes at a time."""
+
+    def moved(x):
+        return torch.cat((x.new_zeros(1), x.flatten()))[1:].view(x.shape)
+
+    shape = 2, 20, 2, 16
+    r, w, k, v, a, b, state, gy, gend = (x.float() for x in (*draw(*shape), *cotangents(*shape)))
+    args, given = (r.bfloat16(), w, k.bfloat16(), v.bfloat16(), a, b, state, None), (gy.bfloat16(), gend)
+    odd = [x if x is None else moved(x) for x in args]
+    want, got = (torch.ops.rwkv_train.wkv7(*x, True) for x in (args, odd))
+    assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
+    want = torch.ops.rwkv_train.wkv7_backward(*args, *want[1:], *given)
+    got = torch.ops.rwkv_train.wkv7_backward(*odd, *map(moved, got[1:]), *map(moved, given))
+    assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
 
 
 def test_long_sequences_stay_exact(run):

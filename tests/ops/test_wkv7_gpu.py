@@ -15,6 +15,17 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA d
 @pytest.mark.parametrize("shape", [(1, 1, 1, 16), (2, 33, 2, 7), (2, 300, 3, 64), (1, 1025, 2, 128)])
 def test_equals_reference(monkeypatch, rows, dtype, shape):
     monkeypatch.setattr(wkv7_cuda, "MANY", 0 if rows == 2 else 1 << 40)
+    check(dtype, shape)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_many_heads_as_auto_runs_them(dtype):
+    shape = (8, 70, 64, 64)
+    assert wkv7_cuda.Variant.of(torch.empty(*shape, dtype=dtype, device="meta")).rows == 2
+    check(dtype, shape)
+
+
+def check(dtype, shape):
     B, T, _, _ = shape
     args, (gy, gstate), reset = draw(*shape), cotangents(*shape), resets_at(B, T, 7, 8, 60, 64, 300, -1)
     r, w, k, v, a, b, state = args if dtype == torch.float64 else [x.float() for x in args]

@@ -47,6 +47,7 @@ WKV_FN unsigned short float_to_half(float x) {
 
 
 template <class P> WKV_FN void advance(P*& p, long long by) { p += by; }
+WKV_FN void hide(long long&) {}
 
 // Touches what the GPU would: an address outside of the tensors is found by a sanitizer, or by luck.
 WKV_FN void prefetch(const void* p) { (void)*static_cast<const volatile char*>(p); }
@@ -67,6 +68,7 @@ static ucontext_t scheduler;
 static Thread* current;
 
 static void __syncthreads() { swapcontext(&current->context, &scheduler); }
+WKV_FN void __syncwarp() {}  // an exchange comes first, at which all have caught up
 
 // All threads of a block come here equally often, as they must on a GPU.
 template <class R> static R exchange(R x, int bit) {

@@ -34,7 +34,8 @@ template <class P> WKV_FN void advance(P*& p, long long by) {
     asm volatile("" : "+l"(p));
     __builtin_assume(__isGlobal(p));
 }
-// Of the thread whose number differs in this bit, below 5.
+WKV_FN void hide(long long& x) { asm volatile("" : "+l"(x)); }  // the same for an offset
+// Of the thread whose number differs in this bit, 1 to 16.
 template <class R> WKV_FN R exchange(R x, int bit) { return __shfl_xor_sync(~0u, x, bit); }
 WKV_FN void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 #endif

@@ -22,22 +22,25 @@
 // The adjoint after the last token, from the state there and its gradient.
 WKV_FN Handed from_the_end(const State& s, const State& gs) { return {{gs.a, gs.b, -s.e}, wkv4_residual(s, gs)}; }
 
+// That gradient; zeros if nobody gave one.
+WKV_FN State get_gradient(const R* gend, Size at, Size stride) { return gend ? get(gend + at, stride) : State{0, 0, 0}; }
+
 // What is handed to each stretch, [B, N, 4, C]: from `state` [B, 3, C] before the first token, the state before it; or,
-// with `state` after the last token and its gradient, the adjoint after it. A thread a lane and channel.
-KERNEL(1, 1) scan(Size B, Size C, Size N, const R* state, const R* gstate, const R* crossings, R* handed) {
+// backward, with `state` after the last token and its gradient, the adjoint after it. A thread a lane and channel.
+KERNEL(1, 1) scan(Size B, Size C, Size N, Size backward, const R* state, const R* gend, const R* crossings, R* handed) {
     const Size thread = Size(blockIdx.x) * WIDTH + threadIdx.x, lane = thread / C, c = thread % C;
     if (lane >= B) return;
     Handed x = {get_natural(state + lane * 3 * C + c, C), 0};
-    if (gstate) x = from_the_end(x.s, get(gstate + lane * 3 * C + c, C));
+    if (backward) x = from_the_end(x.s, get_gradient(gend, lane * 3 * C + c, C));
     constexpr int AHEAD = 4;  // their loads do not wait for one another
     for (Size first = 0; first < N; first += AHEAD) {
         Crossing by[AHEAD];
         UNROLL for (int i = 0; i < AHEAD; i++) {
-            const Size n = lane * N + (gstate ? N - 1 - first - i : first + i);
+            const Size n = lane * N + (backward ? N - 1 - first - i : first + i);
             if (first + i < N) by[i] = get_crossing(crossings + n * 5 * C + c, C);
         }
         UNROLL for (int i = 0; i < AHEAD; i++) {
-            const Size n = lane * N + (gstate ? N - 1 - first - i : first + i);
+            const Size n = lane * N + (backward ? N - 1 - first - i : first + i);
             if (first + i < N) put(handed + n * 4 * C + c, C, x), cross(x, by[i]);
         }
     }
@@ -247,9 +250,9 @@ KERNEL(1, 1) summarise_adjoints(Size T, Size C, Size L, const R* w_, const R* u_
 }
 
 // gk, gv; `initial`, the gradient of the state before the first token; and sums [B * stretches, 2, C], each stretch's
-// part of the gradients of w and u. `end` and `gstate` belong to the state after the last token.
+// part of the gradients of w and u. `end` and `gend` belong to the state after the last token.
 KERNEL(ROWS, 2) backward(Size T, Size C, Size L, const R* w_, const R* u_, const X* k_, const X* v_,
-                         const unsigned char* reset, const R* states, const R* end, const X* gy_, const R* gstate,
+                         const unsigned char* reset, const R* states, const R* end, const X* gy_, const R* gend,
                          const R* handed, X* gk, X* gv, R* sums, R* initial) {
     __shared__ R crossings[2][ROWS][V][5][WIDTH], after_tile[2][V][4][WIDTH], parts[ROWS][V][2][WIDTH];
     __shared__ R before_row[ROWS][V][3][WIDTH];  // each read by the thread that wrote it: registers are scarce
@@ -259,7 +262,7 @@ KERNEL(ROWS, 2) backward(Size T, Size C, Size L, const R* w_, const R* u_, const
     UNROLL for (int j = 0; j < V; j++) {
         const Size c = p.c + j, at = p.lane * 3 * C + c;
         w[j] = w_[c] * LOG2E, u[j] = u_[c] * LOG2E, gw[j] = 0, gu[j] = 0;
-        const Handed h = p.last ? from_the_end(get_natural(end + at, C), get(gstate + at, C))
+        const Handed h = p.last ? from_the_end(get_natural(end + at, C), get_gradient(gend, at, C))
                                 : get_handed(handed + p.stretch * 4 * C + c, C);
         if (me == 0) put(&after_tile[0][j][0][x], WIDTH, h);
     }
