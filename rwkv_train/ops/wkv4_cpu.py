@@ -61,6 +61,7 @@ class _WKV4(torch.autograd.Function):
     def forward(ctx, w, u, k, v, state, reset):
         y, out, exact, lse, last = _forward(w, u, k, v, state, reset, save=True)
         ctx.save_for_backward(w, u, k, v, state, reset, exact, out, lse, last)
+        ctx.set_materialize_grads(False)
         return y, out
 
     @staticmethod
@@ -69,7 +70,8 @@ class _WKV4(torch.autograd.Function):
         w, u, k, v, state, reset, exact, out, lse, last = (
             None if x is None else x.contiguous() for x in ctx.saved_tensors
         )
-        gy, gstate = gy.contiguous(), gstate.contiguous()
+        gy = torch.zeros_like(k) if gy is None else gy.contiguous()
+        gstate = None if gstate is None else gstate.contiguous()
         gw, gu = w.new_empty(2, k.shape[0], k.shape[2])
         gk, gv, initial = torch.empty_like(k), torch.empty_like(v), torch.empty_like(state)
         gradients = _Gradients(*map(address, (exact, lse, out, gy, gstate, last, gw, gu, gk, gv, initial)))

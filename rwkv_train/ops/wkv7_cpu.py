@@ -71,13 +71,15 @@ class _WKV7(torch.autograd.Function):
     def forward(ctx, r, w, k, v, a, b, state, reset):
         y, out, inputs, *kept = _forward(r, w, k, v, a, b, state, reset, save=True)
         ctx.save_for_backward(*inputs, *kept)
+        ctx.set_materialize_grads(False)
         return y, out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gy, gstate):
         *inputs, saved, removed = ctx.saved_tensors
-        gy, gstate = gy.contiguous(), gstate.contiguous()
+        gy = torch.zeros_like(inputs[0]) if gy is None else gy.contiguous()
+        gstate = None if gstate is None else gstate.contiguous()
         gradients = r, w, k, v, a, b, initial = [torch.empty_like(x) for x in inputs[:-1]]
         pointers = _Gradients(*map(address, (gy, gstate, saved, removed, r, k, v, w, a, b, initial)))
         run("wkv7_backward", gy.dtype, _inputs(*inputs), pointers)

@@ -225,6 +225,18 @@ def test_gradcheck(backend):
     assert torch.autograd.gradcheck(lambda *x: wkv7(*x, reset, backend=backend), args)
 
 
+@pytest.mark.parametrize("backend", ALL)
+def test_a_gradient_on_one_result_only(backend):
+    leaves, given = [x.requires_grad_() for x in draw(2, 9, 2, 3)], tuple(cotangents(2, 9, 2, 3))
+    results = wkv7(*leaves, backend=backend)
+    one, other, both = (
+        torch.autograd.grad(out, leaves, g, retain_graph=True, materialize_grads=True)
+        for out, g in ((results[0], given[0]), (results[1], given[1]), (results, given))
+    )
+    sums = [x + y for x, y in zip(one, other, strict=True)]
+    torch.testing.assert_close(sums, list(both), rtol=1e-10, atol=1e-10)
+
+
 @settings(deadline=None, max_examples=25)
 @given(st.data())
 def test_any_size_any_reset_any_split(data):

@@ -37,7 +37,7 @@ template <class R, class S> struct Results {
 template <class R, class S> struct Gradients {
     const R *exact, *lse, *state;  // the results above
     const S* gy;                   // gradients that arrive on them
-    const R* gstate;
+    const R* gstate;               // or null for zeros
     const int32_t* last;
     R *w, *u;    // [B,C] each, to be summed over B
     S *k, *v;    // [B,T,C] each
@@ -87,11 +87,14 @@ static void backward(const Inputs<R, S>& in, const Gradients<R, S>& g, int64_t l
     R ga[WIDEST], gb[WIDEST], f[WIDEST], pa[WIDEST], pb[WIDEST], gw[WIDEST], gu[WIDEST], residual[WIDEST];
     const int32_t* last = g.last + lane * in.C + c0;
     const R *w = in.w + c0, *u = in.u + c0;
-    const R *end = g.state + lane * 3 * in.C + c0, *gend = g.gstate + lane * 3 * in.C + c0;
+    const R* end = g.state + lane * 3 * in.C + c0;
+    const R* gend = g.gstate ? g.gstate + lane * 3 * in.C + c0 : nullptr;
     for (int i = 0; i < n; i++) {
-        ga[i] = gend[i], gb[i] = gend[in.C + i], f[i] = -end[2 * in.C + i];
+        Wkv4State<R> gs = {0, 0, 0};
+        if (gend) gs = {gend[i], gend[in.C + i], gend[2 * in.C + i]};
+        ga[i] = gs.a, gb[i] = gs.b, f[i] = -end[2 * in.C + i];
         pa[i] = pb[i] = gw[i] = gu[i] = 0;
-        residual[i] = wkv4_residual<R>({end[i], end[in.C + i], end[2 * in.C + i]}, {ga[i], gb[i], gend[2 * in.C + i]});
+        residual[i] = wkv4_residual<R>({end[i], end[in.C + i], end[2 * in.C + i]}, gs);
     }
     for (int64_t t = in.T; t-- > 0;) {
         const int64_t at = (lane * in.T + t) * in.C + c0;

@@ -30,7 +30,7 @@ template <class R, class S> struct Inputs {
 
 template <class R, class S> struct Gradients {
     const S* gy;  // those that arrive on the results
-    const R* gstate;
+    const R* gstate;  // or null for zeros
     const R *saved, *removed;  // the states [key][value] before each of M chunks [B,H,M,N,N]; [B,T,H,N]
     S *r, *k, *v;
     R *w, *a, *b, *initial;
@@ -68,7 +68,8 @@ template <class R, class S> class Backward {
           vu(rows(TWO)), guy(rows(TWO)), gar(rows(TWO)), gkb(rows(TWO)), gvu(rows(TWO)), turned(rows(TWO)),
           P(rows(CHUNK + 1)), over(rows(CHUNK + 1)), met(scratch.take(TWO * TWO)), gmet(scratch.take(TWO * TWO)),
           G(rows(N)), square(rows(N)), states(rows(CHUNK * N)) {
-        transpose(N, N, out.gstate + place.square, G);
+        if (out.gstate) transpose(N, N, out.gstate + place.square, G);
+        else std::fill_n(G, N * N, R(0));
         for (int64_t m = place.chunks; m-- > 0;) chunk(m * CHUNK, std::min(in.T, (m + 1) * CHUNK));
         transpose(N, N, G, out.initial + place.square);
     }
