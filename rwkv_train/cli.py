@@ -118,6 +118,7 @@ COMMANDS = {  # most are one word, the benchmarks two
 def main(argv: list[str] | None = None) -> None:
     """Run one command and exit with its code: 0 done, 1 failed, 2 wrong usage, 130 or 143 stopped by a signal."""
     argv = sys.argv[1:] if argv is None else argv
+    program.let_threads_sleep()
     if isinstance(sys.stdout, io.TextIOWrapper):  # a letter that the terminal cannot show is escaped, and not the end
         sys.stdout.reconfigure(errors="backslashreplace")
     words = next((n for n in (2, 1) if " ".join(argv[:n]) in COMMANDS), 0)

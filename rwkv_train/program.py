@@ -1,4 +1,5 @@
-"""How the program was called, for hints that can be pasted; what its process held; where what comes along with it lies.
+"""How the program was called, for hints that can be pasted; what its process held, and how its threads wait; where
+what comes along with it lies.
 
 rwkv_train/starter and rwkv_train/configs are links into the clone; in a wheel they are folders of that name.
 """
@@ -15,6 +16,9 @@ HERE = Path(__file__).parent
 STARTER = HERE / "starter"  # the small model that `chat` opens
 CONFIGS = HERE / "configs"
 SCRIPT, INSTALLED = "train.py", "rwkv-train"
+# How OpenMP's threads wait for each other: asleep, after some 10 us (iterations, which only GNU's library counts).
+WAITING = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "300"}
+CHOSEN = {*WAITING, "KMP_BLOCKTIME", "KMP_LIBRARY"}  # whoever sets one of these has chosen otherwise
 
 
 def name() -> str:
@@ -54,6 +58,17 @@ def _typed(path: str, short: str) -> str:
     found = shutil.which(short)
     here = found and os.path.dirname(os.path.abspath(found)) == os.path.dirname(os.path.abspath(path))
     return short if here else shlex.quote(path)
+
+
+def let_threads_sleep() -> None:
+    """Set WAITING, before torch loads the OpenMP library, which reads it then; nothing where anything is CHOSEN.
+
+    Left alone, GNU's threads wait in a loop for milliseconds, and hold a core that another process or the very thread
+    they wait for could use: beside two busy processes on two cores training is then far below its fair share
+    (tests/tools/beside.py). Whoever imports the library sets the two in front of Python: nothing is done at import.
+    """
+    if "torch" not in sys.modules and not CHOSEN & os.environ.keys():
+        os.environ.update(WAITING)
 
 
 def peak_bytes() -> int:

@@ -61,6 +61,40 @@ def test_what_comes_along_is_found_from_any_folder(tmp_path, monkeypatch, capsys
     assert "configs/nothing.yaml" in capsys.readouterr().err
 
 
+WAITS = """
+import os, sys
+from rwkv_train import cli
+cli._find = lambda where: exit("torch came first" if "torch" in sys.modules else 0)
+try:
+    cli.main(["bench", "train"])
+finally:
+    print(*(os.environ.get(name) for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")))
+"""
+
+
+@pytest.mark.parametrize(
+    ("own", "expected"),
+    [
+        ({}, "passive 300 None"),
+        ({"OMP_WAIT_POLICY": "active"}, "active None None"),
+        ({"GOMP_SPINCOUNT": "7"}, "None 7 None"),
+        ({"KMP_BLOCKTIME": "0"}, "None None 0"),
+    ],
+)
+def test_threads_sleep_while_they_wait_unless_the_user_says_otherwise(own, expected):
+    """Set before a command's module, and torch with it, is imported."""
+    inherited = {name: value for name, value in os.environ.items() if name not in program.CHOSEN}
+    done = subprocess.run([sys.executable, "-c", WAITS], env=inherited | own, capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout.strip()) == (0, expected), done.stderr
+
+
+def test_threads_that_are_there_already_are_left_alone(monkeypatch):
+    for name in program.CHOSEN:
+        monkeypatch.delenv(name, raising=False)
+    program.let_threads_sleep()  # torch came with the tests
+    assert not program.CHOSEN & os.environ.keys()
+
+
 def test_the_wheel_works_without_the_clone_and_without_a_home(tmp_path):
     """Built from a copy, so that nothing is left in the clone; then run from elsewhere, as after `pip install`."""
     copy, site, elsewhere = tmp_path / "copy", tmp_path / "site", tmp_path / "else where"
