@@ -4,7 +4,7 @@ import importlib
 import io
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
 from copy import deepcopy
 from pathlib import Path
@@ -13,16 +13,18 @@ import torch
 from torch import Tensor
 
 from rwkv_train.bench.limits import matrix_vectors
-from rwkv_train.bench.measure import about, agreement, installed, machine, race, table, target, write_json
+from rwkv_train.bench.measure import Times, about, agreement, installed, machine, race, table, target, write_json
 from rwkv_train.bench.models import in_transformers, plain_recurrence, random_model, random_text, size_of
 from rwkv_train.bench.settings import GenerateBench
 from rwkv_train.checkpoints.modelfile import save_model
-from rwkv_train.generate import Sampling, prefill, stream_tokens
+from rwkv_train.generate import Sampling, prefill, random_numbers
+from rwkv_train.generation.decoder import Decoder
 from rwkv_train.models.base import RWKV
 from rwkv_train.models.rwkv4 import RWKV4
 
 ALLOWED = 1e-3  # relative error of the logits along the prompt, fp32
 OVER_PEER = 1.3
+OVER_ONE = 6.0  # of many lanes together
 PEER = "package rwkv"
 
 Step = Callable[[int, object], tuple[Tensor, object]]  # (token, state or None) -> (logits [V], state)
@@ -45,8 +47,13 @@ def generate(config: GenerateBench) -> int:
             for who, step in contestants.items()
         }
         calls = {w: _generation(step, prompt, config.tokens) for w, step in contestants.items() if checked[w].near}
+        many = {f"ours, {config.lanes} side by side": Sampling(0)}
+        many |= {f"{who}, with sampling": Sampling(0.8, 0.5) for who in many}
+        counts = dict.fromkeys(many, config.lanes * config.tokens)  # of a repeat; of others config.tokens
         if checked["ours"].near:
-            calls["ours, with sampling"] = _sampling(model, prompt, config.tokens)
+            calls["ours, with sampling"] = _decoding(model, prompt, Sampling(0.8, 0.5), 1, config.tokens)
+            for who, sampling in many.items():
+                calls[who] = _decoding(model, prompt, sampling, config.lanes, config.tokens)
         calls["bare matrix-vector products"] = _repeated(matrix_vectors(model), config.tokens)
         failed: dict[str, str] = {}
         timed = race(calls, config.repeats, "cpu", config.budget, failed=failed)
@@ -55,17 +62,29 @@ def generate(config: GenerateBench) -> int:
         row = {"who": who, "error": str(checked.get(who, "-"))}
         row["tokens/s"] = f"failed: {failed[who]}" if who in failed else "refused"
         if who in timed:
-            row |= {"tokens/s": timed[who].rate(config.tokens), "a token": timed[who].shown(config.tokens)}
+            count = counts.get(who, config.tokens)
+            row |= {"tokens/s": timed[who].rate(count), "a token": timed[who].shown(count)}
         rows.append(row)
     print(table(rows))
+    ratios = _ratios(config, timed, next(iter(many)))
+    if ratios:
+        print("\n" + table(ratios))
+    write_json(config.json, "generate", config, {"rows": rows, "times": timed, "ratios": ratios})
+    return int(not checked["ours"].good or any(who.startswith("ours") for who in failed))
+
+
+def _ratios(config: GenerateBench, timed: Mapping[str, Times], many: str) -> list[dict[str, str]]:
+    """How many tokens ours writes for one of the peer's, and lanes together for one of a lane alone."""
     ratios = []
     if PEER in timed and "ours" in timed:
         wanted = OVER_PEER if config.size == "169M" else None
         ratio = timed[PEER].median / timed["ours"].median
         ratios.append(target(f"{config.size}: tokens/s over the {PEER}, fp32", ratio, wanted, more=True))
-        print("\n" + table(ratios))
-    write_json(config.json, "generate", config, {"rows": rows, "times": timed, "ratios": ratios})
-    return int(not checked["ours"].good or any(who.startswith("ours") for who in failed))
+    if many in timed and "ours" in timed:
+        wanted = OVER_ONE if config.lanes == 16 and config.size.endswith("169M") else None
+        ratio = config.lanes * timed["ours"].median / timed[many].median
+        ratios.append(target(f"{config.size}: tokens/s of {config.lanes} lanes over one", ratio, wanted, more=True))
+    return ratios
 
 
 def _made(make: Callable[[RWKV], Step], model: RWKV) -> Step:
@@ -110,15 +129,17 @@ def _generation(step: Step, prompt: list[int], count: int) -> Callable[[], None]
     return run
 
 
-def _sampling(model: RWKV, prompt: list[int], count: int) -> Callable[[], None]:
-    """As the chat does it: with temperature and top_p."""
+def _decoding(model: RWKV, prompt: list[int], sampling: Sampling, lanes: int, count: int) -> Callable[[], None]:
+    """`count` tokens of each of some lanes, as the chat and `generate` write them."""
 
     def run() -> None:
-        rng = torch.Generator().manual_seed(0)
-        for _ in stream_tokens(model, logits, state, Sampling(0.8, 0.5), count, rng=rng):
-            pass
+        decoder = Decoder(model)
+        for seed in range(lanes):
+            decoder.go_on(*start, sampling, random_numbers(seed), max_new_tokens=count)
+        while len(decoder):
+            decoder.step()
 
-    logits, state = prefill(model, prompt)
+    start = prefill(model, prompt)
     return run
 
 

@@ -1,92 +1,88 @@
-"""The section of `bench gpu` about generation: tokens a second in bf16, one by one."""
+"""The section of `bench gpu` about generation: tokens a second in bf16, of one text and of several at once."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 
-import torch
 from torch import Tensor
 
-from rwkv_train.bench.gpu_jobs import Job, Results, Row
+from rwkv_train.bench.gpu_jobs import Job, Results, Row, row_of
+from rwkv_train.bench.gpu_kernels import COPY
 from rwkv_train.bench.gpu_models import with_lanes
-from rwkv_train.bench.measure import agreement, graphed, race
+from rwkv_train.bench.measure import agreement, race
 from rwkv_train.bench.models import random_model, random_text, size_of
 from rwkv_train.bench.settings import GpuBench
-from rwkv_train.generate import prefill
+from rwkv_train.generate import Sampling, prefill, random_numbers
+from rwkv_train.generation.decoder import Decoder
 from rwkv_train.models.base import RWKV
 from rwkv_train.models.state import State
 
-CHECKED, ALLOWED = 8, 0.05  # tokens, and relative error of the logits, on which a graph has to agree
+ALLOWED = 0.05  # relative error of the state after some tokens, on which the ways have to agree
+GREEDY = Sampling(0)
 
 
-class GraphedStep:
-    """One token of generation as a CUDA graph: its hundreds of small kernels are launched at once.
+@dataclass(frozen=True)
+class Way:
+    """How many texts are written at once, with CUDA graphs or without, how tokens are chosen, and after how many of
+    them its state is that of the plain way: with sums in another order, soon another token is chosen."""
 
-    Takes the likeliest token each time; calling it returns the id. `how`: "graph", or why it is none.
-    """
+    lanes: int = 1
+    graphs: bool = True
+    sampling: Sampling = GREEDY
+    checked: int = 8
 
-    def __init__(self, model: RWKV, state: State):
-        self.model, self.logits = model, None
-        self.token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
-        self.state = State(*(s.clone() for s in state))
-        self.replay, self.how = graphed(self._step, model.device.type)
 
-    def begin(self, token: int, state: State) -> None:
-        """Go on from another place."""
-        self.token.fill_(token)
-        for mine, new in zip(self.state, state, strict=True):
-            mine.copy_(new)
-
-    @torch.no_grad()
-    def _step(self) -> None:
-        x, after = self.model.hidden(self.token, self.state)
-        self.logits = self.model.head(x[0, -1])
-        for mine, new in zip(self.state, after, strict=True):
-            mine.copy_(new)
-        self.token.copy_(self.logits.argmax().view(1, 1))
-
-    def __call__(self) -> int:
-        self.replay()
-        return int(self.token)
+WAYS = {
+    "kernel by kernel": Way(graphs=False),
+    "CUDA graph": Way(),
+    "CUDA graph, sampling": Way(sampling=Sampling(0.8, 0.5), checked=1),
+    "CUDA graph, 16 lanes": Way(16, checked=1),
+}
 
 
 def generation(config: GpuBench, results: Results) -> Iterator[Job]:
-    """Tokens a second in bf16, one by one, launched kernel by kernel and as a CUDA graph."""
+    """Tokens a second in bf16, launched kernel by kernel and as a CUDA graph."""
     for name, _ in map(with_lanes, config.models):
-        yield Job(f"generation {name}", partial(_generation, name, config))
+        yield Job(f"generation {name}", partial(_generation, name, config, results))
 
 
-def _generation(name: str, config: GpuBench) -> Iterator[Row]:
+def _generation(name: str, config: GpuBench, results: Results) -> Iterator[Row]:
     model = random_model(size_of(name), device=config.device).bfloat16().eval()
-    state = prefill(model, random_text(model.config, 1, 64)[0][0].tolist())[1]
-    step = GraphedStep(model, state)
-    expected = {"logits": eager(model, state, CHECKED)}
-    verdict = agreement(lambda: {"logits": replayed(step, state, CHECKED)}, expected, ALLOWED)
-    calls: dict[str, Callable] = {"kernel by kernel": lambda: eager(model, state, config.generated)}
-    if verdict.near and step.how == "graph":
-        calls["CUDA graph"] = lambda: replayed(step, state, config.generated)
+    start = prefill(model, random_text(model.config, 1, 64)[0][0].tolist())
+    verdicts, calls, why_not = {}, {}, {}
+    for how, way in WAYS.items():
+        plain = replace(way, lanes=1, graphs=False)
+        expected = written(model, *start, plain, way.checked)[0]._asdict()
+        verdicts[how] = agreement(lambda w=way: written(model, *start, w, w.checked)[0]._asdict(), expected, ALLOWED)
+        if not verdicts[how].near:
+            why_not[how] = f"not run: {verdicts[how]}"
+        elif way.graphs and not written(model, *start, way, 1)[1]:
+            why_not[how] = "not run: no CUDA graph"
+        else:
+            calls[how] = partial(written, model, *start, way, config.generated)
     failed: dict[str, str] = {}
     timed = race(calls, config.repeats, config.device, 5.0, failed=failed)
-    for how in ("kernel by kernel", "CUDA graph"):
-        why_not = failed.get(how) or f"not run: {step.how if verdict.near else verdict}"
-        rate = config.generated / timed[how].median if how in timed else why_not
-        found = f"{rate:,.1f}" if how in timed else rate
-        cells = {"model": name, "launched": how, "error": str(verdict), "tokens/s": rate}
-        yield Row(cells, f"generation {name}, {how}, tokens/s", found, good=verdict.good and how not in failed)
+    bandwidth = row_of(results, ("limits",), limit=COPY).get("found")
+    weights = sum(p.nbytes for p in model.parameters()) - model.emb.weight.nbytes
+    for how, way in WAYS.items():
+        rate = found = why_not.get(how) or failed.get(how)
+        cells = {"model": name, "launched": how, "error": str(verdicts[how])}
+        if how in timed:
+            rate = way.lanes * config.generated / timed[how].median
+            found = f"{rate:,.1f}"
+            if bandwidth:
+                cells["of a copy"] = config.generated / timed[how].median * weights / bandwidth
+                found += f", the weights at {cells['of a copy']:.0%} of a copy"
+        good = verdicts[how].good and how not in failed
+        yield Row(cells | {"tokens/s": rate}, f"generation {name}, {how}, tokens/s", found, good=good)
 
 
-@torch.no_grad()
-def eager(model: RWKV, state: State, count: int) -> Tensor:
-    """Logits [V] after `count` tokens: token 0, and then the likeliest each time."""
-    logits, token = None, 0
-    for _ in range(count):
-        logits, state = prefill(model, [token], state)
-        token = int(logits.argmax())
-    return logits
-
-
-def replayed(step: GraphedStep, state: State, count: int) -> Tensor:
-    """The same by a graph."""
-    step.begin(0, state)
-    for _ in range(count):
-        step()
-    return step.logits
+def written(model: RWKV, logits: Tensor, state: State, way: Way, count: int) -> tuple[State, bool]:
+    """The state of the first text after `count` more tokens, and whether a CUDA graph wrote them."""
+    decoder = Decoder(model, way.graphs)
+    for seed in range(way.lanes):
+        decoder.go_on(logits, state, way.sampling, random_numbers(seed), max_new_tokens=count)
+    last, is_recorded = [], False
+    while len(decoder):
+        last, is_recorded = decoder.step(), is_recorded or decoder.is_recorded
+    return last[0].state, is_recorded

@@ -119,7 +119,7 @@ class MemoryBench:
 
 @dataclass
 class GenerateBench:
-    """Time generation, token by token, beside the package rwkv and transformers (1 min on 2 cores)."""
+    """Time generation, token by token, beside the package rwkv and transformers (2 min on 2 cores)."""
 
     size: str = "169M"
     """256x4, 169M or 1.5B, or CxL or CxLxV: channels, layers, vocabulary; of an RWKV-7 as rwkv7-256x4"""
@@ -129,6 +129,9 @@ class GenerateBench:
 
     prompt: int = 64
     """tokens read before"""
+
+    lanes: int = 16
+    """texts that are also generated side by side"""
 
     peers: bool = True
     """also time the PyPI package rwkv and transformers' RWKV-4, if they are installed"""

@@ -4,8 +4,10 @@ from dataclasses import dataclass, field
 from itertools import groupby
 
 import torch
+from torch import Tensor
 
 from rwkv_train.data.templates import Template
+from rwkv_train.generation.sampling import argmax, pick
 from rwkv_train.models.base import RWKV
 from rwkv_train.models.finite import finite
 from rwkv_train.models.state import State
@@ -90,8 +92,8 @@ def decode(
         reset = None if len({len(prompts[r]) for r in rows}) == 1 else torch.arange(width) == begins
         for _ in range(most):
             x, lanes = model.hidden(tokens.to(model.device), lanes, None if reset is None else reset.to(model.device))
-            logits, reset = finite(model.head(x[:, -1]).float().cpu(), model), None
-            best = logits.argmax(-1) if rng is None else torch.multinomial(logits.softmax(-1), 1, generator=rng)[:, 0]
+            logits, reset = finite(model.head(x[:, -1]), model), None
+            best = argmax(logits) if rng is None else sampled(logits, rng)
             going = []
             for place, (r, token) in enumerate(zip(rows, best.tolist(), strict=True)):
                 if token == tokenizer.eod:
@@ -103,3 +105,9 @@ def decode(
                 break
             rows, lanes, tokens = [rows[place] for place in going], lanes.select(going), best[going][:, None]
     return written
+
+
+def sampled(logits: Tensor, rng: torch.Generator) -> Tensor:
+    """A token [N] of each lane by its logits [N,V]; a number of `rng` for each."""
+    uniform = torch.rand(len(logits), generator=rng, dtype=torch.float64)
+    return pick(logits.float().softmax(-1), uniform.to(logits.device))

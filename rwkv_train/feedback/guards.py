@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rwkv_train.checkpoints.weightfile import read_weights, write_safetensors
 from rwkv_train.feedback.curvature import Curvature
-from rwkv_train.feedback.decode import DECODED, Form, decode, greedy
+from rwkv_train.feedback.decode import DECODED, Form, decode, greedy, sampled
 from rwkv_train.feedback.steps import localised_names, upper_names
 from rwkv_train.feedback.texts import predictions
 from rwkv_train.files import replace_file
@@ -243,10 +243,10 @@ def _wander(base: RWKV, form: Form, rng: torch.Generator) -> list[list[int]]:
     written = [tokens]
     for _ in range(TALK - len(opening)):
         x, state = base.hidden(tokens.to(base.device), state)
-        logits = finite(base.head(x[:, -1]).float().cpu(), base) / HEAT
+        logits = finite(base.head(x[:, -1]), base).float() / HEAT
         logits[:, form.tokenizer.eod] = -torch.inf
-        tokens = torch.multinomial(logits.softmax(-1), 1, generator=rng)
-        written.append(tokens)
+        tokens = sampled(logits, rng)[:, None]
+        written.append(tokens.cpu())
     return torch.cat(written, 1).tolist()
 
 

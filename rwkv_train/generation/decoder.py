@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rwkv_train.generation.lanes import Lanes, give_back, take
-from rwkv_train.generation.prefill import prefill_all
+from rwkv_train.generation.lanes import Lanes, Recorded, give_back, take
+from rwkv_train.generation.prefill import joined, prefill_all
 from rwkv_train.generation.sampling import Needs, Sampling, choose
 from rwkv_train.models.base import RWKV
 from rwkv_train.models.state import State
@@ -51,18 +51,20 @@ class Decoder:
                 ...
 
     What is written alone and in company differs only where a model's sums in another order choose another token.
-    graphs: on a GPU a step is a CUDA graph, unless this is False. One thread at a time; `close` it when texts are left.
+    graphs: on a GPU a step is a CUDA graph, unless this is False; `is_recorded` says whether the last one was.
+    One thread at a time; `close` it when texts are left.
     """
 
     def __init__(self, model: RWKV, graphs: bool = True):
         self.model, self._graphs, self._count = model, graphs, 0
-        self._waiting: list[tuple[_Text, list[int], State | None]] = []
+        self._unread: list[tuple[_Text, list[int], State | None]] = []
+        self._read: list[tuple[_Text, Tensor, State]] = []
         self._texts: list[_Text] = []  # in the order of the lanes
-        self._runner = None
+        self._runner, self.is_recorded = None, False
 
     def __len__(self) -> int:
         """Texts that have not ended."""
-        return len(self._texts) + len(self._waiting)
+        return len(self._texts) + len(self._unread) + len(self._read)
 
     def add(
         self,
@@ -81,7 +83,7 @@ class Decoder:
         """
         if not prompt:
             raise ValueError("a prompt needs at least one token")
-        self._waiting.append((self._text(sampling, rng, stop, max_new_tokens), prompt, state))
+        self._unread.append((self._text(sampling, rng, stop, max_new_tokens), prompt, state))
         return self._count
 
     def go_on(
@@ -93,19 +95,20 @@ class Decoder:
         stop: frozenset[int] = frozenset(),
         max_new_tokens: int = 200,
     ) -> int:
-        """As `add`, after a prompt that has been read: logits [V] of what follows, and the state of one lane after it.
-
-        Chooses the first token at once.
-        """
-        self._join([self._text(sampling, rng, stop, max_new_tokens)], logits[None], state)
+        """As `add`, after a prompt that has been read: logits [V] of what follows, state of one lane after it."""
+        self._read.append((self._text(sampling, rng, stop, max_new_tokens), logits[None], state))
         return self._count
 
     def step(self) -> list[Written]:
         """Another token of every text; those that end leave. Raises NotFinite, a ValueError, as `prefill` does."""
-        if self._waiting:
-            texts, prompts, states = zip(*self._waiting, strict=True)
+        if self._unread:
+            texts, prompts, states = zip(*self._unread, strict=True)
             self._join(list(texts), *prefill_all(self.model, prompts, states))
-            self._waiting = []
+            self._unread = []
+        if self._read:
+            texts, logits, states = zip(*self._read, strict=True)
+            self._join(list(texts), torch.cat(logits), joined(states))
+            self._read = []
         written = [Written(t.lane, None, self.state(t.lane)) for t in self._texts if t.next in t.stop]
         self._keep([t for t in self._texts if t.next not in t.stop])
         if not self._texts:
@@ -113,6 +116,7 @@ class Decoder:
         read = [t.next for t in self._texts]
         for t in self._texts:
             t.left -= 1
+        self.is_recorded = isinstance(self._runner, Recorded)
         self._chosen(self._texts, self._runner.step(self.model, self._uniform(self._texts)))
         for t, token in zip(self._texts, read, strict=True):
             written.append(Written(t.lane, token, None if t.left else self.state(t.lane)))
@@ -125,12 +129,13 @@ class Decoder:
 
     def drop(self, lane: int) -> None:
         """End a text early, or do nothing where it has ended."""
-        self._waiting = [waiting for waiting in self._waiting if waiting[0].lane != lane]
+        self._unread = [waiting for waiting in self._unread if waiting[0].lane != lane]
+        self._read = [waiting for waiting in self._read if waiting[0].lane != lane]
         self._keep([t for t in self._texts if t.lane != lane])
 
     def close(self) -> None:
         """End all texts."""
-        self._waiting = []
+        self._unread, self._read = [], []
         self._keep([])
 
     def _text(self, sampling, rng, stop, max_new_tokens) -> _Text:

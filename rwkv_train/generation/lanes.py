@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from rwkv_train.generation.prefill import joined
 from rwkv_train.generation.sampling import Needs, Sampling, choose
 from rwkv_train.models.base import RWKV
 from rwkv_train.models.finite import finite
@@ -43,7 +44,7 @@ class Lanes(NamedTuple):
 
     def join(self, others: "Lanes") -> "Lanes":
         """These lanes and, behind them, others; both have counts or neither."""
-        state = State(*map(torch.cat, zip(self.state, others.state, strict=True)))
+        state = joined([self.state, others.state])
         counts = None if self.counts is None else torch.cat([self.counts, others.counts])
         return Lanes(torch.cat([self.token, others.token]), state, torch.cat([self.settings, others.settings]), counts)
 
@@ -87,16 +88,15 @@ class Recorded:
         like = {"device": model.device}
         counts = torch.zeros(size, model.config.vocab_size, **like) if needs.penalised else None
         settings = torch.tensor([Sampling(0).numbers] * size, **like)
-        token = torch.zeros(size, dtype=torch.int64, **like)
-        self.room, self.needs, self.used = Lanes(token, model.zero_state(size), settings, counts), needs, 0
+        token, state = torch.zeros(size, dtype=torch.int64, **like), model.zero_state(size).clone()
+        self.room, self.needs, self.used = Lanes(token, state, settings, counts), needs, 0
         self.uniform = torch.zeros(size, dtype=torch.float64, **like)
         self.replay = record(lambda: self._run(model))
 
     def _run(self, model: RWKV) -> None:
-        after, self.logits = advance(model, self.room, self.uniform, self.needs, None)
+        after, self.logits = advance(model, self.room, self.uniform, self.needs, self.room.state)
         self.told = torch.stack([after.token, self.logits.sum(-1, dtype=torch.float32).isfinite().long()])
-        for ours, new in zip((self.room.token, *self.room.state), (after.token, *after.state), strict=True):
-            ours.copy_(new)
+        self.room.token.copy_(after.token)
 
     def place(self, lanes: Lanes) -> "Recorded":
         """Go on with these."""
@@ -143,7 +143,12 @@ _GRAPHS: WeakKeyDictionary[RWKV, _Graphs] = WeakKeyDictionary()
 
 def recorder(device: torch.device) -> Recorder | None:
     """What makes a recording on a device; None where calls are as fast."""
-    return capture if device.type == "cuda" else None
+
+    def record(call: Callable[[], object]) -> Callable[[], object]:
+        with torch.cuda.device(device):
+            return capture(call)
+
+    return record if device.type == "cuda" else None
 
 
 def take(model: RWKV, lanes: Lanes, needs: Needs, graphs: bool = True) -> Eager | Recorded:
@@ -155,7 +160,8 @@ def take(model: RWKV, lanes: Lanes, needs: Needs, graphs: bool = True) -> Eager 
     size = 1 << (len(lanes.token) - 1).bit_length()
     free = kept.free[size, needs]
     try:
-        found = free.pop() if free else Recorded(model, size, needs, record)
+        with torch.inference_mode(False):  # whose tensors could not be used outside of it
+            found = free.pop() if free else Recorded(model, size, needs, record)
     except Exception as error:  # torch's, the driver's or the kernels' own: calls do the same
         kept.failed = True
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]

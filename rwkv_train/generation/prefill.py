@@ -31,7 +31,7 @@ def prefill_all(model: RWKV, prompts: list[list[int]], states: list[State | None
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     going, read, logits, ends = [prompts[i] for i in order], 0, [], []
     begun = [states[i] or model.empty_state(1) for i in order] if any(states) else [model.empty_state(len(order))]
-    state = _joined(begun)
+    state = joined(begun)
     while going:
         width = min(len(going[0]) - read, max(1, PREFILL // len(going)))
         x, state = model.hidden(torch.tensor([p[read : read + width] for p in going], device=model.device), state)
@@ -41,12 +41,13 @@ def prefill_all(model: RWKV, prompts: list[list[int]], states: list[State | None
             logits.append(model.head(x[:ended, -1]))
             ends.append(state if ended == len(going) else state.select(slice(ended)))
             going, state = going[ended:], state.select(slice(ended, None))
-    logits, state = torch.cat(logits), _joined(ends)
+    logits, state = torch.cat(logits), joined(ends)
     if len(order) > 1:
         back = sorted(range(len(order)), key=order.__getitem__)
         logits, state = logits[back], state.select(back)
     return finite(logits, model), state
 
 
-def _joined(states: list[State]) -> State:
+def joined(states: list[State]) -> State:
+    """The lanes of some states, one after another."""
     return states[0] if len(states) == 1 else State(*map(torch.cat, zip(*states, strict=True)))

@@ -89,7 +89,7 @@ def choose(logits: Tensor, settings: Tensor, uniform: Tensor, needs: Needs, coun
     if not needs.drawn:
         return argmax(logits)
     p = (logits / torch.where(temperature > 0, temperature, 1)).softmax(-1)
-    drawn = _cut(p, uniform, top_p, top_k) if needs.cut else _pick(p, uniform)
+    drawn = _cut(p, uniform, top_p, top_k) if needs.cut else pick(p, uniform)
     return torch.where(temperature[:, 0] > 0, drawn, argmax(logits)) if needs.greedy else drawn
 
 
@@ -116,7 +116,7 @@ def _cut(p: Tensor, uniform: Tensor, top_p: Tensor, top_k: Tensor) -> Tensor:
     found, inside = blocks.gather(1, places[:, :, None].expand(-1, -1, BLOCK)).flatten(1).topk(FEW)
     least = _least(found.flip(-1), top_p, top_k)
     ids, order = (places.gather(1, inside // BLOCK) * BLOCK + inside % BLOCK).sort()
-    chosen = _pick((found * (found >= least)).gather(1, order), uniform)
+    chosen = pick((found * (found >= least)).gather(1, order), uniform)
     tokens = ids.gather(1, chosen[:, None])[:, 0]
     more = found[:, -1] >= least[:, 0]  # what is left of these is perhaps not all among the few
     if more.any():
@@ -128,7 +128,7 @@ def _cut_sorted(p: Tensor, uniform: Tensor, top_p: Tensor, top_k: Tensor) -> Ten
     # On a CPU, torch's takes 20 times as long.
     rising = torch.from_numpy(np.sort(p.numpy())) if p.device.type == "cpu" else p.sort(-1).values
     left = torch.ge(p, _least(rising, top_p, top_k), out=torch.empty_like(p))  # as 1 and 0: a CPU multiplies quicker
-    return _pick(left.mul_(p), uniform)
+    return pick(left.mul_(p), uniform)
 
 
 def _least(rising: Tensor, top_p: Tensor, top_k: Tensor) -> Tensor:
@@ -139,7 +139,7 @@ def _least(rising: Tensor, top_p: Tensor, top_k: Tensor) -> Tensor:
     return rising.gather(1, torch.maximum(first, count - top_k).clamp(max=count - 1).long())
 
 
-def _pick(weights: Tensor, uniform: Tensor) -> Tensor:
+def pick(weights: Tensor, uniform: Tensor) -> Tensor:
     """The place [N] in each row of weights [N,M] at which a share `uniform` [N] of their sum is passed."""
     sums = weights.cumsum(-1)
     total = sums[:, -1:].contiguous()

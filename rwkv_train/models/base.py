@@ -165,7 +165,7 @@ class RWKV(nn.Module):
             else:
                 into.wkv[:, i] = wkv  # while it is in the processor's cache
         if into is None:
-            return self.ln_out(x), State(torch.stack(shifts, 1), torch.stack(wkvs, 1))
+            return self.ln_out(x), State(torch.stack(shifts, 1), torch.stack(wkvs).transpose(0, 1))
         torch.stack(shifts, 1, out=into.shift)
         return self.ln_out(x), into
 

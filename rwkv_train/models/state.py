@@ -5,6 +5,7 @@ Nothing remembers a state but the caller. Tensors are float32 (float64 in a floa
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -24,7 +25,8 @@ class State(NamedTuple):
         return State(*(t.detach() for t in self))
 
     def clone(self) -> "State":
-        return State(*(t.clone() for t in self))
+        """The same numbers in memory of their own, layer after layer, as a model reads them."""
+        return State(*(t.transpose(0, 1).clone(memory_format=torch.contiguous_format).transpose(0, 1) for t in self))
 
     def select(self, lanes) -> "State":
         """The state of some lanes: an index, slice, list or tensor over B (an int keeps the axis)."""

@@ -263,7 +263,7 @@ def test_a_peer_that_cannot_be_made_and_a_step_that_fails_leave_the_rest_of_the_
     module = import_module(f"rwkv_train.{name.replace(' ', '.')}")
     monkeypatch.setattr(module, "in_transformers", broken)
     monkeypatch.setattr(module, "installed", lambda package: package == "transformers")
-    failing = "matrix_products" if name == "bench train" else "_sampling"
+    failing = "matrix_products" if name == "bench train" else "_decoding"
     monkeypatch.setattr(module, failing, lambda *args: broken)
     less = ["--sizes=[16x2x31]", "--chunks=0"] if name == "bench train" else []
     code, out, _ = run(*name.split(), *TOY[name], *less, capsys=capsys)

@@ -12,12 +12,12 @@ import torch
 from bench_toys import TOY, TOY_GPU
 
 from rwkv_train import cli
-from rwkv_train.bench import elementwise_cases, gpu, gpu_programs, models
-from rwkv_train.bench.gpu_generation import GraphedStep, eager, replayed
+from rwkv_train.bench import elementwise_cases, gpu, gpu_generation, gpu_kernels, gpu_programs
 from rwkv_train.bench.gpu_jobs import Job, Row
 from rwkv_train.bench.gpu_kernels import timed
 from rwkv_train.bench.settings import GpuBench
 from rwkv_train.bench.wkv_operators import OPERATORS, Backend, Case, launches
+from rwkv_train.generation import lanes
 from rwkv_train.ops import elementwise, elementwise7, wkv4_cuda, wkv7_cuda
 from rwkv_train.plan.card import read_report
 
@@ -207,9 +207,10 @@ def test_each_kernel_has_a_small_call_for_the_sanitizer():
     gpu_programs.small("cpu")
 
 
-def test_the_static_step_of_a_graph_is_generation():
-    model = models.random_model(models.size_of("16x2x31")).double().eval()
-    state = model.zero_state(1)
-    step = GraphedStep(model, state)
-    for count in (5, 2):
-        assert torch.equal(replayed(step, state, count), eager(model, state, count))
+def test_every_way_of_generating_is_timed_and_checked(monkeypatch):
+    monkeypatch.setattr(lanes, "recorder", lambda device: lambda call: call)  # as on a GPU; a replay is a call
+    results = {"limits": [{"limit": gpu_kernels.COPY, "found": 1e9}]}
+    (job, *_) = gpu_generation.generation(TOYS, results)
+    rows = list(job.run())
+    assert [row.cells["launched"] for row in rows] == list(gpu_generation.WAYS) and all(row.good for row in rows)
+    assert all(row.cells["tokens/s"] > 0 and row.cells["of a copy"] > 0 for row in rows)
