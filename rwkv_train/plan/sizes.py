@@ -141,24 +141,29 @@ class RWKV7Sizes(Sizes):
         return (2 + self.head_size) * self.n_embd
 
     def saved(self, step) -> float:
-        """m: v_first - v, k, y, y normalised, g, y * g, and with casts r: 6 or 7 nC; inside the low-rank maps n ranks.
+        """With the C++ kernels, m: three inputs of sigmoids, v and k before and after, r, y, g, what goes into the last
+        product: 11 nC; float32: the decay, a and b, what each token removed: 4 nC, and the state before every 16 tokens
+        and the first. (The first block has 2 nC less.)
 
-        float32: the decay's sigmoid; kk before and after its norm, the operator's decay, a and b: 6 nC; numbers of
-        heads, 5 nC / N. r: the other two sigmoids, two factors of k, r * k, y with its bonus; r, k, v of the operator:
-        9 nC. The C++ kernel keeps the state before every 16 tokens and the first, CUDA's what each token removed.
-        In torch all are padded to 16 tokens, and chunks of matrix products keep about 23 + 6 * 16 / N + 2 N / 16
-        instead of the operator's six, and r, k and v apart. (The first block has 2 nC less.)
+        In torch, m: v_first - v, k, y, y normalised, g, y * g, and with casts r: 6 or 7 nC. float32: the decay's
+        sigmoid; kk before and after its norm, the operator's decay, a and b: 6 nC; numbers of heads, 5 nC / N. r: the
+        other two sigmoids, two factors of k, r * k, y with its bonus; r, k, v of the operator: 9 nC. CUDA's kernel
+        keeps what each token removed. Without it all are padded to 16 tokens, and chunks of matrix products keep about
+        23 + 6 * 16 / N + 2 N / 16 instead of the operator's six, and r, k and v apart.
+
+        Inside the low-rank maps n ranks of m.
         """
         n, c, m, size = step.n, self.n_embd, step.m, self.head_size
+        chunks = step.lanes * -(-step.config.data.chunk_len // CHUNK)
+        if step.kernel:
+            return m * n * (11 * c + self.ranks) + 16 * n * c + 4 * (chunks + step.lanes) * size * c
         kept = m * n * ((6 if m == step.r else 7) * c + self.ranks)
         kept += n * c * (4 * (6 + 5 / size) + 9 * step.r)
-        chunks = step.lanes * -(-step.config.data.chunk_len // CHUNK)
         if step.device == "cuda":
             return kept + 4 * n * c + 4 * step.lanes * size * c
-        if step.kernel:
-            return kept + 4 * (chunks + step.lanes) * size * c
         return kept + 4 * (23 + 6 * CHUNK / size + 2 * size / CHUNK) * chunks * CHUNK * c - 12 * n * c
 
     def workspace(self, step) -> float:
-        """The gradients of the operator's inputs and of what makes them, fitted: 28 nC bytes, in torch 72."""
-        return (28 if step.kernel else 72) * step.n * self.n_embd
+        """Gradients: three of the operator's inputs twice, its three others, g's, less two that take the place of what
+        is no longer needed: 6 nC in m, 3 nC float32; in torch, fitted, 72 nC bytes."""
+        return (6 * step.m + 12 if step.kernel else 72) * step.n * self.n_embd
