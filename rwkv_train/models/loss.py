@@ -75,6 +75,7 @@ class _HeadLoss(torch.autograd.Function):
                     dx.append(logits @ w)
                 if ctx.needs_input_grad[1]:
                     dw = _plus_product(dw, logits.t(), xs)
+                del logits  # before the next slice's are made
         dx = torch.cat(dx).to(x.dtype) if dx else None
         ctx.save_for_backward(dx, None if dw is None else dw.to(weight.dtype))
         return total.to(wide_dtype(x))

@@ -132,15 +132,15 @@ class Step:
     def logits(self) -> float:
         """The head's loss, at the fullest of three moments; a slice has E logits, in m, a share of dW is mVC.
 
-        Cross entropy: the kernel puts the gradient in the place of the logits, and one slice before is still there;
-        torch needs 4E besides, without autocast, otherwise 8E. Products: logits, and dW, which in float32 and on CUDA
-        each slice's product adds to; a CPU sums shares of 16 bits in float32. With both of these, under autocast, W in
-        bfloat16, if not the sweep has it. Backward: dW, and once more scaled.
+        Cross entropy: the kernels put the gradient in the place of the logits; torch needs 4E besides, without
+        autocast, otherwise 8E. Products: logits, and dW, which in float32 and on CUDA each slice's product adds to; a
+        CPU sums shares of 16 bits in float32. With both of these, under autocast, W in bfloat16, if not the sweep has
+        it. Backward: dW, and once more scaled.
         Besides 4 r nC: the last block's output, its norm, and the gradient of that, twice.
         """
         s, m, rows = self.sizes, self.m, max(1, SLICE[self.device] // self.sizes.vocab_size)
         e, wide, slices = min(self.n, rows) * s.vocab_size, 4 * s.table, -(-self.n // rows)
-        inside = m * min(self.n, 2 * rows) * s.vocab_size if self.kernel else (8 if m == 4 else 10) * e
+        inside = m * e if self.kernel or self.device == "cuda" else (8 if m == 4 else 10) * e
         if m == 4 or self.device == "cuda":
             before, sums = (slices > 1) * wide, wide + 2 * s.table * (self.w == 2)
         else:
