@@ -36,17 +36,21 @@ def _tests() -> Iterator[Row]:
         yield Row({"tests": what, "found": "not run"}, what, "not run: they lie in a clone, and need pytest")
         return
     options = ["-q", "-o", "addopts=", "-p", "no:cacheprovider"]  # those of the suite ask for packages that may lack
-    done = _run([sys.executable, "-m", "pytest", *options, *map(str, files)])
-    last = (done.stdout.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-    if done.returncode:
-        print(done.stdout[-4000:], done.stderr[-2000:], file=sys.stderr, flush=True)
-    yield Row({"tests": " ".join(f.name for f in files), "found": last}, what, last, good=done.returncode == 0)
+    status, lines = _run([sys.executable, "-m", "pytest", *options, "--tb=short", "--maxfail=10", *map(str, files)])
+    last = next((line for line in reversed(lines) if line), f"exit status {status}")
+    yield Row({"tests": " ".join(f.name for f in files), "found": last}, what, last, good=status == 0)
 
 
-def _run(command: list[str]) -> subprocess.CompletedProcess:
-    """Whoever ends the job ends what it has started, see gpu.py."""
+def _run(command: list[str]) -> tuple[int, list[str]]:
+    """(exit status, lines that it printed). They go to standard error, too, as they come: its job may be ended."""
     path = os.pathsep.join(filter(None, [str(PACKAGE), os.environ.get("PYTHONPATH")]))
-    return subprocess.run(command, cwd=PACKAGE, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
+    how = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
+    lines = []
+    with subprocess.Popen(command, cwd=PACKAGE, env={**os.environ, "PYTHONPATH": path}, **how) as child:
+        for line in child.stdout:
+            print(line, end="", file=sys.stderr, flush=True)
+            lines.append(line.strip())
+    return child.returncode, lines
 
 
 def sanitizer(config: GpuBench, results: Results) -> Iterator[Job]:
@@ -62,12 +66,9 @@ def _sanitizer(tool: str, device: str) -> Iterator[Row]:
         yield Row({"tool": tool, "found": reason}, what, reason)
         return
     code = f"from {__name__} import small; small('cuda')"
-    done = _run([program, f"--tool={tool}", "--error-exitcode=9", sys.executable, "-c", code])
-    told = [line.strip("= ") for line in (done.stdout + done.stderr).splitlines() if "SUMMARY" in line]
-    found = told[-1] if told else f"exit status {done.returncode}"
-    if done.returncode:
-        print(done.stdout[-6000:], done.stderr[-2000:], file=sys.stderr, flush=True)
-    yield Row({"tool": tool, "found": found}, what, found, good=done.returncode == 0)
+    status, lines = _run([program, f"--tool={tool}", "--error-exitcode=9", sys.executable, "-c", code])
+    found = next((line.strip("= ") for line in reversed(lines) if "SUMMARY" in line), f"exit status {status}")
+    yield Row({"tool": tool, "found": found}, what, found, good=status == 0)
 
 
 def small(device: str) -> None:

@@ -203,6 +203,17 @@ def test_a_wrong_operation_between_products_is_found(name, monkeypatch):
     assert not elementwise_cases.check(name, "fp32", "cpu").good
 
 
+def test_the_sanitizer_says_how_many_errors_it_found(tmp_path, monkeypatch, capfd):
+    for status in (0, 9):
+        program = tmp_path / "compute-sanitizer"
+        program.write_text(f"#!/bin/sh\necho $1\necho '========= ERROR SUMMARY: {status} errors'\nexit {status}\n")
+        program.chmod(0o755)
+        monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+        (row,) = gpu_programs._sanitizer("racecheck", "cuda")
+        assert (row.found, row.good) == (f"ERROR SUMMARY: {status} errors", status == 0)
+        assert "--tool=racecheck" in capfd.readouterr().err
+
+
 def test_each_kernel_has_a_small_call_for_the_sanitizer():
     gpu_programs.small("cpu")
 
