@@ -273,9 +273,10 @@ def _losses(logits, targets, z_loss):
 
 
 def _cross_entropy(logits, targets, z_loss):
+    assert logits.is_contiguous()  # the gradient goes there
     nll, (rows, size) = _losses(logits, targets, z_loss), logits.shape
     variant = Variant("cross_entropy", logits.dtype, pack("cross_entropy", logits.dtype, size, (logits,)), logits.dtype)
-    tensors = (logits, targets.contiguous(), nll)
+    tensors = (logits, targets.to(torch.int64).contiguous(), nll)
     build_cuda.call("cross_entropy", variant, rows, (WIDTH, ROWS), (size, float(z_loss)), tensors)
     return nll
 

@@ -1,4 +1,4 @@
-// Runs the CUDA kernels on a CPU, block by block: what a test needs who has no GPU. Included before wkv4.cu or wkv7.cu.
+// Runs the CUDA kernels on a CPU, block by block: what a test needs who has no GPU. Included before a .cu file.
 //
 // The threads of a block take turns, each up to the next __syncthreads(), in ascending order or in descending: a
 // kernel that lacks a barrier reads what has not been written yet in one of the two.
