@@ -82,15 +82,18 @@ class Eager:
 
 
 class Recorded:
-    """The same steps over tensors that stay, for up to `size` lanes; rows beyond those write for nobody."""
+    """The same steps over tensors that stay, for up to `size` lanes; rows beyond those write for nobody.
 
-    def __init__(self, model: RWKV, size: int, needs: Needs, record: Recorder):
+    free: where it waits for the next lanes, with those that read the same weights.
+    """
+
+    def __init__(self, model: RWKV, size: int, needs: Needs, record: Recorder, free: list["Recorded"]):
         like = {"device": model.device}
         counts = torch.zeros(size, model.config.vocab_size, **like) if needs.penalised else None
         settings = torch.tensor([Sampling(0).numbers] * size, **like)
         token, state = torch.zeros(size, dtype=torch.int64, **like), model.zero_state(size).clone()
         self.room, self.needs, self.used = Lanes(token, state, settings, counts), needs, 0
-        self.uniform = torch.zeros(size, dtype=torch.float64, **like)
+        self.uniform, self.free = torch.zeros(size, dtype=torch.float64, **like), free
         self.replay = record(lambda: self._run(model))
 
     def _run(self, model: RWKV) -> None:
@@ -154,14 +157,13 @@ def recorder(device: torch.device) -> Recorder | None:
 def take(model: RWKV, lanes: Lanes, needs: Needs, graphs: bool = True) -> Eager | Recorded:
     """What runs the steps of some lanes; `give_back` it. graphs: with a CUDA graph where there can be one."""
     record = recorder(model.device) if graphs else None
-    kept = _graphs(model)
-    if record is None or kept.failed:
+    if record is None or (kept := _graphs(model)).failed:
         return Eager(lanes, needs)
     size = 1 << (len(lanes.token) - 1).bit_length()
     free = kept.free[size, needs]
     try:
         with torch.inference_mode(False):  # whose tensors could not be used outside of it
-            found = free.pop() if free else Recorded(model, size, needs, record)
+            found = free.pop() if free else Recorded(model, size, needs, record, free)
     except Exception as error:  # torch's, the driver's or the kernels' own: calls do the same
         kept.failed = True
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
@@ -170,10 +172,10 @@ def take(model: RWKV, lanes: Lanes, needs: Needs, graphs: bool = True) -> Eager 
     return found.place(lanes)
 
 
-def give_back(model: RWKV, runner: Eager | Recorded) -> None:
+def give_back(runner: Eager | Recorded) -> None:
     """Let others use it."""
     if isinstance(runner, Recorded):
-        _graphs(model).free[len(runner.room.token), runner.needs].append(runner)
+        runner.free.append(runner)
 
 
 def _graphs(model: RWKV) -> _Graphs:
