@@ -129,14 +129,15 @@ def quiet_turns(turns: list[Turn], args) -> list[Turn]:
 def show(found: dict[tuple[str, bool], list[Turn]], args) -> None:
     cores = os.cpu_count()
     fair = cores / (cores + args.busy)
-    least = min(middle(t.cores / t.speed for t in found[name, True] if t.speed) for name in args.waits)
+    known = {name: [t for t in found[name, True] if t.speed] for name in args.waits}
+    least = min((middle(t.cores / t.speed for t in turns) for turns in known.values() if turns), default=math.nan)
     first = middle(t.speed for t in quiet_turns(found[args.waits[0], False], args))
     print(f"{'tokens/s in quiet turns':<24}{'alone':>8}{'over first':>12}{'beside':>8}{'share':>7}", end="")
     print(f"{'turns':>8}{'by CPU time (range), turns':>30}")
     for name in args.waits:
         quiet = [quiet_turns(found[name, beside], args) for beside in (False, True)]
         alone, beside = (middle(t.speed for t in turns) for turns in quiet)
-        fairness = [t.speed * least / (cores * t.each) for t in found[name, True]]
+        fairness = [t.speed * least / (cores * t.each) for t in found[name, True] if t.each]
         spread = (
             f"{middle(fairness):.2f} ({min(fairness):.2f}-{max(fairness):.2f}), {len(fairness)}" if fairness else ""
         )
