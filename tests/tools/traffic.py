@@ -84,19 +84,24 @@ def fake_model(generation: str, channels: int, layers: int) -> RWKV:
 
 
 @contextmanager
-def cuda_kernels():
-    """CPU tensors go where CUDA's would: torch without CUDA has no autograd for those, not even for fake ones."""
+def cuda_kernels(fused: bool = True):
+    """CPU tensors go where CUDA's would: torch without CUDA has no autograd for those, not even for fake ones.
+
+    fused: False for WKV alone.
+    """
     with ExitStack() as stack:
         patch = lambda *a: stack.enter_context(mock.patch.object(*a))  # noqa: E731
         for operator in (wkv4, wkv7):
             patch(operator, "pick", lambda name, backends, *_: backends["cuda"])
-        patch(elementwise, "kernels_for", lambda x, operator, cpu, cuda: cuda)
+        patch(elementwise, "kernels_for", lambda x, operator, cpu, cuda: cuda if fused else None)
         yield
 
 
-def of_a_layer(generation: str, channels=CHANNELS, lanes=LANES, tokens=TOKENS) -> tuple[Counter, Counter, int]:
+def of_a_layer(
+    generation: str, channels=CHANNELS, lanes=LANES, tokens=TOKENS, fused=True
+) -> tuple[Counter, Counter, int]:
     """(bytes, calls, bytes between products and WKV) by operation, of one layer in the middle of a model."""
-    with cuda_kernels(), FakeTensorMode():
+    with cuda_kernels(fused), FakeTensorMode():
         two, three = (traffic(fake_model(generation, channels, layers), lanes, tokens) for layers in (2, 3))
     three.bytes.subtract(two.bytes), three.calls.subtract(two.calls)
     return three.bytes, three.calls, three.between()
@@ -110,3 +115,4 @@ if __name__ == "__main__":
             if n:
                 print(f"  {n / 1e9:7.2f} GB {calls[name]:5} x {name}")
         print(f"  {between / 1e9:7.2f} GB between products and WKV")
+        print(f"  {of_a_layer(generation, fused=False)[2] / 1e9:7.2f} GB by torch's own operations")
