@@ -95,7 +95,7 @@ class _Work(NamedTuple):
     def hand_on(self, variant: Variant, state: Tensor, gend: Tensor | None, crossings: Tensor) -> Tensor:
         """What the scan hands to each stretch, [B, stretches, 4, C]."""
         handed = state.new_empty(self.B, self.stretches, 4, self.C)
-        sizes = (self.B, self.C, self.stretches, variant.backward)
+        sizes = (self.B, self.C, self.stretches, int(variant.backward))
         blocks = -(-self.B * self.C // WIDTH)
         call("scan", variant, blocks, (WIDTH, 1), sizes, (state, gend, crossings, handed))
         return handed

@@ -56,6 +56,7 @@ def launcher(folder: Path, how: dict):
     """
 
     def launch(name, variant, device, blocks, block, arguments):
+        assert {type(x) for x in arguments} <= {int, float}, "of cuda.core's arguments only these have 64 bits"
         kernel = getattr(library(folder, variant), f"host_{name}")
         bits = [struct.unpack("q", struct.pack("d", x))[0] if isinstance(x, float) else x for x in arguments]
         numbers = (ctypes.c_int64 * len(bits))(*bits)
