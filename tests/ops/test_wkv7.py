@@ -170,6 +170,18 @@ def test_nothing_passes_a_reset(backend):
     assert all(g[:, 10:].ne(0).any() for g in sequences)
 
 
+@pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=needs_compiler)])
+def test_what_no_gradient_reaches_gets_exactly_zero(backend):
+    """With its eps of 1e-18 Adam makes whole steps of rounding errors."""
+    args, reset = draw(2, 40, 2, 16), resets_at(2, 40, 20)
+    gy, gstate = cotangents(2, 40, 2, 16)
+    gy[0, 5:], gy[1, 5:20], gy[1, 37:] = 0, 0, 0
+    got = run(backend, [x.float() for x in args], reset, gy, torch.zeros_like(gstate))
+    for name in NAMES[2:-1]:
+        gradient = got[name]
+        assert not gradient[0, 5:].any() and not gradient[1, 5:20].any() and not gradient[1, 37:].any(), name
+
+
 @pytest.mark.parametrize("backend", ALL)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_inputs_are_computed_in_float32(backend, dtype):

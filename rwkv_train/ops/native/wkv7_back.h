@@ -160,23 +160,31 @@ template <class R, class S> class Backward {
         add_product(TWO, TWO, N, {gmet, TWO, 1}, kb, gar, false, LOWER);
         transpose(N, N, G, square);
         add_product(TWO, N, N, {vu, N, 1}, square, gkb, true);
+        R *const gw = turned, *const first = turned + N;
+        for (int64_t j = 0; j < N; j++) gw[j] = met_by(state, j);
+        for (int64_t p = 0; p < 2 * n; p++)
+            for (int64_t j = 0; j < N; j++) gw[j] += gkb[p * N + j] * kb[p * N + j];
         add_product(TWO, TWO, N, {gmet, 1, TWO}, ar, gkb, false, UPPER);
         add_product(N, TWO, N, {ar, 1, N}, guy, G);
-        write(t0, n, state);
+        for (int64_t j = 0; j < N; j++) first[j] = met_by(state, j) - gar[j] * ar[j];
+        write(t0, n, gw, first);
     }
 
-    // A decay scales what the state holds before it, and what the tokens before read of it is not scaled.
-    void write(int64_t t0, int64_t n, const R* state) {
-        R* gw = turned;
-        for (int64_t j = 0; j < N; j++) {
-            V<R> sum = {};
-            for (int64_t i = 0; i < N; i += WIDTH<R>) sum += get(G + j * N + i) * get(state + j * N + i);
-            gw[j] = -gar[j] * ar[j];
-            for (int l = 0; l < WIDTH<R>; l++) gw[j] += sum[l];
-        }
-        for (int64_t t = 0; t < n; t++) {
+    R met_by(const R* state, int64_t j) {
+        V<R> sum = {};
+        for (int64_t i = 0; i < N; i += WIDTH<R>) sum += get(G + j * N + i) * get(state + j * N + i);
+        R total = 0;
+        for (int l = 0; l < WIDTH<R>; l++) total += sum[l];
+        return total;
+    }
+
+    // A decay scales what the state holds after it, and what its token and those behind read; not what they have written.
+    // So the sums gw go from the end, where tokens without gradients are, and these get exactly 0. Of the first token gw
+    // is what the state before the stretch meets: exactly 0 after a document's beginning.
+    void write(int64_t t0, int64_t n, R* gw, const R* first) {
+        for (int64_t t = n - 1; t >= 0; t--) {
             const int64_t at = place.at(t0 + t), one = 2 * t * N, other = one + N, now = t * N, next = now + N;
-            const int64_t later = t + 1 < n ? other + N : one;  // after the last token gw is of no use
+            const int64_t later = other + N;
             INDEPENDENT
             for (int64_t j = 0; j < N; j++) {
                 store(out.r[at + j], gar[other + j] * P[next + j]);
@@ -184,9 +192,9 @@ template <class R, class S> class Backward {
                 store(out.v[at + j], gvu[one + j]);
                 out.a[at + j] = gar[one + j] * P[now + j];
                 out.b[at + j] = gkb[other + j] * over[next + j];
-                out.w[at + j] = gw[j];
-                gw[j] += gkb[one + j] * kb[one + j] + gkb[other + j] * kb[other + j] - gar[other + j] * ar[other + j] -
-                         gar[later + j] * ar[later + j];
+                gw[j] += gar[other + j] * ar[other + j] - gkb[one + j] * kb[one + j] - gkb[other + j] * kb[other + j];
+                if (t + 1 < n) gw[j] += gar[later + j] * ar[later + j];
+                out.w[at + j] = t ? gw[j] : first[j];
             }
         }
     }
