@@ -51,6 +51,7 @@ def generate(config: GenerateBench) -> int:
         many |= {f"{who}, with sampling": Sampling(0.8, 0.5) for who in many}
         counts = dict.fromkeys(many, config.lanes * config.tokens)  # of a repeat; of others config.tokens
         if checked["ours"].near:
+            calls["ours"] = _decoding(model, prompt, Sampling(0), 1, config.tokens)
             calls["ours, with sampling"] = _decoding(model, prompt, Sampling(0.8, 0.5), 1, config.tokens)
             for who, sampling in many.items():
                 calls[who] = _decoding(model, prompt, sampling, config.lanes, config.tokens)

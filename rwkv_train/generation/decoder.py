@@ -174,6 +174,6 @@ class Decoder:
 
     def _place(self, texts: list[_Text], lanes: Lanes, needs: Needs) -> None:
         if self._runner:
-            give_back(self._runner)
+            give_back(self._runner, self.model)
         self._texts = texts
         self._runner = take(self.model, lanes, needs, self._graphs) if texts else None

@@ -1,8 +1,8 @@
 """One token of some lanes at a time: what they are between two tokens, and the step from one to the next.
 
-The step is the same code everywhere. On a GPU it is recorded once as a CUDA graph over tensors that stay, for a power
-of two of lanes, because its hundreds of small kernels take longer to launch than to run; the graphs of a model are kept
-for the next texts.
+The step is the same code everywhere. On a CPU what the model does in it is soon run from a tape (reading.py). On a GPU
+the step is recorded once as a CUDA graph over tensors that stay, for a power of two of lanes, because its hundreds of
+small kernels take longer to launch than to run; the graphs of a model are kept for the next texts.
 """
 
 from collections import defaultdict
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rwkv_train.generation.prefill import joined
+from rwkv_train.generation.reading import Reader, read
 from rwkv_train.generation.sampling import Needs, Sampling, choose
 from rwkv_train.models.base import RWKV
 from rwkv_train.models.finite import finite
@@ -50,35 +51,36 @@ class Lanes(NamedTuple):
 
 
 @torch.no_grad()
-def advance(model: RWKV, lanes: Lanes, uniform: Tensor, needs: Needs, into: State | None) -> tuple[Lanes, Tensor]:
+def advance(
+    lanes: Lanes, uniform: Tensor, needs: Needs, read: Callable[[Tensor], tuple[Tensor, State]]
+) -> tuple[Lanes, Tensor]:
     """Read each lane's token and choose its next: (the lanes after it, logits [N,V]). Counts are changed in place.
 
-    uniform [N] float64 in [0,1): what chooses. into: as of `RWKV.hidden`.
+    uniform [N] float64 in [0,1): what chooses. read: of the tokens [N] the logits and the state after them.
     """
     if needs.penalised:
         lanes.counts.scatter_add_(1, lanes.token[:, None], torch.ones_like(lanes.settings[:, :1]))
-    x, state = model.hidden(lanes.token[:, None], lanes.state, into=into)
-    logits = model.head(x[:, -1])
+    logits, state = read(lanes.token)
     token = choose(logits, lanes.settings, uniform, needs, lanes.counts)
     return lanes._replace(token=token, state=state), logits
 
 
 class Eager:
-    """Steps of some lanes, each a call. Of several lanes it changes the state in place: a new one is new memory."""
+    """Steps of some lanes, each a call; a `Reader` sees to what the model does."""
 
     def __init__(self, lanes: Lanes, needs: Needs):
-        self.own = lanes.state.clone() if len(lanes.token) > 1 else None
-        self.lanes, self.needs = lanes._replace(state=self.own or lanes.state), needs
+        self.reader, self.lanes, self.needs = Reader(lanes.state), lanes, needs
 
     def step(self, model: RWKV, uniform: Tensor) -> list[int]:
         """Read each lane's token: the next ones. NotFinite, a ValueError, if the model gives no finite number."""
-        self.lanes, logits = advance(model, self.lanes, uniform.to(model.device), self.needs, self.own)
+        read = lambda token: (self.reader(model, token), self.reader.state)  # noqa: E731
+        self.lanes, logits = advance(self.lanes, uniform.to(model.device), self.needs, read)
         finite(logits, model)
         return self.lanes.token.tolist()
 
     def state(self, lane: int) -> State:
         """The state of one lane, which stays as it is."""
-        return self.lanes.state if self.own is None else self.own.select(lane)
+        return self.lanes.state if self.reader.own is None else self.reader.own.select(lane)
 
 
 class Recorded:
@@ -97,7 +99,8 @@ class Recorded:
         self.replay = record(lambda: self._run(model))
 
     def _run(self, model: RWKV) -> None:
-        after, self.logits = advance(model, self.room, self.uniform, self.needs, self.room.state)
+        into = self.room.state
+        after, self.logits = advance(self.room, self.uniform, self.needs, lambda token: read(model, token, into, into))
         self.told = torch.stack([after.token, self.logits.sum(-1, dtype=torch.float32).isfinite().long()])
         self.room.token.copy_(after.token)
 
@@ -172,10 +175,12 @@ def take(model: RWKV, lanes: Lanes, needs: Needs, graphs: bool = True) -> Eager 
     return found.place(lanes)
 
 
-def give_back(runner: Eager | Recorded) -> None:
+def give_back(runner: Eager | Recorded, model: RWKV) -> None:
     """Let others use it."""
     if isinstance(runner, Recorded):
         runner.free.append(runner)
+    else:
+        runner.reader.give_back(model)
 
 
 def _graphs(model: RWKV) -> _Graphs:

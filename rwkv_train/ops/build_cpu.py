@@ -10,6 +10,9 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -23,6 +26,7 @@ HEADERS = tuple(
 )
 # Of dtypes, at the ends of the functions' names.
 NAMES = {torch.float32: "f32", torch.float64: "f64", torch.bfloat16: "bf16"}
+_RECORDS = threading.local()
 COMPILERS = ("c++", "g++", "clang++")
 # No -ffast-math: it would reorder the operations that split an exponent into an integer and a small rest.
 FLAGS = (
@@ -128,8 +132,25 @@ def _team() -> int | None:
 
 def run(kernel: str, dtype: torch.dtype, inputs: ctypes.Structure, outputs: ctypes.Structure) -> None:
     """Call "wkv4_forward" and the like on structures of addresses, with as many threads as torch uses."""
-    function = getattr(load()[0], f"{kernel}_{NAMES[dtype]}")
-    function(ctypes.byref(inputs), ctypes.byref(outputs), torch.get_num_threads())
+    launch(f"{kernel}_{NAMES[dtype]}", ctypes.byref(inputs), ctypes.byref(outputs))
+
+
+def launch(name: str, *arguments) -> None:
+    """Call a kernel, whose last argument is how many threads there are: as many as torch uses."""
+    function = getattr(load()[0], name)
+    if record := getattr(_RECORDS, "record", None):
+        record(function, arguments)
+    function(*arguments, torch.get_num_threads())
+
+
+@contextmanager
+def recorded(record: Callable[[Callable, tuple], None]):
+    """Within, `record` is told what this thread launches: the function and its arguments but the threads."""
+    _RECORDS.record = record
+    try:
+        yield
+    finally:
+        _RECORDS.record = None
 
 
 def address(x: torch.Tensor | None) -> int | None:

@@ -40,8 +40,7 @@ def _run(kernel: str, heads: int, *tensors: Tensor | None) -> None:
     sizes = tensors[0].numel() // channels, heads, channels // heads
     addresses = [0 if x is None else x.data_ptr() for x in tensors]
     structure = struct.pack(f"{3 + len(tensors)}q", *sizes, *addresses)
-    name = f"{kernel}_{build_cpu.NAMES[tensors[0].dtype]}"
-    getattr(build_cpu.load()[0], name)(structure, torch.get_num_threads())
+    build_cpu.launch(f"{kernel}_{build_cpu.NAMES[tensors[0].dtype]}", structure)
 
 
 def _wide(x: Tensor) -> torch.dtype:

@@ -61,7 +61,7 @@ def _run(kernel: str, dtype: torch.dtype, *arguments) -> None:
     assert all(a.is_contiguous() for a in arguments if isinstance(a, Tensor))
     given = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else a for a in arguments]
     given = [ctypes.byref(a) if isinstance(a, ctypes.Structure) else a for a in given]
-    getattr(build_cpu.load()[0], f"{kernel}_{build_cpu.NAMES[dtype]}")(*given, torch.get_num_threads())
+    build_cpu.launch(f"{kernel}_{build_cpu.NAMES[dtype]}", *given)
 
 
 def _mix_inputs(x, last, reset, mixes, out) -> _Mix:

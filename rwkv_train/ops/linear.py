@@ -64,6 +64,6 @@ def _products(pairs, turned: bool) -> list[Tensor]:
         numbers += (x.numel() // width, rows, width, turned, x.data_ptr(), weight.data_ptr(), y.data_ptr())
         xs.append(x)  # kept until it was read
         ys.append(y)
-    kernel = getattr(build_cpu.load()[0], f"products_{build_cpu.NAMES[ys[0].dtype]}")
-    kernel(struct.pack(f"{len(numbers)}q", *numbers), len(ys), torch.get_num_threads())
+    table = struct.pack(f"{len(numbers)}q", *numbers)
+    build_cpu.launch(f"products_{build_cpu.NAMES[ys[0].dtype]}", table, len(ys))
     return ys

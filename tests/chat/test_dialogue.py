@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from rwkv_train.chat.dialogue import Dialogue
 from rwkv_train.data.templates import Template
 from rwkv_train.generate import Sampling, prefill, stream_tokens
+from rwkv_train.generation.reading import Taped
 from rwkv_train.tokenizer import load_tokenizer, train_bpe
 
 BYTES = load_tokenizer("bytes")
@@ -104,15 +105,18 @@ def test_an_interrupt_inside_the_model_loses_nothing(monkeypatch):
     list(d.say("a"))
     before, calls = d.turns, []
 
-    hidden = d.model.hidden
+    def interrupted(read):
+        def call(*args, **more):
+            found = read(*args, **more)
+            calls.append(1)
+            if len(calls) == allowed + 1:
+                raise KeyboardInterrupt
+            return found
 
-    def interrupted(tokens, state=None):
-        calls.append(tokens)
-        if len(calls) == allowed + 1:
-            raise KeyboardInterrupt
-        return hidden(tokens, state)
+        return call
 
-    monkeypatch.setattr(d.model, "hidden", interrupted)
+    monkeypatch.setattr(d.model, "hidden", interrupted(d.model.hidden))
+    monkeypatch.setattr(Taped, "again", interrupted(Taped.again))
     for allowed in (0, 1, 4):
         calls.clear()
         with pytest.raises(KeyboardInterrupt):
