@@ -21,6 +21,7 @@ hypothesis.settings.register_profile("same", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("same")
 
 
+@pytest.hookimpl(optionalhook=True)  # a bare GPU machine has pytest alone
 def pytest_xdist_auto_num_workers(config) -> int:
     """The whole suite is shared among processes; tests that are named run in this one (0), as do those under --pdb."""
     whole = config.args_source is config.ArgsSource.TESTPATHS and not config.option.keyword
@@ -71,10 +72,10 @@ def finished(finished_of):
 
 
 @pytest.fixture(scope="session")
-def kernels_folder(tmp_path_factory, worker_id):
+def kernels_folder(tmp_path_factory):
     """One for all processes of the suite."""
     base = tmp_path_factory.getbasetemp()
-    folder = (base if worker_id == "master" else base.parent) / "kernels"
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "kernels"
     folder.mkdir(exist_ok=True)
     return folder
 
