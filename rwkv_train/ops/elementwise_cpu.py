@@ -14,7 +14,8 @@ MIXES = {(torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch
 
 class _Mix(ctypes.Structure):  # this and the next as in elementwise_cpu.cpp
     _fields_ = [(n, ctypes.c_int64) for n in ("B", "T", "C", "N")] + [
-        (n, ctypes.c_void_p) for n in ("x", "last", "m", "reset", "out")
+        *((n, ctypes.c_void_p) for n in ("x", "last", "reset", "out")),
+        ("m", ctypes.c_void_p * MOST),
     ]
 
 
@@ -65,29 +66,32 @@ def _run(kernel: str, dtype: torch.dtype, *arguments) -> None:
 
 
 def _mix_inputs(x, last, reset, mixes, out) -> _Mix:
-    return _Mix(*x.shape, len(mixes), *map(build_cpu.address, (x, last, mixes, reset, out)))
+    return _Mix(*x.shape, len(mixes), *map(build_cpu.address, (x, last, reset, out)), _addresses(mixes))
+
+
+def _addresses(tensors) -> ctypes.Array:
+    return (ctypes.c_void_p * MOST)(*map(build_cpu.address, tensors))
 
 
 class _ShiftMix(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, last, reset, dtype, *mixes):
-        x, last, mixes = x.contiguous(), last.contiguous(), torch.stack(mixes)
+        x, last, *mixes = [part.contiguous() for part in (x, last, *mixes)]
         reset = None if reset is None else reset.contiguous()
         out = x.new_empty(len(mixes), *x.shape, dtype=dtype)
         _run("mix", dtype, _mix_inputs(x, last, reset, mixes, out))
-        ctx.save_for_backward(x, last, reset, mixes)
+        ctx.save_for_backward(x, last, reset, *mixes)
         ctx.dtype = dtype
         return *out.unbind(), x[:, -1].clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *g):
-        x, last, reset, mixes = ctx.saved_tensors
+        x, last, reset, *mixes = ctx.saved_tensors
         *g, g_end = [part.contiguous() for part in g]
         gx, glast = torch.empty_like(x), torch.empty_like(last)
-        gm = mixes.new_empty(x.shape[0] * -(-x.shape[1] // TOKENS), *mixes.shape)
-        pointers = (ctypes.c_void_p * MOST)(*map(build_cpu.address, g))
-        back = _MixBack(pointers, *map(build_cpu.address, (g_end, gx, glast, gm)))
+        gm = x.new_empty(x.shape[0] * -(-x.shape[1] // TOKENS), len(mixes), x.shape[2])
+        back = _MixBack(_addresses(g), *map(build_cpu.address, (g_end, gx, glast, gm)))
         _run("mix_back", ctx.dtype, _mix_inputs(x, last, reset, mixes, None), back)
         return gx, glast, None, None, *gm.sum(0).unbind()
 

@@ -18,9 +18,10 @@ constexpr int TOKENS = 64;    // of a job
 
 template <class R, class S> struct Mix {
     int64_t B, T, C, N;
-    const R *x, *last, *m;  // [B,T,C], [B,C] the token before the first, [N,C]
-    const uint8_t* reset;   // [B,T] or null
-    S* out;                 // [N,B,T,C]
+    const R *x, *last;     // [B,T,C], [B,C] the token before the first
+    const uint8_t* reset;  // [B,T] or null
+    S* out;                // [N,B,T,C]
+    const R* m[MOST];      // N times [C]
 };
 
 template <class R, class S> struct MixBack {
@@ -54,7 +55,7 @@ template <class R, class S> void mix(const Mix<R, S>& in, int64_t job) {
         const R zeros[WIDEST] = {}, *x = in.x + (lane * in.T + t) * in.C + c0, *old = before(in, lane, t);
         old = old ? old + c0 : zeros;
         for (int64_t i = 0; i < in.N; i++) {
-            const R* m = in.m + i * in.C + c0;
+            const R* m = in.m[i] + c0;
             S* out = in.out + ((i * in.B + lane) * in.T + t) * in.C + c0;
             INDEPENDENT
             for (int c = 0; c < n; c++) store(out[c], old[c] + m[c] * (x[c] - old[c]));
@@ -76,7 +77,7 @@ template <class R, class S> void mix_back(const Mix<R, S>& in, const MixBack<R, 
         R sum[WIDEST];
         for (int c = 0; c < n; c++) sum[c] = t + 1 < in.T ? R(0) : out.glast[lane * in.C + c0 + c];
         for (int64_t i = 0; i < in.N; i++) {
-            const R* m = in.m + i * in.C + c0;
+            const R* m = in.m[i] + c0;
             const S *g = out.g[i] + at, *next = g + in.C;
             R* total = gm[i];
             INDEPENDENT
@@ -94,7 +95,7 @@ template <class R, class S> void mix_back(const Mix<R, S>& in, const MixBack<R, 
         const bool opened = in.reset && in.reset[lane * in.T];
         for (int c = 0; c < n; c++) {
             R first = 0;
-            for (int64_t i = 0; i < in.N && !opened; i++) first += load(out.g[i][at + c]) * (1 - in.m[i * in.C + c0 + c]);
+            for (int64_t i = 0; i < in.N && !opened; i++) first += load(out.g[i][at + c]) * (1 - in.m[i][c0 + c]);
             out.last[lane * in.C + c0 + c] = first;
         }
     };
