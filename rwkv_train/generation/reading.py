@@ -80,10 +80,10 @@ class Reader:
             _KEPT[model], self.taped = self.taped, None
 
     def _find(self, model: RWKV) -> None:
-        kept = _KEPT.get(model)
+        kept = _KEPT.pop(model, None)  # another thread must not find it; what does not fit is let go
         if kept and len(kept.token) == len(self.state.shift) and kept.is_of(model) and _can_be_recorded(model):
             begin = self.state
-            self._use(_KEPT.pop(model))
+            self._use(kept)
             for ours, part in zip(self.state, begin, strict=True):
                 ours.copy_(part)
 
