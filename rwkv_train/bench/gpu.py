@@ -37,6 +37,7 @@ SECTIONS = (
     *(flat_memory, tests, sanitizer, deepspeed),
 )
 START = 120.0  # seconds in which a process has to begin its first job
+KILLED = 10.0  # seconds in which a process that was killed has to be gone
 
 
 def jobs(config: GpuBench, results: Results) -> Iterator[tuple[str, Job]]:
@@ -174,8 +175,9 @@ class Worker:
             self.process.stdin.flush()
 
     def _listen(self) -> None:
-        for line in self.process.stdout:
-            self.events.put(json.loads(line))
+        with contextlib.suppress(json.JSONDecodeError):  # a line that its end has cut off
+            for line in self.process.stdout:
+                self.events.put(json.loads(line))
         self.events.put({"status": self.process.wait()})
 
     def next(self, seconds: float) -> dict | None:
@@ -188,7 +190,8 @@ class Worker:
     def end(self) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # the driver may hold a process whose kernel does not end
+            self.process.wait(KILLED)
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.close()
 

@@ -102,7 +102,7 @@ tell = lambda *events: print(*map(json.dumps, events), sep="\\n", flush=True)
 for n in range(first, 5):
     row = {"cells": {"n": n}, "what": f"job {n}", "found": f"first was {first}", "good": True}
     tell({"job": n, "what": f"job {n}"}, {"row": row})
-    if n == 1: os._exit(3)
+    if n == 1: print('{"row": {"ce', end="", flush=True), os._exit(3)
     if n == 2: time.sleep(600)
 tell({"next": 5})
 """

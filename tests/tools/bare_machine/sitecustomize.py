@@ -15,9 +15,10 @@ class Bare(PathFinder):
         return None if fullname.partition(".")[0] in LACKING else super().find_spec(fullname, path, target)
 
     @classmethod
-    def find_distributions(cls, context=None):
-        name = getattr(context, "name", None)
-        return iter(()) if (name or "").replace("-", "_") in LACKING else super().find_distributions(context)
+    def find_distributions(cls, *context):
+        """Of all that are asked for at once, too: pytest would load its plugins, past this finder."""
+        found = super().find_distributions(*context)
+        return (one for one in found if one.metadata["Name"].lower().replace("-", "_") not in LACKING)
 
 
 sys.meta_path = [Bare if finder is PathFinder else finder for finder in sys.meta_path]
