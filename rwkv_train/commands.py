@@ -108,7 +108,7 @@ def generate(config: GenerateConfig) -> None:
     prompts = _prompts(config)
     dtype = DTYPES[config.dtype] if config.dtype else None
     model, tokenizer, _ = open_model(config.model, config.tokenizer, None, dtype, config.device, for_chats=False)
-    if config.prompts:
+    if config.prompts is not None:
         _generate_side_by_side(config, model, tokenizer, prompts, sampling)
         return
     sys.stdout.write(prompts[0])
@@ -121,7 +121,7 @@ def generate(config: GenerateConfig) -> None:
 def _prompts(config: GenerateConfig) -> list[str]:
     if config.lanes < 1:
         raise ValueError(f"--lanes must be at least 1, found {config.lanes}")
-    if not config.prompts:
+    if config.prompts is None:
         return [unescaped(config.prompt)]
     if config.prompt:
         raise ValueError("--prompt and --prompts both say what to continue; give one of them")

@@ -122,6 +122,7 @@ def test_generate_continues_the_prompts_of_a_file(model, tmp_path, capsys):
         (["--prompts=prompts.txt", "--prompt=x"], "--prompt and --prompts"),
         (["--prompts=prompts.txt", "--lanes=0"], "--lanes"),
         (["--prompts=none.txt"], "none.txt"),
+        (["--prompts="], "is a folder; name a file"),
         (["--prompts=empty.txt"], "empty.txt has no prompt"),
     ):
         (tmp_path / "empty.txt").write_text("\n \n")

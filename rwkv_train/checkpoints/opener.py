@@ -37,12 +37,21 @@ def open_model(
 
     tokenizer: "world", "bytes" or a path; template: a YAML file. What is unknown, and what a given one overrides, is
     told on standard error; of the template only for_chats. Raises as `load_model` does, and ValueError if the tokenizer
-    is unknown or does not fit.
+    is unknown or does not fit, or torch has no such device.
     """
+    _check_device(str(device))
     model = load_model(name, dtype, device)
     known = format_of(name)
     found = _tokenizer(name, known.tokenizer, tokenizer, model.config.vocab_size)
     return Opened(model, found, _template(name, known.template, template, for_chats))
+
+
+def _check_device(device: str) -> None:
+    kind, _, number = device.partition(":")
+    if kind not in ("cpu", "cuda") or (not number.isdecimal() and device != kind):
+        raise ValueError(f"device must be cpu, cuda or cuda:N, found {device}")
+    if kind == "cuda" and torch.cuda.device_count() <= int(number or 0):
+        raise ValueError(f"device: {device}, but torch sees {torch.cuda.device_count() or 'no'} GPU; use cpu")
 
 
 def format_of(name: str | Path) -> TextFormat:

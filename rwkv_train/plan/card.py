@@ -16,6 +16,7 @@ from rwkv_train.program import HERE
 
 MEASURED = HERE.parent / "data" / "benchmarks" / "gpu.json"  # by `bench gpu`; a wheel has none
 BANDWIDTH = 3.0e12  # bytes/s that an H100 copies, read and written counted: assumed
+OF_A_STEP = ("step", "generation", "precision", "channels", "tokens", "over them")  # what a measured one tells
 SPEED = 620e12  # operations/s of its bfloat16 products of 2048 channels: assumed
 
 
@@ -51,13 +52,18 @@ def find_card(config: PlanConfig, sizes: Sizes, here: bool) -> Card:
 
 def read_report(path: Path) -> dict:
     """Of what `bench gpu` wrote the card's name `gpu`, its `bandwidth` and `speed`, and the measured `steps`; {} where
-    there is no such file, or it was written without a GPU."""
-    report = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"machine": {}}
-    if "gpu" not in report["machine"]:
+    there is no such file, or it was written without a GPU. ValueError for a file of something else."""
+    if not path.is_file():
         return {}
-    sections = report["results"]["sections"]
-    limits = {row["limit"]: row["found"] for row in sections.get("limits", []) if "limit" in row}  # others failed
-    steps = [row for row in sections.get("training", []) if {"generation", "over them"} <= row.keys()]
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        if "gpu" not in report["machine"]:
+            return {}
+        sections = report["results"]["sections"]
+        limits = {row.get("limit"): row.get("found") for row in sections.get("limits", [])}  # not of those that failed
+        steps = [row for row in sections.get("training", []) if all(row.get(name) is not None for name in OF_A_STEP)]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is no report of `bench gpu` ({error}); write it again, or move it away") from None
     bandwidth, speed = limits.get("copy, bytes/s"), limits.get("bf16 products, FLOP/s")
     return {"gpu": report["machine"]["gpu"], "bandwidth": bandwidth, "speed": speed, "steps": steps}
 

@@ -63,6 +63,15 @@ def test_every_name_of_a_model_finds_what_lies_with_it(here):
     assert open_model("hf").tokenizer.fingerprint == format_of("a").tokenizer.fingerprint
 
 
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [("gpu", "must be cpu, cuda or cuda:N, found gpu"), ("cuda:x", "found cuda:x"), ("cuda:99", "torch sees")],
+)
+def test_a_device_that_is_not_there_is_refused(here, device, message):
+    with pytest.raises(ValueError, match=message):
+        open_model("a", device=device)
+
+
 def test_a_text_of_another_tokenizer_is_refused_in_words_that_name_both(here, capsys):
     ours, theirs = (str(format_of(name).tokenizer) for name in "ab")
     assert ours.startswith("bpe260 (fingerprint ") and ours != theirs

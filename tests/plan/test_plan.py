@@ -274,6 +274,14 @@ def test_a_measured_step_goes_before_counts(tmp_path, monkeypatch, capsys):
     assert found() == card.Card()
 
 
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"machine": null}', '{"machine": {"gpu": "Card"}}'])
+def test_a_broken_report_of_a_gpu_is_named(tmp_path, monkeypatch, capsys, text):
+    monkeypatch.setattr(card, "MEASURED", tmp_path / "gpu.json")
+    card.MEASURED.write_text(text)
+    code, _, err = run("plan", *GPU, capsys=capsys)
+    assert code == 1 and f"{card.MEASURED} is no report of `bench gpu`" in err and err.count("\n") == 1
+
+
 @pytest.mark.parametrize("generation", GENERATIONS)
 def test_bytes_of_a_step_follow_its_settings(generation):
     def moved(**train):
