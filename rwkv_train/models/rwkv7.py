@@ -101,7 +101,7 @@ class TimeMix(nn.Module):
 
     def forward(self, x: Tensor, last: Tensor, wkv: Tensor, reset: Tensor | None, v_first: Tensor | None):
         mixes = 1 - torch.cat((self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g), 1)
-        xr, xw, xk, xv, xa, xg, last = token_shift_mix(x, last, reset, *mixes[0])
+        xr, xw, xk, xv, xa, xg, last = token_shift_mix(x, last, reset, *mixes.unbind(1))
         r, k, v = self.receptance(xr), self.key(xk), self.value(xv)
         down = [(xw, self.w1), (xa, self.a1), (xg, self.g1)] + ([] if self.first else [(xv, self.v1)])
         low_w, low_a, low_g, *low_v = times(*down)

@@ -109,7 +109,8 @@ class Step:
         x, count = self.r * self.n * self.sizes.n_embd, self.sizes.n_layer
         if self.config.checkpoint_blocks:
             return count * x, count * x + self.block_saved()
-        return (x + count * self.block_saved(),) * 2
+        lacks = self.m * self.n * self.sizes.n_embd * self.sizes.first_lacks
+        return (x + count * self.block_saved() - lacks,) * 2
 
     def workspace(self) -> float:
         """What the backward of the last block needs besides, at the fuller of two moments.

@@ -13,11 +13,12 @@ CHUNK, ANCHOR = 16, 64  # tokens between states of WKV-7: kept by the C++ kernel
 class Sizes:
     """Sizes of a model, as in its generation's config, and what follows from them.
 
-    A generation is a subclass. It has its `name`; `mixed`, the inputs that its token shifts mix; numbers in the
-    `matrices` and the `vectors` of a block, and in the `state` of a layer and lane; bytes that a block has `saved`
-    besides what all generations do, and that the backward of a time mix needs besides (`workspace`), of a `Step` of
-    plan.py. On a GPU, in bf16, forward and backward of a block move `between` bytes for each token and channel between
-    matrix products and WKV, and WKV takes as long as copying `wkv` bytes for each.
+    A generation is a subclass. It has its `name`; `mixed`, the inputs that its token shifts mix; `first_lacks`, the
+    nC in m that the first block does not save; numbers in the `matrices` and the `vectors` of a block, and in the
+    `state` of a layer and lane; bytes that a block has `saved` besides what all generations do, and that the
+    backward of a time mix needs besides (`workspace`), of a `Step` of plan.py. On a GPU, in bf16, forward and
+    backward of a block move `between` bytes for each token and channel between matrix products and WKV, and WKV
+    takes as long as copying `wkv` bytes for each.
     """
 
     n_layer: int
@@ -60,6 +61,7 @@ class RWKV4Sizes(Sizes):
 
     name = "RWKV-4"
     mixed = 5
+    first_lacks = 0
     between = 213  # counted by tests/tools/traffic.py
     wkv = 64  # 12 forward at 60% of a copy's bandwidth, 20 backward at 45%: aims, not measured
 
@@ -100,6 +102,7 @@ class RWKV7Sizes(Sizes):
 
     name = "RWKV-7"
     mixed = 7
+    first_lacks = 2  # the value residual
     between = 322  # counted by tests/tools/traffic.py
     wkv = 358  # 8 ms for as many at 3.0 TB/s, bound by instructions: an aim, not measured
 
@@ -143,7 +146,7 @@ class RWKV7Sizes(Sizes):
     def saved(self, step) -> float:
         """With the C++ kernels, m: three inputs of sigmoids, v and k before and after, r, y, g, what goes into the last
         product: 11 nC; float32: the decay, a and b, what each token removed: 4 nC, and the state before every 16 tokens
-        and the first. (The first block has 2 nC less.)
+        and the first.
 
         In torch, m: v_first - v, k, y, y normalised, g, y * g, and with casts r: 6 or 7 nC. float32: the decay's
         sigmoid; kk before and after its norm, the operator's decay, a and b: 6 nC; numbers of heads, 5 nC / N. r: the
