@@ -2,8 +2,9 @@
 
 Axes, everywhere: B lanes (batch rows), T tokens, C channels, H heads, N head size, V vocabulary, L layers.
 
-On a CPU that other processes use, too, set OMP_WAIT_POLICY=passive and GOMP_SPINCOUNT=300 before torch is imported, as
-`train.py` does for itself: torch's threads otherwise wait for each other in a loop (program.let_threads_sleep).
+On a CPU that other processes use, too, set OMP_WAIT_POLICY=passive and GOMP_SPINCOUNT=300 before torch is imported:
+torch's threads otherwise wait for each other in a loop. `train.py` does so where it begins beside others
+(program.let_threads_sleep).
 """
 
 __version__ = "0.1.0"

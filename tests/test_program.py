@@ -63,7 +63,8 @@ def test_what_comes_along_is_found_from_any_folder(tmp_path, monkeypatch, capsys
 
 WAITS = """
 import os, sys
-from rwkv_train import cli
+from rwkv_train import cli, program
+program.others_run = lambda: os.environ["BESIDE"] == "others"
 cli._find = lambda where: exit("torch came first" if "torch" in sys.modules else 0)
 try:
     cli.main(["bench", "train"])
@@ -76,19 +77,37 @@ finally:
     ("own", "expected"),
     [
         ({}, "passive 300 None"),
+        ({"BESIDE": "nobody"}, "None None None"),
         ({"OMP_WAIT_POLICY": "active"}, "active None None"),
         ({"GOMP_SPINCOUNT": "7"}, "None 7 None"),
         ({"KMP_BLOCKTIME": "0"}, "None None 0"),
     ],
 )
-def test_threads_sleep_while_they_wait_unless_the_user_says_otherwise(own, expected):
+def test_threads_sleep_beside_others_unless_the_user_says_otherwise(own, expected):
     """Set before a command's module, and torch with it, is imported."""
     inherited = {name: value for name, value in os.environ.items() if name not in program.CHOSEN}
-    done = subprocess.run([sys.executable, "-c", WAITS], env=inherited | own, capture_output=True, text=True, cwd=ROOT)
+    given = inherited | {"BESIDE": "others"} | own
+    done = subprocess.run(
+        [sys.executable, "-c", WAITS],
+        env=inherited | {"BESIDE": "others"} | own,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
     assert (done.returncode, done.stdout.strip()) == (0, expected), done.stderr
 
 
+@pytest.mark.skipif(not Path("/proc/loadavg").exists(), reason="nobody counts what runs")
+def test_another_busy_process_is_noticed():
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as busy:
+        try:
+            assert any(program.others_run() for _ in range(1000))
+        finally:
+            busy.kill()
+
+
 def test_threads_that_are_there_already_are_left_alone(monkeypatch):
+    monkeypatch.setattr(program, "others_run", lambda: True)
     for name in program.CHOSEN:
         monkeypatch.delenv(name, raising=False)
     program.let_threads_sleep()  # torch came with the tests

@@ -36,7 +36,7 @@ WAITS = {
     "spin 1000": {"GOMP_SPINCOUNT": "1000"},
     "spin 300": {"GOMP_SPINCOUNT": "300"},
     "passive": {"OMP_WAIT_POLICY": "passive"},
-    "as the program sets it": {},
+    "passive + 300": {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "300"},  # the program's, beside others
 }
 BUSY = [sys.executable, "-c", "while True: pass"]
 LOOK = 0.2  # seconds of quiet before a turn
