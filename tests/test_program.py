@@ -86,7 +86,6 @@ finally:
 def test_threads_sleep_beside_others_unless_the_user_says_otherwise(own, expected):
     """Set before a command's module, and torch with it, is imported."""
     inherited = {name: value for name, value in os.environ.items() if name not in program.CHOSEN}
-    given = inherited | {"BESIDE": "others"} | own
     done = subprocess.run(
         [sys.executable, "-c", WAITS],
         env=inherited | {"BESIDE": "others"} | own,
