@@ -49,8 +49,8 @@ class GenerateConfig:
     prompts: str | None = None
     """file with a prompt in each line, as above, in place of prompt; blank lines are left out"""
 
-    lanes: int = 16
-    """prompts of the file that are continued side by side"""
+    lanes: int | None = None
+    """prompts of the file that are continued side by side; 16 if not given"""
 
     tokenizer: str | None = None
     """world, bytes or a tokenizer JSON; known for runs/NAME and for models with the World vocabulary"""

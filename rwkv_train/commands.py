@@ -119,8 +119,10 @@ def generate(config: GenerateConfig) -> None:
 
 
 def _prompts(config: GenerateConfig) -> list[str]:
-    if config.lanes < 1:
+    if config.lanes is not None and config.lanes < 1:
         raise ValueError(f"--lanes must be at least 1, found {config.lanes}")
+    if config.lanes and config.prompts is None:
+        raise ValueError("--lanes is for the prompts of a file; give --prompts, or leave it out")
     if config.prompts is None:
         return [unescaped(config.prompt)]
     if config.prompt:
@@ -134,7 +136,7 @@ def _prompts(config: GenerateConfig) -> list[str]:
 def _generate_side_by_side(config: GenerateConfig, model, tokenizer: Tokenizer, prompts: list[str], sampling) -> None:
     """Print each text once it and those before it have ended, a blank line between two."""
     texts, ended, shown = list(prompts), set(), 0
-    pieces = generate_texts(model, tokenizer, prompts, sampling, config.tokens, config.seed, config.lanes)
+    pieces = generate_texts(model, tokenizer, prompts, sampling, config.tokens, config.seed, config.lanes or 16)
     with tqdm(total=len(prompts), desc="generate", unit="text", leave=False, disable=None) as bar:
         for number, piece in pieces:
             texts[number] += piece or ""

@@ -121,6 +121,7 @@ def test_generate_continues_the_prompts_of_a_file(model, tmp_path, capsys):
     for flags, said in (
         (["--prompts=prompts.txt", "--prompt=x"], "--prompt and --prompts"),
         (["--prompts=prompts.txt", "--lanes=0"], "--lanes"),
+        (["--prompt=x", "--lanes=2"], "--lanes is for"),
         (["--prompts=none.txt"], "none.txt"),
         (["--prompts="], "is a folder; name a file"),
         (["--prompts=empty.txt"], "empty.txt has no prompt"),
