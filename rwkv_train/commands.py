@@ -18,7 +18,7 @@ from rwkv_train.data.store import Store
 from rwkv_train.data.text_format import TextFormat, compare, compare_templates
 from rwkv_train.evaluate import Score, Scorer, byte_lengths, position_table
 from rwkv_train.files import read_lines, unescaped
-from rwkv_train.generate import Sampling, generate_text, generate_texts
+from rwkv_train.generate import LANES, Sampling, generate_text, generate_texts
 from rwkv_train.models.finite import broken_weight, finite
 from rwkv_train.models.loss import IGNORE_INDEX
 from rwkv_train.run_config import found_paths, run_settings
@@ -136,7 +136,7 @@ def _prompts(config: GenerateConfig) -> list[str]:
 def _generate_side_by_side(config: GenerateConfig, model, tokenizer: Tokenizer, prompts: list[str], sampling) -> None:
     """Print each text once it and those before it have ended, a blank line between two."""
     texts, ended, shown = list(prompts), set(), 0
-    pieces = generate_texts(model, tokenizer, prompts, sampling, config.tokens, config.seed, config.lanes or 16)
+    pieces = generate_texts(model, tokenizer, prompts, sampling, config.tokens, config.seed, config.lanes or LANES)
     with tqdm(total=len(prompts), desc="generate", unit="text", leave=False, disable=None) as bar:
         for number, piece in pieces:
             texts[number] += piece or ""

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rwkv_train.ops.elementwise import IGNORE_INDEX, cross_entropy_, products_dtype, wide_dtype
+from rwkv_train.ops.arguments import wide_dtype
+from rwkv_train.ops.elementwise import IGNORE_INDEX, cross_entropy_, products_dtype
 
 SLICE = {
     "cpu": 1 << 25,

@@ -32,3 +32,8 @@ def check(operator: str, like: str, arguments: dict[str, tuple[Tensor, str, tupl
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dtype == dtype else x.to(dtype)  # a `to` with nothing to do still costs 2 us
+
+
+def wide_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which the numbers of x are computed with: float64 for float64, otherwise float32."""
+    return torch.promote_types(x.dtype, torch.float32)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rwkv_train.ops import build_cpu, build_cuda, elementwise_cpu, elementwise_cuda
+from rwkv_train.ops.arguments import wide_dtype
 
 IGNORE_INDEX = -100  # a target that is not trained
 
@@ -82,11 +83,6 @@ def kernels_for(x: Tensor, operator: str, cpu: ModuleType, cuda: ModuleType) -> 
     if x.device.type == "cuda":
         return cuda if x.dtype in build_cuda.TYPES and build_cuda.available(operator, x.device, x.dtype) else None
     return cpu if x.device.type == "cpu" and x.dtype in build_cpu.NAMES and build_cpu.available() else None
-
-
-def wide_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which the numbers of x are computed with: float64 for float64, otherwise float32."""
-    return torch.promote_types(x.dtype, torch.float32)
 
 
 def products_dtype(x: Tensor) -> torch.dtype:

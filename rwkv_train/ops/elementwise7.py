@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rwkv_train.ops import elementwise, elementwise7_cpu, elementwise7_cuda
-from rwkv_train.ops.elementwise import wide_dtype
+from rwkv_train.ops.arguments import wide_dtype
 
 FASTEST = math.exp(-0.5)  # of all log decays per token, the largest in size
 HEAD_NORM_EPS = 64e-5

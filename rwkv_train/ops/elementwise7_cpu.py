@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rwkv_train.ops import build_cpu
+from rwkv_train.ops.arguments import wide_dtype
 from rwkv_train.ops.elementwise_cpu import call
 
 ROWS = 32  # of a job, as in elementwise7_cpu.cpp
@@ -43,19 +44,15 @@ def _run(kernel: str, heads: int, *tensors: Tensor | None) -> None:
     build_cpu.launch(f"{kernel}_{build_cpu.NAMES[tensors[0].dtype]}", structure)
 
 
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def _flat(parameters: tuple[Tensor, ...], like: Tensor) -> list[Tensor]:
-    wide = _wide(like)
+    wide = wide_dtype(like)
     return [p if p.dtype == wide and p.is_contiguous() else p.to(wide).contiguous() for p in parameters]
 
 
 def _sums(count: int, like: Tensor) -> Tensor:
     """Room for each job's gradients of parameters."""
     channels = like.shape[-1]
-    return like.new_empty(-(-like.numel() // channels // ROWS), count, channels, dtype=_wide(like))
+    return like.new_empty(-(-like.numel() // channels // ROWS), count, channels, dtype=wide_dtype(like))
 
 
 def _totals(sums: Tensor, parameters: tuple[Tensor, ...]) -> list[Tensor]:
@@ -66,7 +63,7 @@ class _Decay(torch.autograd.Function):
     @staticmethod
     def forward(ctx, raw, w0):
         raw = raw.contiguous()
-        w = torch.empty_like(raw, dtype=_wide(raw))
+        w = torch.empty_like(raw, dtype=wide_dtype(raw))
         _run("decay", 1, raw, *_flat((w0,), raw), w)
         ctx.save_for_backward(raw, w0)
         return w
@@ -103,7 +100,7 @@ class _Keys(torch.autograd.Function):
     @staticmethod
     def forward(ctx, k, raw, a0, k_k, k_a, n_head):
         k, raw = k.contiguous(), raw.contiguous()
-        key, remove, add = torch.empty_like(k), *(torch.empty_like(k, dtype=_wide(k)) for _ in range(2))
+        key, remove, add = torch.empty_like(k), *(torch.empty_like(k, dtype=wide_dtype(k)) for _ in range(2))
         _run("keys", n_head, k, raw, *_flat((a0, k_k, k_a), k), key, remove, add)
         ctx.save_for_backward(k, raw, a0, k_k, k_a)
         ctx.n_head = n_head

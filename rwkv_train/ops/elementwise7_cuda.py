@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from rwkv_train.ops import build_cuda
+from rwkv_train.ops.arguments import wide_dtype
 from rwkv_train.ops.elementwise_cuda import (
     IMPLEMENTATIONS,  # noqa: F401, which has these operators, too
     WIDTH,
@@ -18,7 +19,6 @@ from rwkv_train.ops.elementwise_cuda import (
     operator,
     pack,
     present,
-    wide_dtype,
     widest,
 )
 

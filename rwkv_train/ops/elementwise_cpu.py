@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rwkv_train.ops import build_cpu
+from rwkv_train.ops.arguments import wide_dtype
 
 MOST, TOKENS = 8, 64  # mixes of one call, tokens of a job: as in elementwise_cpu.cpp
 MIXES = {(torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.float64, torch.float64)}  # of x, to y
@@ -37,7 +38,7 @@ def gate(r: Tensor, y: Tensor) -> Tensor:
 
 
 def cross_entropy_(logits: Tensor, targets: Tensor, z_loss: float) -> Tensor:
-    nll = logits.new_empty(len(logits), dtype=torch.promote_types(logits.dtype, torch.float32))
+    nll = logits.new_empty(len(logits), dtype=wide_dtype(logits))
     rows, width = map(ctypes.c_int64, logits.shape)
     _run("cross_entropy", logits.dtype, logits, targets.contiguous(), nll, rows, width, ctypes.c_double(z_loss))
     return nll

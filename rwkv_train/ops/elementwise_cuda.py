@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rwkv_train.ops import build_cuda
+from rwkv_train.ops.arguments import wide_dtype
 from rwkv_train.ops.build_cuda import NATIVE, TYPES, library, refuse
 
 WIDTH, ROWS, MOST = 32, 8, 6  # as in elementwise_gpu.h and mix.cu; WIDTH * ROWS threads are a block, at most
@@ -132,11 +133,6 @@ def _contiguous(x):
     if isinstance(x, list):
         return [part.contiguous() for part in x]
     return x.contiguous() if isinstance(x, Tensor) else x
-
-
-def wide_dtype(x: Tensor) -> torch.dtype:
-    """In which it is computed."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def like(*tensors: Tensor) -> list[Tensor]:
