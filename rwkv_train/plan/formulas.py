@@ -87,14 +87,13 @@ class Step:
 
         r: the block's input and middle and two layer norms: 4 nC, in torch also two token shifts. m: the mixed inputs;
         k of the channel mix and relu(k)^2: 2 nF (in torch relu(k) instead of k). What the generation's time mix does.
-        Dropout: 2 nC masks, of m bytes, on a GPU of 1. CUDA's autocast squares in float32: 4 nF more.
+        Dropout: 2 nC masks, of m bytes, on a GPU of 1.
         Under autocast also each matrix in bfloat16, but for the sweep, which has them all, and FSDP, which gathers it.
         """
         s, n = self.sizes, self.n
         kept = self.r * (4 if self.kernel else 6) * n * s.n_embd + self.m * n * (s.mixed * s.n_embd + 2 * s.n_ffn)
         kept += s.saved(self)
         kept += 2 * n * s.n_embd * (self.m if self.device == "cpu" else 1) * (self.config.model.dropout > 0)
-        kept += 4 * n * s.n_ffn if self.autocast and self.device == "cuda" else 0
         return kept + self.casts()
 
     def casts(self) -> float:
