@@ -1,0 +1,158 @@
+"""The corpus `talk` as chats: every wording alone, then dialogues that mix everything. The same each time."""
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import chain
+from typing import Any
+
+from rwkv_train.data.corpora.fact_questions import Relation
+from rwkv_train.data.corpora.facts import Fact, facts
+from rwkv_train.data.corpora.talk.texts import LANGUAGES, Entry, Texts, bare, read_texts
+from rwkv_train.data.corpora.talk.wordings import filled, reworded, unheard, varied
+
+Turn = tuple[str, str]
+DIALOGUES = 20_000  # unless a number is given
+LENGTHS = (2, 2, 3, 3, 4, 4, 5, 6, 7, 8, 10, 12)  # turns of a dialogue
+CHANGE = 0.08  # how often the next turn is in the other language
+WEIGHTS = {"intents": 36, "relations": 26, "facts": 22, "unknown": 3, "told": 7, "untold": 2, "follow_ups": 7}
+COUNTRY = ("country",)
+UNTOLD = {"en": "You have not told me that yet.", "zh": "这个你还没有告诉我。"}
+
+
+def talk_chats(languages: Sequence[str] = LANGUAGES, dialogues: int = DIALOGUES) -> Iterator[tuple[str, dict]]:
+    """Yield (where, {"messages": [...]}): every wording alone, then so many dialogues of 2 to 12 turns.
+
+    Dialogues mix what is known, what is not, facts about countries, what the user tells and asks back, and questions
+    that depend on the turn before. No held-out wording is ever asked.
+    """
+    speakers = [Speaker(read_texts(language)) for language in languages]
+    yield from chats_of(speakers, dialogues)
+
+
+def chats_of(speakers: Sequence["Speaker"], dialogues: int) -> Iterator[tuple[str, dict]]:
+    for speaker in speakers:
+        for number, turns in enumerate(speaker.alone(), 1):
+            yield f"talk/{speaker.texts.language}/{number}", _chat(turns)
+    draw = random.Random(1)
+    for number in range(1, dialogues + 1):
+        yield f"talk/dialogue {number}", _chat(_dialogue(speakers, draw))
+
+
+def _chat(turns: Sequence[Turn]) -> dict:
+    roles = ("user", "assistant")
+    return {"messages": [{"role": r, "content": t} for turn in turns for r, t in zip(roles, turn, strict=True)]}
+
+
+def _not_known(relation: Relation) -> Entry:
+    """A relation of corpus:facts, asked of countries that do not exist: "The capital of {} is {}." is not known."""
+    known = relation.answer.format("{x}", "")
+    if relation.language == "zh":
+        say = f"我不知道{known.removesuffix('是。')}。"
+    else:
+        say = f"I do not know {known[0].lower()}{known[1:].partition(' is')[0]}."
+    return Entry(say, tuple(question.format("{x}") for question in relation.train_questions), COUNTRY)
+
+
+def _dialogue(speakers: Sequence["Speaker"], draw: random.Random) -> list[Turn]:
+    """Turns one after another; what was told is asked back after some turns."""
+    length, speaker = draw.choice(LENGTHS), draw.choice(speakers)
+    turns: list[Turn] = []
+    later: list[tuple[int, Turn]] = []  # what is asked back, and before which turn
+    told: dict[tuple[str, ...], Speaker] = {}  # how it is asked back, and in whose language
+    while len(turns) + len(later) < length:
+        for due, turn in [pair for pair in later if pair[0] <= len(turns)]:
+            later.remove((due, turn))
+            turns.append(turn)
+        if draw.random() < CHANGE:
+            speaker = draw.choice(speakers)
+        kind = draw.choices(*zip(*speaker.weights.items(), strict=True))[0]
+        entry = speaker.next(kind)
+        if told and speaker.depends(kind, entry, told):
+            continue
+        *before, turn = speaker.turns(kind, entry)
+        turns += before
+        if kind == "told":
+            told[entry.ask] = speaker
+            later.append((len(turns) + draw.choice((0, 0, 1, 1, 2, 3, 4, 6)), turn))
+        else:
+            turns.append(turn)
+    return turns + [turn for _, turn in sorted(later)]
+
+
+class Speaker:
+    """What is said in one language. Each kind of turn goes through all its entries before one comes again."""
+
+    def __init__(self, texts: Texts, seed: int = 0) -> None:
+        self.texts = texts
+        self.draw = random.Random(f"{texts.language} {seed}")
+        known = [fact for fact in facts() if fact.relation.language == texts.language]
+        self._all = {name: getattr(texts, name) for name in ("intents", "relations", "told", "follow_ups")}
+        self._all |= {f"things/{kind}": things for kind, things in texts.things.items()}
+        self._asked_back = {bare(wording) for entry in texts.told for wording in entry.ask}
+        answered = {bare(wording) for entry in texts.intents for wording in entry.ask + entry.unseen}
+        untold = [replace(entry, say=UNTOLD[texts.language]) for entry in texts.told]
+        untold = [entry for entry in untold if not answered & {bare(wording) for wording in entry.ask}]
+        relations = dict.fromkeys(fact.relation for fact in known)
+        self._all |= {"facts": known, "untold": untold, "unknown": [_not_known(relation) for relation in relations]}
+        self._countries = [*dict.fromkeys(fact.subject for fact in known)]
+        self._left: dict[Any, list] = {}
+        self.weights = {name: weight for name, weight in WEIGHTS.items() if self._all[name]}
+        self._relations = {entry.say: entry.ask for entry in texts.relations}
+        forms = [form.format("{x}") for relation in relations for form in relation.unseen_questions]
+        self._held_out = texts.held_out | {bare(form) for form in forms}
+
+    def depends(self, kind: str, entry: Entry | Fact, told: dict[tuple[str, ...], "Speaker"]) -> bool:
+        """Whether what was told in a dialogue would change the reply, or be told again."""
+        if kind in ("told", "untold"):
+            return entry.ask in told or any(speaker is not self for speaker in told.values())
+        return kind == "intents" and any(bare(wording) in self._asked_back for wording in entry.ask)
+
+    def next(self, name: str) -> Any:
+        return self._from(name, self._all[name])
+
+    def _from(self, key: Any, options: Sequence) -> Any:
+        """The next of `options` in an order that is drawn anew each time all have come."""
+        if not self._left.get(key):
+            self._left[key] = self.draw.sample(options, len(options))
+        return self._left[key].pop()
+
+    def alone(self) -> Iterator[list[Turn]]:
+        """Every wording as it is written, as a chat of its own, or after the turn that it needs."""
+        for entry in self.texts.intents:
+            yield from ([(wording, entry.say)] for wording in entry.ask)
+        for fact in self._all["facts"]:
+            yield from ([(question, fact.answer)] for question in fact.questions())
+        for entry in chain(self.texts.relations, self.texts.told, self.texts.follow_ups):
+            for number in range(max(len(entry.ask), len(entry.before))):
+                thing = self.thing(entry)
+                before = self._before(entry, number)
+                turn = (entry.ask[number % len(entry.ask)], entry.say)
+                yield [tuple(filled(text, thing) for text in turn) for turn in (*before, turn)]
+
+    def _before(self, entry: Entry, number: int) -> list[Turn]:
+        return [(entry.before[number % len(entry.before)], entry.reply)] if entry.before else []
+
+    def thing(self, entry: Entry) -> str:
+        """What stands for {x}: of the files, or made up by rule."""
+        if not entry.about:
+            return ""
+        if entry.about == COUNTRY:
+            return unheard(self.draw.choice(self._countries), self.texts.language, self.draw)
+        return varied(self.next(f"things/{self.draw.choice(entry.about)}"), self.texts.language, self.draw)
+
+    def turns(self, kind: str, entry: Entry | Fact) -> list[Turn]:
+        """The turn in which something is asked, after the one that it needs."""
+        if isinstance(entry, Fact):
+            question = self._from(entry, entry.questions())
+            return [(reworded(question, self.texts.language, self.draw, edits=False), entry.answer)]
+        thing = self.thing(entry)
+        turn = self._ask(entry.ask, thing), filled(entry.say, thing)
+        if not entry.before or kind == "untold":
+            return [turn]
+        before = entry.before + self._relations.get(entry.reply, ())
+        return [(self._ask(before, thing), filled(entry.reply, thing)), turn]
+
+    def _ask(self, wordings: Sequence[str], thing: str) -> str:
+        wording = self._from(wordings, wordings)
+        return filled(reworded(wording, self.texts.language, self.draw, self._held_out), thing)

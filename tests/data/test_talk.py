@@ -1,0 +1,170 @@
+"""corpus:talk: everything that is written is said, what is held out is not, and one question has one reply."""
+
+from collections import defaultdict
+
+import pytest
+
+from rwkv_train.data.corpora.catalogue import corpus_version, read_corpus
+from rwkv_train.data.corpora.facts import facts
+from rwkv_train.data.corpora.talk.chats import UNTOLD, Speaker, chats_of, talk_chats
+from rwkv_train.data.corpora.talk.texts import LANGUAGES, bare, parse, read_texts
+from rwkv_train.data.corpora.talk.wordings import Draw, reworded, unheard, varied
+
+TOY = """
+intents:
+  - say: "I am a model."
+    ask: ["Who are you?", "What are you?", "Tell me who you are.", "Introduce yourself", "Who exactly are you?"]
+  - say: "You never said."
+    ask: ["What is my name?", "Who am I?"]
+relations:
+  - say: "I do not know when {x} opens."
+    about: [place]
+    ask: ["When does {x} open?", "At what hour does {x} open?", "opening hours of {x}?", "From when on is {x} open?"]
+told:
+  - tell: ["My name is {x}.", "I am {x}."]
+    reply: "Hello, {x}."
+    ask: ["What is my name?", "Do you remember my name?"]
+    say: "{x} is your name."
+    about: [name]
+  - tell: ["I live near {x}."]
+    reply: "{x} sounds nice."
+    ask: ["Where do I live?"]
+    say: "Near {x}."
+    about: [place]
+follow_ups:
+  - first: ["When does {x} open?"]
+    reply: "I do not know when {x} opens."
+    then: ["And when does it close?", "Until when?", "And until when?", "when does it shut?"]
+    say: "I do not know when {x} closes."
+    about: [place]
+things:
+  place: ["the library", "the mill", "Lake Borrow", "an inn", "the pool", "the town hall", "a cafe", "the lab"]
+  name: ["Anna", "Tom", "Mary Lou"]
+"""
+TEXTS = parse("en", TOY)
+
+
+def turns(chats):
+    """(what was said before, question, reply) of every turn"""
+    for _, chat in chats:
+        said = [message["content"] for message in chat["messages"]]
+        yield from ((said[:at], said[at], said[at + 1]) for at in range(0, len(said), 2))
+
+
+@pytest.fixture(scope="module")
+def toy():
+    return list(chats_of([Speaker(TEXTS)], 400))
+
+
+def test_the_same_chats_each_time(toy):
+    assert toy == list(chats_of([Speaker(TEXTS)], 400))
+    assert len({where for where, _ in toy}) == len(toy)
+
+
+def test_dialogues_have_two_to_twelve_turns(toy):
+    lengths = {len(chat["messages"]) // 2 for where, chat in toy if "dialogue" in where}
+    assert min(lengths) == 2 and 12 <= max(lengths) <= 13
+
+
+def test_everything_written_is_said(toy):
+    said = "\n".join(message["content"] for _, chat in toy for message in chat["messages"])
+    for entry in TEXTS.entries:
+        for text in (entry.say, entry.reply, *entry.ask, *entry.before):
+            assert all(part in said for part in text.split("{x}"))
+    for things in TEXTS.things.values():
+        assert all(thing in said for thing in things)
+
+
+def test_held_out_wordings_and_things_are_never_said(toy):
+    assert [entry.unseen != () for entry in TEXTS.entries] == [True, False, True, False, False, True]
+    assert TEXTS.unseen_things["place"]
+    asked = {bare(question) for _, question, _ in turns(toy)}
+    for entry in TEXTS.entries:
+        forms = [wording.partition("{x}") for wording in map(bare, entry.unseen)]
+        assert not any(q.startswith(head) and q.endswith(tail) for head, _, tail in forms for q in asked)
+    said = "\n".join(message["content"] for _, chat in toy for message in chat["messages"])
+    assert not any(thing in said for things in TEXTS.unseen_things.values() for thing in things)
+
+
+def test_what_was_told_is_known_later_and_nothing_before(toy):
+    told = 0
+    for before, question, reply in turns(toy):
+        if "my name" in question.lower() and not reply.startswith("Hello"):
+            names = [said.removeprefix("Hello, ")[:-1] for said in before if said.startswith("Hello, ")]
+            expected = [f"{names[-1][0].upper()}{names[-1][1:]} is your name."] if names else ["You never said."]
+            assert reply in expected
+            told += len(before) > 2 and bool(names)
+        if "where do i live" in question.lower():
+            assert (reply == UNTOLD["en"]) != any("sounds nice" in said for said in before)
+    assert told > 10
+
+
+def test_a_question_has_one_reply_by_any_wording(toy):
+    replies = defaultdict(set)
+    for before, question, reply in turns(toy):
+        if not before:
+            replies[bare(question)].add(reply)
+    assert all(len(found) == 1 for found in replies.values())
+    known = {fact.answer for fact in facts()}
+    assert {reply for _, _, reply in turns(toy) if reply.startswith("The capital of")} <= known
+
+
+def test_a_reply_copies_what_stands_for_x(toy):
+    for _, question, reply in turns(toy):
+        if reply.startswith("I do not know when") and reply.endswith("opens."):
+            assert reply.removeprefix("I do not know when ").removesuffix(" opens.") in question
+
+
+def test_made_up_things_are_of_the_same_form():
+    draw = Draw(0)
+    made = {unheard("the old Mill", "en", draw) for _ in range(200)}
+    assert len(made) > 190 and all(thing.startswith("the ") and len(thing.split()) == 3 for thing in made)
+    assert any(unheard("a lynx", "en", draw).startswith("an ") for _ in range(99))
+    assert len({unheard("图书馆", "zh", draw) for _ in range(200)}) > 190
+    assert "the pool" in {varied("the pool", "en", draw) for _ in range(20)}
+
+
+@pytest.mark.parametrize(("language", "template"), [("en", "What is {x} doing?"), ("zh", "{x}在做什么？")])
+def test_wordings_keep_what_stands_for_x(language, template):
+    draw = Draw(0)
+    made = {reworded(template, language, draw) for _ in range(300)}
+    assert len(made) > 30 and all(wording.count("{x}") == 1 for wording in made)
+    around = {reworded(template, language, draw, edits=False).lower() for _ in range(300)}
+    assert all(template.rstrip("?？").lower() in wording for wording in around)
+
+
+def test_a_rule_does_not_make_a_held_out_wording():
+    shorter = bare("What's your name?")
+    made = [bare(reworded("What is your name?", "en", Draw(n))) for n in range(300)]
+    without = [bare(reworded("What is your name?", "en", Draw(n), {shorter})) for n in range(300)]
+    assert any(shorter in wording for wording in made) and not any(shorter in wording for wording in without)
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_our_texts_are_sound(language):
+    texts = read_texts(language)
+    seen: dict[str, str] = {}
+    for entry in texts.intents + texts.relations:
+        assert len(entry.ask + entry.unseen) >= 8, entry.say
+        for wording in entry.ask + entry.unseen:
+            assert seen.setdefault(bare(wording), entry.say) == entry.say, f"{wording} has two replies"
+    for entry in texts.entries:
+        assert all(("{x}" in text) <= bool(entry.about) for text in (entry.say, entry.reply, *entry.ask, *entry.before))
+        assert all(("{x}" in text) == bool(entry.about) for text in entry.before)
+        assert all(len(texts.things[kind]) >= 50 for kind in entry.about), entry.about
+    for entry in texts.relations:
+        assert all("{x}" in text for text in (entry.say, *entry.ask)), entry.say
+
+
+def test_the_source_names_languages_and_dialogues():
+    english = list(read_corpus("talk/en/3"))
+    assert english == list(talk_chats(("en",), 3))
+    assert [where for where, _ in english][-3:] == ["talk/dialogue 1", "talk/dialogue 2", "talk/dialogue 3"]
+    assert len(list(read_corpus("talk/30"))) == len(list(talk_chats(dialogues=30)))
+    assert "texts" in corpus_version("talk/30") and "babel" in corpus_version("talk")
+
+
+@pytest.mark.parametrize("name", ["talk/french", "talk/en/many", "talk/3/en"])
+def test_unknown_parts_are_refused(name):
+    with pytest.raises(ValueError, match=f"corpus:{name} is unknown"):
+        read_corpus(name)
