@@ -1,5 +1,6 @@
 """Small models to correct, with guards of three dialogues."""
 
+import torch
 from helpers import random_model
 
 from rwkv_train.feedback import Correction, FeedbackConfig, Learner
@@ -41,3 +42,12 @@ def guards(model) -> Guards:
 def open_learner(folder, config=CONFIG, seed=0, generation="rwkv4") -> Learner:
     model = small_model(seed, generation)
     return Learner(model, BYTES, folder / "profile", config=config, guards=guards(model))
+
+
+def old_model():
+    """The model of tests/feedback/old_profile: rounded, so that every machine makes the same one."""
+    model = random_model(n_embd=32, vocab_size=257)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_((p * 64).round() / 64)
+    return model.requires_grad_(False)

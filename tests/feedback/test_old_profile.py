@@ -1,0 +1,49 @@
+"""A profile of before the settings had their names of today: old_profile/ holds one, and weights.txt its weights' hash.
+
+It was begun with `scope` upper. Learnt were an answer, one in a dialogue, one that was undone, a wrong reply, then, with
+other settings, a text and an answer; the last one, with scope lora, did not pass the gate.
+"""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from feedback_toys import BYTES, old_model
+
+from rwkv_train.chat.dialogue import Dialogue
+from rwkv_train.chat.feedback_commands import Teacher
+from rwkv_train.chat.session import Chat
+from rwkv_train.feedback import Learner
+
+OLD = Path(__file__).parent / "old_profile"
+ANSWERS = {"why sun?": "hot", "ice?": "cold", "is sea?": "wet"}
+
+
+@pytest.fixture
+def profile(tmp_path):
+    return shutil.copytree(OLD, tmp_path / "profile")
+
+
+def test_it_opens_from_its_snapshot_to_the_bit_and_its_history_is_told(profile):
+    with Learner(old_model(), BYTES, profile) as learner:
+        assert learner.weights == (OLD / "weights.txt").read_text().strip()
+        assert {question: learner.answer(question) for question in ANSWERS} == ANSWERS
+        chat = Chat(Dialogue(learner.model, BYTES), profile)
+        with Teacher(chat, learner, wait=True) as teacher:
+            chat.add(teacher.commands(), teacher.settings(), before_answer=teacher.swap)
+            history = "".join(chat.answer("/history")).splitlines()
+    assert history == [
+        "2: why sun? => hot",
+        "4: ice? => cold",
+        "9: a? => anything but: hot",
+        "12: read to and fro to and fro to and fro to and fro to and fro to an ...",
+        "14: is sea? => wet",
+        "17: hi you => yes (not learnt: decoding still gives 'cold')",
+    ]
+
+
+def test_it_is_replayed_without_its_snapshot_and_answers_as_before(profile):
+    shutil.rmtree(profile / "snapshots")
+    with Learner(old_model(), BYTES, profile) as learner:
+        assert [r["id"] for r in learner.learnt()] == [2, 4, 9, 12, 14]
+        assert {question: learner.answer(question) for question in ANSWERS} == ANSWERS
