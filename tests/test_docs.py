@@ -137,7 +137,7 @@ def test_commands_run(newcomer, capsys, monkeypatch):
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
 def test_library_examples_run(newcomer, page, monkeypatch):
-    recipe = {"scope": "full", "steps": 300}  # with which a model of random weights learns a sentence
+    recipe = {"trainable": "full", "steps": 300}  # with which a model of random weights learns a sentence
     monkeypatch.setattr(learner_module, "FeedbackConfig", lambda **k: FeedbackConfig(**(vars(CONFIG) | recipe | k)))
     for code in blocks(page, "python"):
         exec(code, {})

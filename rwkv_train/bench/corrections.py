@@ -19,9 +19,9 @@ import torch
 from rwkv_train.feedback.background import Background, half_the_threads
 from rwkv_train.feedback.correction import Correction
 from rwkv_train.feedback.decode import Form, greedy
-from rwkv_train.feedback.guards import Guards
 from rwkv_train.feedback.learner import Learner
-from rwkv_train.feedback.steps import FeedbackConfig
+from rwkv_train.feedback.rehearsal import RehearsalSet
+from rwkv_train.feedback.settings import FeedbackConfig
 from rwkv_train.files import parse_json, read_lines
 from rwkv_train.generate import Sampling, prefill, stream_tokens
 from rwkv_train.models.base import RWKV
@@ -50,9 +50,11 @@ UNITS = {
     "seconds": "{:.2f}",
 }
 CONTROLS = {
-    "rate 0": {"rate": 0.0, "steps": 1},
-    "naive": {"replay": 0, "neighbours": 0, "guards": 0, "talks": 0, "wordings": 0, "strangers": 0, "extra": 0},
-    "state only": {"scope": "state"},
+    "step_factor 0": {"step_factor": 0.0, "steps": 1},
+    "naive": dict.fromkeys(
+        ["replay", "contrasts", "rehearsed", "free_running", "paraphrases", "random_prefixes", "extra"], 0
+    ),
+    "state only": {"trainable": "state"},
 }
 SINGLES = 10  # runs of a single correction for every seed
 STRANGER = 200  # tokens of unrelated text before a question
@@ -101,7 +103,7 @@ class Protocol:
 
     def __init__(self, base: RWKV, form: Form, cases: list[Case], unrelated: list[str], heldout: list[Document]):
         self.base, self.form, self.cases, self.unrelated = base.eval(), form, cases, unrelated
-        self.guards = Guards.of_model(base, form)
+        self.rehearsal = RehearsalSet.of_model(base, form)
         self.heldout = [_counted(form, document) for document in heldout]
         self.stranger = [i for ids, _ in self.heldout for i in ids][:STRANGER]
         self.known: dict[str, str] = {}  # question: the base's answer
@@ -158,10 +160,10 @@ class Protocol:
     @contextmanager
     def _learner(self, config: FeedbackConfig) -> Iterator[Learner]:
         """A learner that accepts whatever decodes, and whose profile is gone afterwards."""
-        config, form = replace(config, budget=math.inf), self.form
+        config, form = replace(config, max_kl=math.inf), self.form
         with (
             tempfile.TemporaryDirectory() as folder,
-            Learner(self.base, form.tokenizer, folder, form.template, config, self.guards) as learner,
+            Learner(self.base, form.tokenizer, folder, form.template, config, self.rehearsal) as learner,
         ):
             yield learner
 

@@ -225,7 +225,7 @@ class FeedbackBench:
     """corrections one after another"""
 
     controls: list[int] = field(default_factory=lambda: [10])
-    """the same for recipes that do worse: rate 0, naive, state only"""
+    """the same for recipes that do worse: step_factor 0, naive, state only"""
 
     seeds: int = 3
     """runs of each recipe, with other draws of cases"""

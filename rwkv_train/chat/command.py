@@ -16,6 +16,7 @@ from rwkv_train.chat.terminal import in_plain, in_room, in_terminal
 from rwkv_train.checkpoints.opener import DTYPES, open_model
 from rwkv_train.command_config import ChatConfig
 from rwkv_train.feedback import Learner
+from rwkv_train.feedback.settings import RENAMED
 from rwkv_train.generate import Sampling
 
 
@@ -30,7 +31,7 @@ def chat(config: ChatConfig) -> None:
     with opened.closing:
         if config.dtype == "fp32":
             teacher = open_teacher(opened, config, wait=not (in_person or config.room))
-            opened.add(teacher.commands(), teacher.settings(), before_answer=teacher.swap)
+            opened.add(teacher.commands(), teacher.settings(), teacher.swap, RENAMED)
         else:
             opened.missing |= dict.fromkeys(TEACHING, "corrections need --dtype fp32")
         if in_person:

@@ -9,6 +9,7 @@ from pathlib import Path
 from rwkv_train.chat.session import Chat, Command, Setting, number
 from rwkv_train.feedback import Correction, FeedbackConfig, Learner, Outcome, Reading
 from rwkv_train.feedback.background import Background, half_the_threads, in_a_line
+from rwkv_train.feedback.correction import item_of
 from rwkv_train.feedback.journal import refused, undone, waiting
 from rwkv_train.files import read_text
 
@@ -70,10 +71,10 @@ class Teacher:
             self.chat.dialogue.reread(model, self.learner.weights_of(model)[:8])
 
     def _prepare(self) -> None:
-        """Make guards, so that the first correction finds them there."""
+        """Make the rehearsal set, so that the first correction finds it there."""
         self.chat.status = "getting to know the model"
         try:
-            self.learner.guards  # noqa: B018
+            self.learner.rehearsal  # noqa: B018
         except Exception as error:
             self._tell(
                 f"what the model says could not be measured, the first correction tries again: {in_a_line(error)}"
@@ -198,15 +199,15 @@ def told(o: Outcome) -> str:
         f"{o.id}: {verdict} ({o.steps} steps, {o.seconds:.1f} s)",
         f"loss {o.loss_before:.3f} -> {o.loss_after:.3f}, drift elsewhere {o.drift:.4f} nats a token",
     ]
-    if o.wordings:
-        lines.append(f"also asked as: {' | '.join(o.wordings)}")
+    if o.paraphrases:
+        lines.append(f"also asked as: {' | '.join(o.paraphrases)}")
     if o.answer_after:
         lines += [f"before: {o.answer_before}", f"after:  {o.answer_after}"]
     return "\n".join(lines)
 
 
 def _line(record: dict) -> str:
-    if "text" in record:
-        return f"{record['id']}: read {' '.join(record['text'].split())[:60]} ..."
-    answer = record["answer"] or f"anything but: {record['rejected']}"
-    return f"{record['id']}: {record['question']} => {answer}"
+    item = item_of(record)
+    if isinstance(item, Reading):
+        return f"{record['id']}: read {' '.join(item.text.split())[:60]} ..."
+    return f"{record['id']}: {item.question} => {item.answer or f'anything but: {item.rejected}'}"

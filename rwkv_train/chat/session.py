@@ -36,15 +36,16 @@ class Setting:
 class Chat:
     """A dialogue and the commands that go with it; whoever shows it asks it to answer one line after the other.
 
-    commands, settings: by name; `add` takes more of them. missing: why there is no command of that name. typing: for
-    /help, how a text is typed here that is not taken as it stands. closing: what must end with the chat, as
-    `chat.closing.callback(f)`. folder: for saved dialogues.
+    commands, settings: by name; `add` takes more of them. renamed: settings' names of before, and of today. missing:
+    why there is no command of that name. typing: for /help, how a text is typed here that is not taken as it stands.
+    closing: what must end with the chat, as `chat.closing.callback(f)`. folder: for saved dialogues.
     """
 
     def __init__(self, dialogue: Dialogue, folder: Path):
         self.dialogue, self.folder, self.done = dialogue, folder, False
         self.commands = dict(COMMANDS)
         self.settings = _settings(dialogue)
+        self.renamed: dict[str, str] = {}
         self.missing: dict[str, str] = {}
         self.typing = ""
         self._before_answer: list[Callable[[], None]] = []
@@ -53,15 +54,20 @@ class Chat:
         self._screen = threading.RLock()
 
     def add(
-        self, commands: dict[str, Command], settings: dict[str, Setting], before_answer: Callable[[], None]
+        self,
+        commands: dict[str, Command],
+        settings: dict[str, Setting],
+        before_answer: Callable[[], None],
+        renamed: dict[str, str] | None = None,
     ) -> None:
-        """Take in more commands and settings.
+        """Take in more commands and settings, and names that some of these had before.
 
         before_answer: called before each line is answered, between replies: the moment to give the dialogue another
         model.
         """
         self.commands |= commands
         self.settings |= settings
+        self.renamed |= renamed or {}
         self._before_answer.append(before_answer)
 
     def answer(self, line: str) -> Iterator[str]:
@@ -164,11 +170,14 @@ def _set(chat: Chat, rest: str) -> Iterable[str]:
     name, _, value = rest.partition(" ")
     if not name:
         return ["\n".join(f"{name:<20}{s.get()}" for name, s in chat.settings.items())]
+    told = ""
+    if name in chat.renamed:
+        name, told = chat.renamed[name], f"{name} is now {chat.renamed[name]}\n"
     if name not in chat.settings:
         raise ValueError(f"there is no setting {name}; there are: {', '.join(chat.settings)}")
     if value:
         chat.settings[name].set(value.strip())
-    return [f"{name} {chat.settings[name].get()}"]
+    return [f"{told}{name} {chat.settings[name].get()}"]
 
 
 def _quit(chat: Chat, rest: str) -> Iterable[str]:

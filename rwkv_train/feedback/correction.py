@@ -1,9 +1,10 @@
-"""What a profile can be asked to learn, what became of it, and the rows of tokens it is read as."""
+"""What a profile can be asked to learn, what became of it, and the tokens it is read as."""
 
 from dataclasses import dataclass, field
 
 from rwkv_train.feedback.decode import Form
-from rwkv_train.feedback.texts import Row
+from rwkv_train.feedback.settings import FeedbackConfig
+from rwkv_train.feedback.texts import Example
 
 LONGEST = {"question": 2000, "answer": 2000, "text": 1_000_000}  # characters
 
@@ -30,13 +31,26 @@ class Reading:
 
 
 @dataclass(frozen=True)
+class Received:
+    """What the journal has of a correction: its number, what is to be learnt, and the settings it came with."""
+
+    id: int
+    item: Correction | Reading
+    settings: dict
+
+    @property
+    def config(self) -> FeedbackConfig:
+        return FeedbackConfig(**self.settings)
+
+
+@dataclass(frozen=True)
 class Outcome:
     """What became of a correction.
 
-    why: "learnt", or what spoke against it. Losses in nats a token; answers as decoded, to the question on its own.
+    why: what spoke against it, or "learnt". Losses in nats a token; answers as decoded, to the question on its own.
     share: of the change that was kept, below 1 where all of it would have moved everything else too far.
-    wordings: other ways to ask that the model knew, taught along. drift: KL of the model before from the model after,
-    in nats a token of guard rows. weights: hash of the weights that are not the base's.
+    paraphrases: other ways to ask that the model knew, taught along. drift: KL of the model before from the model
+    after, in nats a token of the rehearsal set. weights: hash of the weights that are not the base's.
     """
 
     id: int
@@ -48,27 +62,34 @@ class Outcome:
     answer_after: str
     steps: int
     share: float
-    wordings: list[str]
+    paraphrases: list[str]
     drift: float
     seconds: float
     weights: str
 
 
-def correction_of(record: dict) -> Correction:
-    """The correction of a journal's record."""
+def item_of(record: dict) -> Correction | Reading:
+    """What a journal's record says is to be learnt."""
+    if "text" in record:
+        return Reading(record["text"])
     return Correction(record["question"], record["answer"], tuple(record["context"]), record["rejected"])
 
 
-def row_of(correction: Correction, form: Form) -> Row:
+def received_of(record: dict) -> Received:
+    """A journal's record of a correction."""
+    return Received(record["id"], item_of(record), record["config"])
+
+
+def example_of(correction: Correction, form: Form) -> Example:
     """A correction without its context. ValueError if it cannot be learnt."""
-    bad = correction.answer is None
-    if bad and correction.rejected is None:
+    negative = correction.answer is None
+    if negative and correction.rejected is None:
         raise ValueError("there is neither a right answer nor a wrong one; give one of them")
-    text = correction.rejected if bad else correction.answer
+    text = correction.rejected if negative else correction.answer
     for name, given in (("question", correction.question), ("answer", text)):
         _check(name, given)
     answer = form.answer(text)
-    return Row([*form.prompt(correction.question), *answer], len(answer), bad=bad)
+    return Example([*form.prompt(correction.question), *answer], len(answer), negative=negative)
 
 
 def document_of(reading: Reading, form: Form) -> list[int]:

@@ -10,7 +10,7 @@ what all inputs have in common, through which a plain step moves every predictio
 import torch
 from torch import Tensor, nn
 
-from rwkv_train.feedback.texts import opened
+from rwkv_train.feedback.trainable import opened
 from rwkv_train.models.base import RWKV
 
 DAMPING = 0.03  # of the mean eigenvalue: trust in a curvature that was measured on little text
@@ -57,19 +57,19 @@ class Curvature:
             tensors[f"{name}.{side}.inverse"] = torch.cholesky_inverse(torch.linalg.cholesky(factor)).contiguous()
         return cls(tensors)
 
-    def flatten(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+    def precondition_kfac(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
         """Gradients as directions in which everything else moves least: A^-1 G C^-1."""
         found = {}
-        for name, gradient in self.avoid(gradients).items():
+        for name, gradient in self.precondition_input(gradients).items():
             scale = self.tensors[f"{name}.out.diagonal"].mean() * self.tensors[f"{name}.in.diagonal"].mean()
             found[name] = self.tensors[f"{name}.out.inverse"] @ gradient / scale.clamp(min=1e-12)
         return found
 
-    def avoid(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+    def precondition_input(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
         """Gradients as directions that avoid what the inputs have in common: G C^-1, in the gradients' own scale."""
         return {name: g @ self.tensors[f"{name}.in.inverse"] for name, g in gradients.items()}
 
-    def even(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+    def precondition_rms(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
         """Gradients over their root mean square, weight by weight, as far as it is above its own mean."""
         sides = {name: [self.tensors[f"{name}.{side}.diagonal"].sqrt() for side in ("out", "in")] for name in gradients}
         scales = {name: torch.outer(*pair) for name, pair in sides.items()}

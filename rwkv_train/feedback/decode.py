@@ -13,7 +13,8 @@ from rwkv_train.models.finite import finite
 from rwkv_train.models.state import State
 from rwkv_train.tokenizer import Tokenizer
 
-DECODED = 48  # most tokens of a reply, unless told otherwise
+MAX_NEW_TOKENS = 48  # of a reply, unless told otherwise
+MAX_REPLY = 200  # tokens of a reply that is decoded to see what was learnt
 
 
 @dataclass(frozen=True)
@@ -57,10 +58,15 @@ class Form:
 
 
 def greedy(
-    model: RWKV, form: Form, prompts: list[list[int]], state: State | None = None, most: int = DECODED
+    model: RWKV, form: Form, prompts: list[list[int]], state: State | None = None, max_new_tokens: int = MAX_NEW_TOKENS
 ) -> list[list[int]]:
     """Ids of the greedy reply to each prompt with its end; None for a state is the beginning of a document."""
-    return decode(model, form.tokenizer, prompts, form.template.end(), state, most)
+    return decode(model, form.tokenizer, prompts, form.template.end(), state, max_new_tokens)
+
+
+def answer_to(model: RWKV, form: Form, question: str) -> str:
+    """The greedy reply to a question on its own, as a person sees it, of at most MAX_REPLY tokens."""
+    return form.shown(greedy(model, form, [form.prompt(question)], max_new_tokens=MAX_REPLY)[0])
 
 
 @torch.no_grad()
@@ -70,10 +76,10 @@ def decode(
     prompts: list[list[int]],
     end: str,
     state: State | None = None,
-    most: int = DECODED,
+    max_new_tokens: int = MAX_NEW_TOKENS,
     rng: torch.Generator | None = None,
 ) -> list[list[int]]:
-    """What a model writes after each prompt, through the text `end`, before the document's end, at most `most` tokens.
+    """What a model writes after each prompt, through the text `end`, before the document's end, at most max_new_tokens.
 
     prompts: token ids, at least one each. state: of one lane, from which every prompt goes on; None is empty.
     rng: sample from it; None takes the likeliest. Raises NotFinite, a ValueError, if the model gives no finite number.
@@ -90,7 +96,7 @@ def decode(
         begins = torch.tensor([[width - len(prompts[r])] for r in rows])
         lanes = None if state is None else state.select([0] * len(rows))
         reset = None if len({len(prompts[r]) for r in rows}) == 1 else torch.arange(width) == begins
-        for _ in range(most):
+        for _ in range(max_new_tokens):
             x, lanes = model.hidden(tokens.to(model.device), lanes, None if reset is None else reset.to(model.device))
             logits, reset = finite(model.head(x[:, -1]), model), None
             best = argmax(logits) if rng is None else sampled(logits, rng)

@@ -8,35 +8,31 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from filelock import FileLock, Timeout
-from torch import Tensor
 
 from rwkv_train.data.templates import Template
 from rwkv_train.feedback.background import half_the_threads, in_a_line
-from rwkv_train.feedback.correction import Correction, Outcome, Reading, correction_of, document_of, row_of
-from rwkv_train.feedback.decode import DECODED, Form, greedy
-from rwkv_train.feedback.guards import Guards
+from rwkv_train.feedback.correction import Correction, Outcome, Reading, Received, document_of, example_of, received_of
+from rwkv_train.feedback.decode import Form, answer_to
+from rwkv_train.feedback.gate import Verdict, gate
 from rwkv_train.feedback.journal import Journal, learnt, waiting
+from rwkv_train.feedback.lesson import Lesson, lesson_of, text_lesson
+from rwkv_train.feedback.rehearsal import RehearsalSet
+from rwkv_train.feedback.settings import FeedbackConfig, renamed
 from rwkv_train.feedback.snapshots import Snapshots, weights_hash
-from rwkv_train.feedback.steps import Diverged, FeedbackConfig, Lesson, between, changed, follow, learn
-from rwkv_train.feedback.texts import Row, answer_loss, divergence
+from rwkv_train.feedback.steps import Diverged, Tick, dynamic_evaluation, take_steps
+from rwkv_train.feedback.texts import answer_loss
+from rwkv_train.feedback.trainable import between, changed
 from rwkv_train.files import replace_file
 from rwkv_train.models.base import RWKV
 from rwkv_train.models.finite import NotFinite
 from rwkv_train.tokenizer import Tokenizer
-
-FORMS = 20  # in which questions about a correction's subject are made up
-MOST = 200  # tokens of a reply that is decoded to see what was learnt
-SHARES = (1.0, 0.75, 0.5)  # of a change, tried in turn when the whole of it moves everything else too far
-
-Received = Callable[[int], None]
-Tick = Callable[[int, float], None]
 
 
 class Learner:
     """Learns corrections one by one. `model` is the current version: immutable, replaced as a whole.
 
     learn(correction) -> Outcome; undo, forget, replay, export, configure, diff. folder: holds the journal, snapshots
-    and guards; one process at a time. The weights of a profile are a function of the base model and the journal:
+    and rehearsal set; one process at a time. The weights of a profile are a function of the base model and the journal:
     `replay` gives the same ones, to the bit, on the same machine.
     """
 
@@ -47,18 +43,17 @@ class Learner:
         folder: str | Path,
         template: Template | None = None,
         config: FeedbackConfig | None = None,
-        guards: Guards | None = None,
+        rehearsal: RehearsalSet | None = None,
         recover: bool = True,
     ):
         """base: becomes float32, as corrections are finer than half precision. config: of a profile that is new.
-        guards: None lets the model make them when they are first needed. recover: learn what was received and not
+        rehearsal: None lets the model make it when it is first needed. recover: learn what was received and not
         tried, as after a crash; False leaves it to `commit`.
 
         Raises ValueError for a folder that is in use, damaged, or of another model.
         """
         self.base, self.form = base.float().eval().requires_grad_(False), Form(tokenizer, template or Template())
-        self.folder, self.config, self._guards = Path(folder), config or FeedbackConfig(), guards
-        self._said: list[tuple[RWKV, Tensor]] = []  # by the last two models on guard text
+        self.folder, self.config, self._rehearsal = Path(folder), config or FeedbackConfig(), rehearsal
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(self.folder / "lock")
         try:
@@ -77,15 +72,15 @@ class Learner:
             raise
 
     @property
-    def guards(self) -> Guards:
+    def rehearsal(self) -> RehearsalSet:
         """What must not change. Made late, since that takes seconds, and kept in the folder."""
-        if self._guards is None:
-            path = self.folder / "guards.safetensors"
-            if not path.is_file():
-                with half_the_threads():
-                    Guards.of_model(self.base, self.form).save(path)
-            self._guards = Guards.load(path, self.base, self.form)
-        return self._guards
+        if self._rehearsal is None:
+            path, old = self.folder / "rehearsal.safetensors", self.folder / "guards.safetensors"
+            if old.is_file():
+                old.replace(path)
+            with half_the_threads():
+                self._rehearsal = RehearsalSet.kept(path, self.base, self.form)
+        return self._rehearsal
 
     @property
     def weights(self) -> str:
@@ -109,7 +104,7 @@ class Learner:
     def learn(
         self,
         correction: Correction | Reading,
-        received: Received = lambda number: None,
+        received: Callable[[int], None] = lambda number: None,
         tick: Tick = lambda step, loss: None,
     ) -> Outcome:
         """Learn one correction: `receive` and `commit` in one.
@@ -125,7 +120,7 @@ class Learner:
         if isinstance(correction, Reading):
             document_of(correction, self.form)
         else:
-            row_of(correction, self.form)
+            example_of(correction, self.form)
 
     def receive(self, correction: Correction | Reading) -> int:
         """Record a correction with the settings of now, at once and from any thread; returns its number.
@@ -144,7 +139,7 @@ class Learner:
         if record is None:
             raise ValueError(f"no correction with the number {number} waits to be learnt; see the history")
         try:
-            outcome, model = self._judge(record, self.learnt(), tick)
+            outcome, model = self._judge(received_of(record), tick)
         except Exception as error:
             self.journal.append("committed", of=number, accepted=False, why=in_a_line(error))
             raise
@@ -201,7 +196,8 @@ class Learner:
         found = ((n, self._snapshots.load(known[:n])) for n in range(len(known), -1, -1))
         done, model = next((n, m) for n, m in found if m)
         for n in range(done, len(known)):
-            after, _ = self._learn(model, known[n], self._lesson(model, known[n], known[:n])[0])
+            received = received_of(known[n])
+            after, _ = self._learn(model, received, self._lesson(model, received, known[:n]))
             model = between(model, after, shares[known[n]["id"]])
             self._snapshots.save(model, known[: n + 1])
         return model
@@ -216,7 +212,7 @@ class Learner:
 
     def configure(self, **changes) -> None:
         """Change settings for the corrections to come; they are kept. Raises ValueError, changing nothing."""
-        config = replace(self.config, **changes)
+        config = replace(self.config, **renamed(changes))
         self.journal.append("settings", config=asdict(config))
         self.config = config
 
@@ -252,107 +248,58 @@ class Learner:
 
     def answer(self, question: str, model: RWKV | None = None) -> str:
         """The model's greedy reply to a question on its own, as decoded."""
-        return self.form.shown(greedy(model or self.model, self.form, [self.form.prompt(question)], most=MOST)[0])
+        return answer_to(model or self.model, self.form, question)
 
-    def _judge(self, record: dict, earlier: list[dict], tick: Tick) -> tuple[Outcome, RWKV]:
+    def _judge(self, received: Received, tick: Tick) -> tuple[Outcome, RWKV]:
         """Learn a correction on top of the current model; (what became of it, the model it leaves)."""
-        begun, before = time.monotonic(), self.model
-        lesson, wordings, old = self._lesson(before, record, earlier)
+        begun, before, steps = time.monotonic(), self.model, 0
+        lesson = self._lesson(before, received, self.learnt())
+        answer_before = self.form.shown(lesson.reply)
         try:
-            whole, steps = self._learn(before, record, lesson, tick)
-            after, share, moved, why, new = self._gate(record, whole, old)
-        except (Diverged, NotFinite) as error:
-            left = "the steps left numbers that are not finite; a smaller rate may help"
-            after, steps, share, moved, new = before, 0, 0.0, 0.0, old
-            why = left if isinstance(error, NotFinite) else str(error)
+            whole, steps = self._learn(before, received, lesson, tick)
+            verdict = gate(received.item, before, whole, answer_before, self.rehearsal, received.config.max_kl)
+        except Diverged as error:
+            verdict = Verdict(False, before, 0.0, 0.0, str(error), answer_before)
+        except NotFinite:
+            why = "the steps left numbers that are not finite; a smaller step_factor may help"
+            steps, verdict = 0, Verdict(False, before, 0.0, 0.0, why, answer_before)
         with half_the_threads():
-            losses = [answer_loss(m, lesson.new[0]) for m in (before, after)]
-        seconds, weights = time.monotonic() - begun, weights_hash(changed(after, self.base))
-        accepted = why == "learnt"
-        return Outcome(
-            record["id"], accepted, why, *losses, old, new, steps, share, wordings, moved, seconds, weights
-        ), after
+            losses = [answer_loss(model, lesson.new[0]) for model in (before, verdict.model)]
+        outcome = Outcome(
+            id=received.id,
+            accepted=verdict.accepted,
+            why="learnt" if verdict.accepted else verdict.why,
+            loss_before=losses[0],
+            loss_after=losses[1],
+            answer_before=answer_before,
+            answer_after=verdict.answer,
+            steps=steps,
+            share=verdict.share,
+            paraphrases=lesson.paraphrases,
+            drift=verdict.drift,
+            seconds=time.monotonic() - begun,
+            weights=self.weights_of(verdict.model),
+        )
+        return outcome, verdict.model
 
-    def _lesson(self, model: RWKV, record: dict, earlier: list[dict]) -> tuple[Lesson, list[str], str]:
-        """(what a correction trains and keeps, other wordings of its question among it, the model's answer)."""
-        config, form = FeedbackConfig(**record["config"]), self.form
-        if "text" in record:
-            ids = document_of(Reading(record["text"]), form)
-            return Lesson([Row(ids, len(ids) - 1)]), [], ""
-        valid = {r["question"]: r for r in earlier if "text" not in r}  # the last word on each question
-        valid.pop(record["question"], None)
-        replayed = [row_of(correction_of(r), form) for r in _spread(list(valid.values()), config.replay, record["id"])]
-        correction = correction_of(record)
-        row = row_of(correction, form)
-        new, wordings = [row], []
-        answer = row.ids[-row.answer :]
-        if correction.context:
-            ids = [form.tokenizer.eod, *correction.context, *form.turn(correction.question), *answer]
-            new.append(Row(ids, row.answer, 1 + len(correction.context), row.bad))
-        for talk in _turn(self.guards.talks, config.strangers, record["id"]):
-            new.append(Row([*talk, *form.turn(correction.question), *answer], row.answer, len(talk), row.bad))
-        with half_the_threads():
-            around = self.guards.around(model, correction.question, config.neighbours, FORMS)
-            old = around.own
-            if len(old) == DECODED:
-                old = greedy(model, form, [row.ids[: -row.answer]], most=MOST)[0]
-        taught = {tuple(form.answer(r["answer"])) for r in valid.values() if r["answer"] is not None}
-        kept, same = [], []
-        for question, prompt, reply, before in around.made:
-            if reply == old and around.subject in question:
-                same.append((question, prompt))
-            elif reply == before or tuple(reply) not in taught:  # where it differs from the base's, that was not meant
-                kept.append((prompt + before, self.base))
-            else:
-                kept.append((prompt + reply, model))
-        kept = _spread(kept, 2 * config.neighbours)
-        for question, prompt in [] if row.bad else _spread(same, config.wordings):
-            new.append(Row(prompt + answer, row.answer))
-            wordings.append(question)
-        # What a correction did away with is not kept.
+    def _lesson(self, model: RWKV, received: Received, earlier: list[dict]) -> Lesson:
+        """What a correction trains and keeps, after earlier ones."""
+        if isinstance(received.item, Reading):
+            return text_lesson(received.item, self.form)
         ids = {r["id"] for r in earlier}
-        gone = {r["answer_before"] for r in self.journal.records if r["kind"] == "committed" and r["of"] in ids}
-        gone = [old, *(form.answer(text) for text in gone if text)]
-        kept += [(ids, self.base) for ids in self.guards.near(row.ids, config.guards, record["id"], gone)]
-        kept += [(ids, self.base) for ids in _turn(self.guards.talks, config.talks, -record["id"])]
-        return Lesson(new, replayed, kept), wordings, form.shown(old)
+        committed = [r for r in self.journal.records if r["kind"] == "committed" and r["of"] in ids]
+        replaced = {r["answer_before"] for r in committed}
+        return lesson_of(received, list(map(received_of, earlier)), replaced, model, self.rehearsal)
 
     def _learn(
-        self, model: RWKV, record: dict, lesson: Lesson, tick: Tick = lambda step, loss: None
+        self, model: RWKV, received: Received, lesson: Lesson, tick: Tick = lambda step, loss: None
     ) -> tuple[RWKV, int]:
-        config = FeedbackConfig(**record["config"])
+        """(the model after a lesson, steps taken)."""
+        curvature, config = self.rehearsal.curvature, received.config
         with half_the_threads():
-            if "text" in record:
-                return follow(model, lesson.new[0].ids, self.guards.curvature, config, tick)
-            return learn(model, lesson, self.guards.curvature, config, tick)
-
-    def _gate(self, record: dict, whole: RWKV, old: str) -> tuple[RWKV, float, float, str, str]:
-        """(model, share of the change, drift, why, answer): as much of a change as shows, and leaves all else be."""
-        before, budget, why = self.model, record["config"]["budget"], ""
-        with half_the_threads():
-            for share in SHARES:
-                after = whole if share == 1 else between(before, whole, share)
-                moved = self._drift(after)
-                new = old if "text" in record else self.answer(record["question"], after)
-                if "text" not in record and not self._wanted(record, new):
-                    why = why or f"decoding still gives {new!r}"
-                    break
-                if moved <= budget:
-                    return after, share, moved, "learnt", new
-                why = f"everything else would drift by {moved:.3g} nats a token, over the budget of {budget}"
-        return before, 0.0, moved, why, old
-
-    def _drift(self, after: RWKV) -> float:
-        """How far a model is from the current one on guard text, in nats a token."""
-        models = (self.model, after)
-        known = {id(model): said for model, said in self._said}
-        self._said = [(m, known[id(m)] if id(m) in known else self.guards.said(m)) for m in models]
-        return float(divergence(*(said for _, said in self._said)))
-
-    def _wanted(self, record: dict, answer: str) -> bool:
-        if record["answer"] is None:
-            return answer != self.form.shown(self.form.answer(record["rejected"]))
-        return answer == self.form.shown(self.form.answer(record["answer"]))
+            if isinstance(received.item, Reading):
+                return dynamic_evaluation(model, lesson.new[0].ids, curvature, config, tick)
+            return take_steps(model, lesson, curvature, config, tick)
 
     def _check_base(self) -> None:
         """A journal belongs to the model it was begun with, and says what its settings are."""
@@ -363,14 +310,3 @@ class Learner:
             raise ValueError(f"{self.folder} was begun with another model; use another profile for this one")
         chosen = [r["config"] for r in self.journal.records if r["kind"] in ("base", "settings")]
         self.config = FeedbackConfig(**chosen[-1])
-
-
-def _spread(items: list, most: int, seed: int = 0) -> list:
-    """All of them if few, otherwise some, evenly from begin to end, beginning elsewhere for another seed."""
-    every = max(1.0, len(items) / max(1, most))
-    return [items[int(seed % every + i * every) % len(items)] for i in range(min(most, len(items)))]
-
-
-def _turn(items: list, most: int, number: int) -> list:
-    """`most` items, others for the next number, until all have had their turn."""
-    return [items[(most * number + i) % len(items)] for i in range(most if items else 0)]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from rwkv_train.checkpoints.weightfile import read_weights, write_safetensors
-from rwkv_train.feedback.steps import changed, with_weights
+from rwkv_train.feedback.trainable import changed, with_weights
 from rwkv_train.files import replace_file
 from rwkv_train.models.base import RWKV
 

@@ -76,7 +76,7 @@ def test_commands(say):
     a, listed, saved, _, _, back, b, retried, _, back_at, c, loaded, again, bye = blocks
     assert [a, b, c] == straight and b == retried == again
     names = [line.split()[0] for line in listed.split("\n")]
-    assert "temperature         0.0" in listed and {"seed", "tokens", "scope", "rate", "budget"} < set(names)
+    assert "temperature         0.0" in listed and {"seed", "tokens", "trainable", "step_factor", "max_kl"} < set(names)
     assert saved == "saved 1 turns as one" and loaded.startswith("loaded 1 turns") and bye == "bye"
     assert back.startswith("back at: ") and back_at.startswith("back at: ")
     assert "/state save" in say("/help")[0] and set(COMMANDS) < {

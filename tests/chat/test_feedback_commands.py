@@ -79,18 +79,19 @@ def test_settings_scopes_wrong_replies_and_readings_in_a_chat(model, tmp_path, c
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     blocks = chat(
         model, "/teach sun? => hot", "sun?", "/bad", "/back", "sun?", "/diff", "/settings scope lora",
-        "/settings scope all", "/settings steps many",
+        "/settings trainable all", "/settings steps many",
         "/learn text.txt", "/learn latin.txt", "/learn", "/learn none.txt", "/history", "/undo 3", "/diff", **say,
     )  # fmt: skip
     _, hot, bad, _, other, diff, scope, unknown, many, read, latin, empty, none, history, undone, same = blocks
     assert hot == "hot" != other and "learnt (" in bad and "before: hot" in bad
     assert "2 corrections, the last reply is by version" in diff and "ffn.value.weight" in diff
-    assert scope == "scope lora" and "scope must be one of" in unknown and "expected a whole number" in many
+    assert scope == "scope is now trainable\ntrainable lora" and "trainable must be one of" in unknown
+    assert "expected a whole number" in many
     assert "learnt (" in read and "latin.txt:1: invalid UTF-8 (byte 0xe9)" in latin and empty == "write /learn FILE"
     assert "No such file" in none
     assert "\n4: sun? => anything but: hot" in history and "read to and fro to" in history
     assert "weights are as before" in undone and "0 corrections" in same and "ffn" not in same
-    assert "scope               lora" in chat(model, "/settings", **say)[0]  # kept
+    assert "trainable           lora" in chat(model, "/settings", **say)[0]  # kept
 
 
 def test_bad_corrections_are_told_in_one_line(model, capsys, monkeypatch):
@@ -121,10 +122,10 @@ def test_what_fails_in_a_file_keeps_nothing_else_from_being_learnt(model, tmp_pa
     argv = ["feedback", "--model", model, "--file=c.jsonl", "--folder=home"]
     learn, failing = Learner._learn, ["ice?", "sea?"]
 
-    def learn_or_fail(self, model, record, *rest):
-        if record["question"] in failing:
+    def learn_or_fail(self, model, received, *rest):
+        if received.item.question in failing:
             raise RuntimeError("out of memory")
-        return learn(self, model, record, *rest)
+        return learn(self, model, received, *rest)
 
     monkeypatch.setattr(Learner, "_learn", learn_or_fail)
     with Learner(load_model(model), BYTES, tmp_path / "home" / "profiles" / tmp_path.name) as learner:
@@ -203,10 +204,12 @@ def test_bench_feedback_short(model, tmp_path, capsys, monkeypatch):
     ]
     code, out, err = run("bench", "feedback", "--model", model, *argv, capsys=capsys)
     assert code == 0, err
-    assert all(name in out for name in [*TARGETS, "N=2", "rate 0, N=2", "naive, N=2", "state only, N=2", "busy over"])
+    assert all(
+        name in out for name in [*TARGETS, "N=2", "step_factor 0, N=2", "naive, N=2", "state only, N=2", "busy over"]
+    )
     results = json.loads((tmp_path / "r.json").read_text())["recipes"]
     assert "<svg" in (tmp_path / "r.svg").read_text()
-    still = {name: value["mean"] for name, value in results["rate 0, N=2"].items()}
+    still = {name: value["mean"] for name, value in results["step_factor 0, N=2"].items()}
     assert still["all retained"] == 0 and still["unrelated identical"] == 1 and still["neighbours changed"] == 0
     assert still["perplexity rise"] == pytest.approx(0, abs=1e-6)
     assert results["N=1"]["newest, empty state"] == results["N=1"]["all retained"]
@@ -220,7 +223,7 @@ def test_batched_greedy_is_greedy_one_by_one():
     prompts = [[0, *BYTES.encode(text)] for text in ("a", "bc", "d", "efg")]
     state = prefill(model, BYTES.encode("before"))[1]
     for start in (None, state):
-        together = greedy(model, Form(BYTES), prompts, start, most=9)
+        together = greedy(model, Form(BYTES), prompts, start, max_new_tokens=9)
         for prompt, reply in zip(prompts, together, strict=True):
             logits, s = prefill(model, prompt, start)
             ids = []

@@ -26,12 +26,12 @@ def slow(tmp_path, monkeypatch):
     learner, begun, go = open_learner(tmp_path), threading.Event(), threading.Event()
     learn = learner._learn
 
-    def learn_or_fail(model, record, lesson, *tick):
+    def learn_or_fail(model, received, lesson, *tick):
         begun.set()
         assert go.wait(60)
-        if record["question"] == "sun?":
+        if received.item.question == "sun?":
             raise IndexError("a bug")
-        return learn(model, record, lesson, *tick)
+        return learn(model, received, lesson, *tick)
 
     monkeypatch.setattr(learner, "_learn", learn_or_fail)
     yield learner, begun, go
@@ -87,7 +87,7 @@ def test_a_first_measurement_that_fails_is_told_and_the_chat_goes_on(slow, tmp_p
         raise RuntimeError("no")
 
     with monkeypatch.context() as patched:
-        patched.setattr(type(learner), "guards", property(damaged))
+        patched.setattr(type(learner), "rehearsal", property(damaged))
         chat, teacher = chat_with(learner, tmp_path)
         teacher.__enter__()
         teacher.background.wait()

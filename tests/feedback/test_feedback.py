@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from rwkv_train.data.prepare import PrepareConfig, prepare
 from rwkv_train.feedback import Correction, FeedbackConfig, Reading
 from rwkv_train.feedback.journal import Journal
-from rwkv_train.feedback.steps import changed, localised_names
+from rwkv_train.feedback.trainable import changed, localised_names
 
 
 def test_corrections_are_learnt_kept_and_undone_exactly(tmp_path, generation):
@@ -83,9 +83,9 @@ def test_context_of_the_dialogue_is_trained_too(tmp_path, generation):
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
-        ({"budget": 0.0}, "would drift"),
+        ({"max_kl": 0.0}, "would drift"),
         ({"steps": 1}, "decoding still gives"),
-        ({"rate": 1e30}, "became (nan|inf)"),
+        ({"step_factor": 1e30}, "became (nan|inf)"),
     ],
 )
 def test_what_does_not_pass_the_gate_changes_nothing(tmp_path, changes, why):
@@ -223,17 +223,17 @@ def test_a_record_that_cannot_be_written_leaves_the_journal_as_it_was(tmp_path, 
     assert [(r["id"], r["text"]) for r in Journal(journal.path).records] == [(1, "before"), (2, "after")]
 
 
-@pytest.mark.parametrize("scope", ["upper", "lora", "full"])
-def test_every_scope_learns_and_changes_what_it_says(tmp_path, scope, generation):
-    learner = open_learner(tmp_path, replace(CONFIG, scope=scope, steps=300), generation=generation)
+@pytest.mark.parametrize("trainable", ["upper", "lora", "full"])
+def test_whatever_is_trained_learns_and_nothing_else_changes(tmp_path, trainable, generation):
+    learner = open_learner(tmp_path, replace(CONFIG, trainable=trainable, steps=300), generation=generation)
     outcome = learner.learn(QUICK[0])
     assert outcome.accepted and learner.answer("sun?") == "hot", outcome
     ours, base = changed(learner.model, learner.base), dict(learner.base.named_parameters())
-    if scope == "lora":
+    if trainable == "lora":
         assert list(ours) == localised_names(learner.base)
         assert all(torch.linalg.matrix_rank(w - base[n], rtol=1e-4) <= 8 for n, w in ours.items())
     else:
-        assert set(ours) == set(base if scope == "full" else upper_matrices(learner.base, 1))
+        assert set(ours) == set(base if trainable == "full" else upper_matrices(learner.base, 1))
     hashed = learner.weights
     learner.close()
     again = open_learner(tmp_path, generation=generation)  # from the snapshot
@@ -285,18 +285,18 @@ def test_a_change_that_moves_too_much_is_scaled_down(tmp_path):
     whole = open_learner(tmp_path)
     moved = whole.learn(QUICK[0]).drift
     whole.undo()
-    whole.configure(budget=0.8 * moved, extra=2)
+    whole.configure(max_kl=0.8 * moved, extra=2)
     outcome = whole.learn(QUICK[0])
     assert outcome.accepted and outcome.share < 1 and outcome.drift <= 0.8 * moved
     assert whole.answer("sun?") == "hot"
     whole.close()
     again = open_learner(tmp_path)  # settings are kept, and a replay scales as well
-    assert again.config.budget == 0.8 * moved and again.weights == outcome.weights
+    assert again.config.max_kl == 0.8 * moved and again.weights == outcome.weights
     for file in (tmp_path / "profile" / "snapshots").iterdir():
         file.unlink()
     assert again.replay() == outcome.weights
     with pytest.raises(ValueError, match="must not be negative"):
-        again.configure(rate=-1.0)
-    with pytest.raises(ValueError, match="scope must be one of"):
-        again.configure(scope="all")
+        again.configure(step_factor=-1.0)
+    with pytest.raises(ValueError, match="trainable must be one of"):
+        again.configure(trainable="all")
     again.close()

@@ -10,33 +10,35 @@ from hypothesis import strategies as st
 from rwkv_train.feedback import FeedbackConfig
 from rwkv_train.feedback.curvature import DAMPING, Curvature
 from rwkv_train.feedback.decode import decode, greedy
-from rwkv_train.feedback.steps import Lesson, between, changed, learn, localised_names, with_weights
-from rwkv_train.feedback.texts import Row, answer_loss, divergence, pack, predictions
+from rwkv_train.feedback.lesson import Lesson
+from rwkv_train.feedback.steps import take_steps
+from rwkv_train.feedback.texts import Example, answer_loss, divergence, log_probs, pack
+from rwkv_train.feedback.trainable import between, changed, localised_names, with_weights
 
 
-@pytest.mark.parametrize("scope", ["upper", "localised"])
-def test_one_step_is_a_plain_gradient_step_on_the_whole_model(scope, generation):
-    """Blocks left out, text read beforehand, rows padded together: none of it changes the gradient."""
+@pytest.mark.parametrize("trainable", ["upper", "localised"])
+def test_one_step_is_a_plain_gradient_step_on_the_whole_model(trainable, generation):
+    """Blocks left out, text read beforehand, texts padded together: none of it changes the gradient."""
     model = random_model(n_embd=8, n_layer=4, vocab_size=257, dtype=torch.float64, generation=generation)
     model.requires_grad_(False)
-    new = [Row([0, *BYTES.encode("a long way before: hot")], 3), Row([0, *BYTES.encode("sun? hot")], 3)]
-    new.append(Row([0, *BYTES.encode("other talk. sun? hot")], 3, context=16))
-    replayed, kept = [Row([0, *BYTES.encode("ice? cold")], 4)], DIALOGUES[1]
-    config = FeedbackConfig(scope=scope, steps=1, reach=9, pull=2.0, rate=0.1)
+    new = [Example([0, *BYTES.encode("a long way before: hot")], 3), Example([0, *BYTES.encode("sun? hot")], 3)]
+    new.append(Example([0, *BYTES.encode("other talk. sun? hot")], 3, context=16))
+    replayed, kept = [Example([0, *BYTES.encode("ice? cold")], 4)], DIALOGUES[1]
+    config = FeedbackConfig(trainable=trainable, steps=1, truncation=9, kl_weight=2.0, step_factor=0.1)
     before = with_weights(model, {"emb.weight": model.emb.weight * 1.1})
-    after, steps = learn(model, Lesson(new, replayed, [(kept, before), (kept[:-3], model)]), None, config)
-    names = upper_matrices(model, 2) if scope == "upper" else localised_names(model)
+    after, steps = take_steps(model, Lesson(new, replayed, [(kept, before), (kept[:-3], model)]), None, config)
+    names = upper_matrices(model, 2) if trainable == "upper" else localised_names(model)
     assert steps == 1 and set(changed(after, model)) == set(names)
 
     whole = with_weights(model, {name: dict(model.named_parameters())[name] for name in names})
     trained = {n: p.requires_grad_() for n, p in whole.named_parameters() if n in names}
 
-    def nll(row):
-        cut = max(row.context, len(row.ids) - row.answer - config.reach)
+    def nll(example):
+        cut = max(example.context, len(example.ids) - example.answer - config.truncation)
         with torch.no_grad():
-            state = whole.hidden(torch.tensor([row.ids[:cut]]))[1] if cut else None
-        logits = whole(torch.tensor([row.ids[cut:-1]]), state)[0][0, -row.answer :]
-        return torch.nn.functional.cross_entropy(logits, torch.tensor(row.ids[-row.answer :]), reduction="sum")
+            state = whole.hidden(torch.tensor([example.ids[:cut]]))[1] if cut else None
+        logits = whole(torch.tensor([example.ids[cut:-1]]), state)[0][0, -example.answer :]
+        return torch.nn.functional.cross_entropy(logits, torch.tensor(example.ids[-example.answer :]), reduction="sum")
 
     total = sum(map(nll, new)) / 9 + nll(replayed[0]) / 4
     parts = []
@@ -45,7 +47,7 @@ def test_one_step_is_a_plain_gradient_step_on_the_whole_model(scope, generation)
         parts.append((p.exp() * (p - q)).sum(-1))
     total = total + 2.0 * torch.cat(parts).mean()
     gradients = torch.autograd.grad(total, list(trained.values()))
-    size = config.rate * total / sum(g.square().sum() for g in gradients)
+    size = config.step_factor * total / sum(g.square().sum() for g in gradients)
     for (name, p), g in zip(trained.items(), gradients, strict=True):
         torch.testing.assert_close(changed(after, model)[name], p.detach() - size.detach() * g, rtol=1e-6, atol=1e-9)
 
@@ -83,21 +85,21 @@ def test_curvature_is_the_fisher_information_of_each_side(generation):
     sides = []
     for factor in (outer / count, inner / count):
         sides.append(torch.linalg.inv(factor + DAMPING * factor.trace() / len(factor) * torch.eye(len(factor))))
-    assert_close_rel(curvature.flatten({name: gradient})[name], sides[0] @ gradient @ sides[1], 1e-3)
-    ours = curvature.avoid({name: gradient})[name]
+    assert_close_rel(curvature.precondition_kfac({name: gradient})[name], sides[0] @ gradient @ sides[1], 1e-3)
+    ours = curvature.precondition_input({name: gradient})[name]
     assert_close_rel(ours, gradient @ sides[1] * inner.trace() / count / len(inner), 1e-3)
 
 
 def test_a_state_to_begin_with_is_the_empty_one_until_it_is_trained(generation):
-    model, lesson = small_model(generation=generation), Lesson([Row(DIALOGUES[0], 4)])
-    still, _ = learn(model, lesson, None, FeedbackConfig(scope="state", steps=0))
+    model, lesson = small_model(generation=generation), Lesson([Example(DIALOGUES[0], 4)])
+    still, _ = take_steps(model, lesson, None, FeedbackConfig(trainable="state", steps=0))
     tokens = torch.tensor([DIALOGUES[1]])
     torch.testing.assert_close(model(tokens)[0], still(tokens)[0], rtol=1e-4, atol=1e-4)
-    trained, _ = learn(model, lesson, None, FeedbackConfig(scope="state", rate=0.1, steps=5))
+    trained, _ = take_steps(model, lesson, None, FeedbackConfig(trainable="state", step_factor=0.1, steps=5))
     assert answer_loss(trained, lesson.new[0]) < answer_loss(model, lesson.new[0])
     assert changed(trained, model).keys() == {"initial_shift", "initial_wkv"}
-    one_by_one = [greedy(trained, FORM, [FORM.prompt(q)], most=8)[0] for q, _ in ASKED]
-    assert greedy(trained, FORM, [FORM.prompt(q) for q, _ in ASKED], most=8) == one_by_one
+    one_by_one = [greedy(trained, FORM, [FORM.prompt(q)], max_new_tokens=8)[0] for q, _ in ASKED]
+    assert greedy(trained, FORM, [FORM.prompt(q) for q, _ in ASKED], max_new_tokens=8) == one_by_one
     again = with_weights(model, changed(trained, model))
     assert torch.equal(again(tokens)[0], trained(tokens)[0])
 
@@ -112,7 +114,7 @@ def test_between_goes_all_the_way():
 
 def test_drift_counts_every_token_once():
     def drift(model, base, rows):
-        return divergence(predictions(base, rows), predictions(model, rows)).item()
+        return divergence(log_probs(base, rows), log_probs(model, rows)).item()
 
     model = small_model()
     assert drift(model, model, DIALOGUES) == pytest.approx(0, abs=1e-6)
@@ -123,13 +125,15 @@ def test_drift_counts_every_token_once():
 
 def test_sampled_replies_are_drawn_by_seed():
     model, prompts = small_model(), [FORM.prompt("a"), FORM.prompt("another")]
-    draws = [decode(model, BYTES, prompts, "\n\n", most=6, rng=torch.Generator().manual_seed(s)) for s in (1, 1, 2)]
+    draws = [
+        decode(model, BYTES, prompts, "\n\n", max_new_tokens=6, rng=torch.Generator().manual_seed(s)) for s in (1, 1, 2)
+    ]
     assert draws[0] == draws[1] != draws[2]
 
 
 def test_loss_of_an_answer_does_not_depend_on_where_the_text_is_cut(generation):
-    row = Row([0, *BYTES.encode("so many words before it " * 10)], 5)
+    example = Example([0, *BYTES.encode("so many words before it " * 10)], 5)
     model = small_model(generation=generation)
-    logits = model(torch.tensor([row.ids[:-1]]))[0][0, -5:]
-    want = torch.nn.functional.cross_entropy(logits, torch.tensor(row.ids[-5:])).item()
-    assert answer_loss(model, row) == pytest.approx(want, rel=1e-5)
+    logits = model(torch.tensor([example.ids[:-1]]))[0][0, -5:]
+    want = torch.nn.functional.cross_entropy(logits, torch.tensor(example.ids[-5:])).item()
+    assert answer_loss(model, example) == pytest.approx(want, rel=1e-5)

@@ -1,7 +1,7 @@
-"""A profile of before the settings had their names of today: old_profile/ holds one, and weights.txt its weights' hash.
+"""A profile that was made before its settings had their names of today, with its weights' hash in weights.txt.
 
-It was begun with `scope` upper. Learnt were an answer, one in a dialogue, one that was undone, a wrong reply, then, with
-other settings, a text and an answer; the last one, with scope lora, did not pass the gate.
+With `scope` upper it learnt an answer, one in a dialogue, one that was undone, and to leave a wrong reply; with
+`scope` localised and other settings a text and an answer. The last one, with `scope` lora, did not pass the gate.
 """
 
 import shutil
@@ -14,6 +14,7 @@ from rwkv_train.chat.dialogue import Dialogue
 from rwkv_train.chat.feedback_commands import Teacher
 from rwkv_train.chat.session import Chat
 from rwkv_train.feedback import Learner
+from rwkv_train.feedback.settings import RENAMED
 
 OLD = Path(__file__).parent / "old_profile"
 ANSWERS = {"why sun?": "hot", "ice?": "cold", "is sea?": "wet"}
@@ -30,8 +31,10 @@ def test_it_opens_from_its_snapshot_to_the_bit_and_its_history_is_told(profile):
         assert {question: learner.answer(question) for question in ANSWERS} == ANSWERS
         chat = Chat(Dialogue(learner.model, BYTES), profile)
         with Teacher(chat, learner, wait=True) as teacher:
-            chat.add(teacher.commands(), teacher.settings(), before_answer=teacher.swap)
+            chat.add(teacher.commands(), teacher.settings(), teacher.swap, RENAMED)
             history = "".join(chat.answer("/history")).splitlines()
+            assert "".join(chat.answer("/settings rate")) == "rate is now step_factor\nstep_factor 0.7"
+            assert "".join(chat.answer("/settings reach")) == "reach is now truncation\ntruncation 40"
     assert history == [
         "2: why sun? => hot",
         "4: ice? => cold",

@@ -4,12 +4,12 @@ import threading
 
 import pytest
 import torch
-from feedback_toys import BYTES, DIALOGUES, QUICK, guards, open_learner, small_model
+from feedback_toys import BYTES, DIALOGUES, QUICK, open_learner, rehearsal_set, small_model
 
 from rwkv_train.feedback import Learner
 from rwkv_train.feedback.background import Background, in_a_line
 from rwkv_train.feedback.curvature import Curvature
-from rwkv_train.feedback.steps import localised_names, upper_names
+from rwkv_train.feedback.trainable import localised_names, upper_names
 
 
 def test_a_model_may_answer_while_its_curvature_is_measured(monkeypatch, generation):
@@ -56,10 +56,10 @@ def failing_for(learner: Learner, question: str, monkeypatch) -> None:
     """Let a learner's steps raise for one question."""
     learn = learner._learn
 
-    def learn_or_fail(model, record, lesson, *tick):
-        if record["question"] == question:
+    def learn_or_fail(model, received, lesson, *tick):
+        if received.item.question == question:
             raise IndexError("a bug")
-        return learn(model, record, lesson, *tick)
+        return learn(model, received, lesson, *tick)
 
     monkeypatch.setattr(learner, "_learn", learn_or_fail)
 
@@ -91,10 +91,10 @@ def test_what_was_received_before_a_crash_and_fails_does_not_keep_a_profile_from
     learner.close()
     learn = Learner._learn
 
-    def fail_once(self, model, record, lesson, *tick):
-        if record["question"] == "sun?":
+    def fail_once(self, model, received, lesson, *tick):
+        if received.item.question == "sun?":
             raise RuntimeError("out of memory")
-        return learn(self, model, record, lesson, *tick)
+        return learn(self, model, received, lesson, *tick)
 
     monkeypatch.setattr(Learner, "_learn", fail_once)
     again = open_learner(tmp_path)
@@ -148,6 +148,6 @@ def test_a_correction_learnt_late_is_replayed_in_the_order_of_learning(tmp_path)
     learner.close()
     for file in (tmp_path / "profile" / "snapshots").iterdir():
         file.unlink()
-    again = Learner(model, BYTES, tmp_path / "profile", guards=guards(model))
+    again = Learner(model, BYTES, tmp_path / "profile", rehearsal=rehearsal_set(model))
     assert again.weights == weights and [r["id"] for r in again.learnt()] == [early, late]
     again.close()

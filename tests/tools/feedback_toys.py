@@ -1,4 +1,4 @@
-"""Small models to correct, with guards of three dialogues."""
+"""Small models to correct, with a rehearsal set of three dialogues."""
 
 import torch
 from helpers import random_model
@@ -6,14 +6,21 @@ from helpers import random_model
 from rwkv_train.feedback import Correction, FeedbackConfig, Learner
 from rwkv_train.feedback.curvature import Curvature
 from rwkv_train.feedback.decode import Form
-from rwkv_train.feedback.guards import Guards
-from rwkv_train.feedback.steps import localised_names, upper_names
+from rwkv_train.feedback.rehearsal import RehearsalSet
+from rwkv_train.feedback.trainable import localised_names, upper_names
 from rwkv_train.tokenizer import load_tokenizer
 
 BYTES = load_tokenizer("bytes")
 FORM = Form(BYTES)
 CONFIG = FeedbackConfig(
-    scope="localised", rate=0.5, steps=100, loss=0.1, pull=0.01, budget=1e9, wordings=6, neighbours=2, guards=2, talks=1
+    trainable="localised",
+    step_factor=0.5,
+    steps=100,
+    target_loss=0.1,
+    kl_weight=0.01,
+    max_kl=1e9,
+    contrasts=2,
+    rehearsed=2,
 )
 QUICK = [Correction("sun?", "hot"), Correction("ice?", "cold"), Correction("sea?", "wet")]
 ASKED = [("hi you", "hello"), ("a?", "b"), ("2?", "4")]
@@ -34,14 +41,14 @@ def upper_matrices(model, first: int) -> list[str]:
     return [n for n, p in parameters if p.dim() == 2 and n.endswith(".weight") and n.startswith(begins)]
 
 
-def guards(model) -> Guards:
+def rehearsal_set(model) -> RehearsalSet:
     curvature = Curvature.measure(model, upper_names(model), localised_names(model), DIALOGUES)
-    return Guards(model, FORM, DIALOGUES, SUBJECTS, DIALOGUES, curvature)
+    return RehearsalSet(model, FORM, DIALOGUES, SUBJECTS, DIALOGUES, curvature)
 
 
 def open_learner(folder, config=CONFIG, seed=0, generation="rwkv4") -> Learner:
     model = small_model(seed, generation)
-    return Learner(model, BYTES, folder / "profile", config=config, guards=guards(model))
+    return Learner(model, BYTES, folder / "profile", config=config, rehearsal=rehearsal_set(model))
 
 
 def old_model():

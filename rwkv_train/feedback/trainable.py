@@ -1,0 +1,111 @@
+"""What of a model is trained, and models that differ in a few weights and share all others."""
+
+import copy
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from rwkv_train.models.base import RWKV
+
+RANK = 8  # of the factors of trainable lora
+
+Trainable = Literal["upper", "full", "localised", "lora", "state"]
+
+
+def localised_names(model: RWKV) -> list[str]:
+    """The matrices that trainable localised means: late channel mixes' values."""
+    half = len(model.blocks) // 2
+    return [f"blocks.{i}.ffn.value.weight" for i in range(half, len(model.blocks))]
+
+
+def upper_names(model: RWKV) -> list[str]:
+    """The matrices that trainable upper means: those of the upper half of the layers, and the head."""
+    below = tuple(f"blocks.{i}." for i in range(len(model.blocks) // 2))
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return [f"{name}.weight" for name in linear if not name.startswith(below)]
+
+
+def trained_twin(model: RWKV, trainable: Trainable) -> tuple[RWKV, dict[str, nn.Parameter]]:
+    """(a twin of a model, what of it is trained by name). `finished` ends the training."""
+    names, own = localised_names(model), dict(model.named_parameters())
+    if trainable == "state":
+        names = ["initial_shift", "initial_wkv"]
+        own = dict(zip(names, model.trainable_state(), strict=True)) | own
+    elif trainable == "full":
+        names = list(own)
+    elif trainable == "upper":
+        names = upper_names(model)
+    twin = with_weights(model, {name: own[name].detach() for name in names})
+    if trainable == "lora":
+        rng = torch.Generator().manual_seed(0)
+        for name in names:
+            layer = twin.get_submodule(name.removesuffix(".weight"))
+            parametrize.register_parametrization(layer, "weight", _LowRankChange(layer.weight, rng))
+        names = [n for n, _ in twin.named_parameters() if n.endswith((".up", ".down"))]
+    parameters = {name: p.requires_grad_(True) for name, p in twin.named_parameters() if name in names}
+    return twin, parameters
+
+
+def finished(twin: RWKV, trainable: Trainable) -> RWKV:
+    """A trained twin as a model like any other: low-rank changes are added to their matrices."""
+    if trainable == "lora":
+        for name in localised_names(twin):
+            parametrize.remove_parametrizations(twin.get_submodule(name.removesuffix(".weight")), "weight")
+    return twin.requires_grad_(False)
+
+
+class _LowRankChange(nn.Module):
+    """A weight [out,in] plus up [out,r] down [r,in].
+
+    Not the LowRank of models/adapters.py: that one stays beside its weight and draws from torch's global generator. A
+    correction ends as a weight, as it was computed with, and is drawn alike at every replay.
+    """
+
+    def __init__(self, weight: Tensor, rng: torch.Generator):
+        super().__init__()
+        outer, inner = weight.shape
+        self.up = nn.Parameter(weight.new_zeros(outer, RANK))
+        self.down = nn.Parameter((torch.randn(RANK, inner, generator=rng) / inner**0.5).to(weight))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + self.up @ self.down
+
+
+def changed(model: RWKV, base: RWKV) -> dict[str, Tensor]:
+    """The weights of a corrected model that are not its base's."""
+    ours = dict(base.named_parameters())
+    return {name: p.detach() for name, p in model.named_parameters() if p is not ours.get(name)}
+
+
+def with_weights(model: RWKV, weights: dict[str, Tensor]) -> RWKV:
+    """A model that has these weights of its own and shares all others with `model`; nothing requires gradients."""
+    twin = opened(model)
+    for name, weight in weights.items():
+        module, _, leaf = name.rpartition(".")
+        setattr(twin.get_submodule(module), leaf, nn.Parameter(weight.clone(), requires_grad=False))
+    return twin.requires_grad_(False)
+
+
+def between(before: RWKV, after: RWKV, share: float) -> RWKV:
+    """`before` with a share of the way to `after`."""
+    start = dict(before.named_parameters())
+    ends = changed(after, before)
+    return with_weights(
+        after, {n: torch.lerp(start[n], w, share) if n in start else w * share for n, w in ends.items()}
+    )
+
+
+def with_children(module: nn.Module, **children: nn.Module) -> nn.Module:
+    """A module with some other children; it shares everything else."""
+    twin = copy.copy(module)
+    twin._modules = {**module._modules, **children}
+    return twin
+
+
+def opened(module: nn.Module) -> nn.Module:
+    """A module in which layers and weights can be replaced; until then it shares them all, and itself it is new."""
+    twin = with_children(module, **{name: opened(child) for name, child in module.named_children()})
+    twin._parameters = dict(module._parameters)
+    return twin
