@@ -93,7 +93,7 @@ def fact_chats(most_turns: int = 8, rounds: int = 4) -> Iterator[tuple[str, dict
             where = f"facts/{fact.relation.language}/{fact.country}/{fact.relation.name}: question {number}"
             yield where, _chat([(question, fact.answer)])
     draw = random.Random(0)
-    talk = {language: (ours, _chatter(language)) for language, ours in SMALL_TALK.items()}
+    talk = {language: (ours, chatter(language)) for language, ours in SMALL_TALK.items()}
     for language, (ours, _) in talk.items():
         for number, turn in enumerate(ours, 1):
             yield f"facts/{language}/small talk {number}", _chat([turn])
@@ -117,7 +117,7 @@ def fact_chats(most_turns: int = 8, rounds: int = 4) -> Iterator[tuple[str, dict
         yield f"facts/chat {number}", _chat(turns)
 
 
-def _chatter(language: str) -> list[tuple[str, str]]:
+def chatter(language: str) -> list[tuple[str, str]]:
     """The short first turns of corpus:chatterbot in one of our languages."""
     chats = chatterbot(chatterbot_files({"en": "english", "zh": "chinese"}[language]))
     turns = [[message["content"] for message in chat["messages"][:2]] for _, chat in chats]

@@ -7,7 +7,7 @@ from itertools import chain
 from typing import Any
 
 from rwkv_train.data.corpora.fact_questions import Relation
-from rwkv_train.data.corpora.facts import Fact, facts
+from rwkv_train.data.corpora.facts import Fact, chatter, facts
 from rwkv_train.data.corpora.talk.texts import LANGUAGES, Entry, Texts, bare, read_texts
 from rwkv_train.data.corpora.talk.wordings import filled, reworded, unheard, varied
 
@@ -15,7 +15,10 @@ Turn = tuple[str, str]
 DIALOGUES = 20_000  # unless a number is given
 LENGTHS = (2, 2, 3, 3, 4, 4, 5, 6, 7, 8, 10, 12)  # turns of a dialogue
 CHANGE = 0.08  # how often the next turn is in the other language
-WEIGHTS = {"intents": 36, "relations": 26, "facts": 22, "unknown": 3, "told": 7, "untold": 2, "follow_ups": 7}
+WEIGHTS = {  # of a hundred turns
+    **{"intents": 34, "relations": 24, "facts": 20, "chatter": 6},
+    **{"unknown": 3, "told": 6, "untold": 2, "follow_ups": 5},
+}
 COUNTRY = ("country",)
 UNTOLD = {"en": "You have not told me that yet.", "zh": "这个你还没有告诉我。"}
 
@@ -23,8 +26,8 @@ UNTOLD = {"en": "You have not told me that yet.", "zh": "这个你还没有告�
 def talk_chats(languages: Sequence[str] = LANGUAGES, dialogues: int = DIALOGUES) -> Iterator[tuple[str, dict]]:
     """Yield (where, {"messages": [...]}): every wording alone, then so many dialogues of 2 to 12 turns.
 
-    Dialogues mix what is known, what is not, facts about countries, what the user tells and asks back, and questions
-    that depend on the turn before. No held-out wording is ever asked.
+    Dialogues mix what is known, what is not, facts about countries, turns of corpus:chatterbot, what the user tells and
+    asks back, and questions that depend on the turn before. No held-out wording is ever asked.
     """
     speakers = [Speaker(read_texts(language)) for language in languages]
     yield from chats_of(speakers, dialogues)
@@ -52,6 +55,17 @@ def _not_known(relation: Relation) -> Entry:
     else:
         say = f"I do not know {known[0].lower()}{known[1:].partition(' is')[0]}."
     return Entry(say, tuple(question.format("{x}") for question in relation.train_questions), COUNTRY)
+
+
+def _others(texts: Texts, known: list[Fact]) -> list[Entry]:
+    """Turns of corpus:chatterbot whose questions have no reply of ours, one of each; the Chinese ones make no sense."""
+    if texts.language != "en":
+        return []
+    ours = {wording for entry in texts.entries for wording in entry.ask + entry.unseen + entry.before}
+    ours |= {question for fact in known for unseen in (False, True) for question in fact.questions(unseen)}
+    taken = {bare(wording) for wording in ours}
+    first = {bare(question): Entry(reply, (question,)) for question, reply in reversed(chatter(texts.language))}
+    return [entry for question, entry in first.items() if question not in taken]
 
 
 def _dialogue(speakers: Sequence["Speaker"], draw: random.Random) -> list[Turn]:
@@ -95,6 +109,7 @@ class Speaker:
         untold = [entry for entry in untold if not answered & {bare(wording) for wording in entry.ask}]
         relations = dict.fromkeys(fact.relation for fact in known)
         self._all |= {"facts": known, "untold": untold, "unknown": [_not_known(relation) for relation in relations]}
+        self._all["chatter"] = _others(texts, known)
         self._countries = [*dict.fromkeys(fact.subject for fact in known)]
         self._left: dict[Any, list] = {}
         self.weights = {name: weight for name, weight in WEIGHTS.items() if self._all[name]}
@@ -123,6 +138,7 @@ class Speaker:
             yield from ([(wording, entry.say)] for wording in entry.ask)
         for fact in self._all["facts"]:
             yield from ([(question, fact.answer)] for question in fact.questions())
+        yield from ([(entry.ask[0], entry.say)] for entry in self._all["chatter"])
         for entry in chain(self.texts.relations, self.texts.told, self.texts.follow_ups):
             for number in range(max(len(entry.ask), len(entry.before))):
                 thing = self.thing(entry)
