@@ -24,7 +24,7 @@ relations:
     ask: ["When does {x} open?", "At what hour does {x} open?", "opening hours of {x}?", "From when on is {x} open?"]
 told:
   - tell: ["My name is {x}.", "I am {x}."]
-    reply: "Hello, {x}."
+    reply: "Welcome, dear {x}."
     ask: ["What is my name?", "Do you remember my name?"]
     say: "{x} is your name."
     about: [name]
@@ -91,8 +91,8 @@ def test_held_out_wordings_and_things_are_never_said(toy):
 def test_what_was_told_is_known_later_and_nothing_before(toy):
     told = 0
     for before, question, reply in turns(toy):
-        if "my name" in question.lower() and not reply.startswith("Hello"):
-            names = [said.removeprefix("Hello, ")[:-1] for said in before if said.startswith("Hello, ")]
+        if "my name" in question.lower() and not reply.startswith("Welcome, dear "):
+            names = [said.removeprefix("Welcome, dear ")[:-1] for said in before if said.startswith("Welcome, dear ")]
             expected = [f"{names[-1][0].upper()}{names[-1][1:]} is your name."] if names else ["You never said."]
             assert reply in expected
             told += len(before) > 2 and bool(names)

@@ -95,24 +95,27 @@ def _dialogue(speakers: Sequence["Speaker"], draw: random.Random) -> list[Turn]:
 
 
 class Speaker:
-    """What is said in one language. Each kind of turn goes through all its entries before one comes again."""
+    """What is said in one language. Each kind of turn goes through all its entries before one comes again.
+
+    entries: what there is, by kind of turn, and "things/KIND".
+    """
 
     def __init__(self, texts: Texts, seed: int = 0) -> None:
         self.texts = texts
         self.draw = random.Random(f"{texts.language} {seed}")
         known = [fact for fact in facts() if fact.relation.language == texts.language]
-        self._all = {name: getattr(texts, name) for name in ("intents", "relations", "told", "follow_ups")}
-        self._all |= {f"things/{kind}": things for kind, things in texts.things.items()}
+        self.entries = {name: getattr(texts, name) for name in ("intents", "relations", "told", "follow_ups")}
+        self.entries |= {f"things/{kind}": things for kind, things in texts.things.items()}
         self._asked_back = {bare(wording) for entry in texts.told for wording in entry.ask}
         answered = {bare(wording) for entry in texts.intents for wording in entry.ask + entry.unseen}
         untold = [replace(entry, say=UNTOLD[texts.language]) for entry in texts.told]
         untold = [entry for entry in untold if not answered & {bare(wording) for wording in entry.ask}]
         relations = dict.fromkeys(fact.relation for fact in known)
-        self._all |= {"facts": known, "untold": untold, "unknown": [_not_known(relation) for relation in relations]}
-        self._all["chatter"] = _others(texts, known)
+        self.entries |= {"facts": known, "untold": untold, "unknown": [_not_known(relation) for relation in relations]}
+        self.entries["chatter"] = _others(texts, known)
         self._countries = [*dict.fromkeys(fact.subject for fact in known)]
         self._left: dict[Any, list] = {}
-        self.weights = {name: weight for name, weight in WEIGHTS.items() if self._all[name]}
+        self.weights = {name: weight for name, weight in WEIGHTS.items() if self.entries[name]}
         self._relations = {entry.say: entry.ask for entry in texts.relations}
         forms = [form.format("{x}") for relation in relations for form in relation.unseen_questions]
         self._held_out = texts.held_out | {bare(form) for form in forms}
@@ -124,7 +127,7 @@ class Speaker:
         return kind == "intents" and any(bare(wording) in self._asked_back for wording in entry.ask)
 
     def next(self, name: str) -> Any:
-        return self._from(name, self._all[name])
+        return self._from(name, self.entries[name])
 
     def _from(self, key: Any, options: Sequence) -> Any:
         """The next of `options` in an order that is drawn anew each time all have come."""
@@ -136,9 +139,9 @@ class Speaker:
         """Every wording as it is written, as a chat of its own, or after the turn that it needs."""
         for entry in self.texts.intents:
             yield from ([(wording, entry.say)] for wording in entry.ask)
-        for fact in self._all["facts"]:
+        for fact in self.entries["facts"]:
             yield from ([(question, fact.answer)] for question in fact.questions())
-        yield from ([(entry.ask[0], entry.say)] for entry in self._all["chatter"])
+        yield from ([(entry.ask[0], entry.say)] for entry in self.entries["chatter"])
         for entry in chain(self.texts.relations, self.texts.told, self.texts.follow_ups):
             for number in range(max(len(entry.ask), len(entry.before))):
                 thing = self.thing(entry)
