@@ -78,7 +78,7 @@ def test_logits_in_chunks_are_the_whole_logits(generation):
             assert_close_rel(a, b, 1e-10, "state")
 
 
-def test_recompute_blocks_changes_nothing(generation):
+def test_checkpointed_blocks_change_nothing(generation):
     model = random_model(dtype=torch.float64, generation=generation)
     data = text(model)
     for chunk_len in (T, 8):

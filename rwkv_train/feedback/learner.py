@@ -1,6 +1,9 @@
-"""A profile: a base model, a journal of corrections, and the weights that follow from both."""
+"""A profile: a base model, a journal of corrections, and the weights that follow from both.
 
-import json
+One correction's way: it is received and journalled here, lesson.py says what it trains and keeps, steps.py takes the
+gradient steps, gate.py accepts as much of the change as shows and leaves all else be, and it is committed here.
+"""
+
 import sys
 import time
 from collections.abc import Callable
@@ -11,8 +14,18 @@ from filelock import FileLock, Timeout
 
 from rwkv_train.data.templates import Template
 from rwkv_train.feedback.background import half_the_threads, in_a_line
-from rwkv_train.feedback.correction import Correction, Outcome, Reading, Received, document_of, example_of, received_of
+from rwkv_train.feedback.correction import (
+    Correction,
+    Outcome,
+    Reading,
+    Received,
+    document_of,
+    example_of,
+    item_of,
+    received_of,
+)
 from rwkv_train.feedback.decode import Form, answer_to
+from rwkv_train.feedback.export import export
 from rwkv_train.feedback.gate import Verdict, gate
 from rwkv_train.feedback.journal import Journal, learnt, waiting
 from rwkv_train.feedback.lesson import Lesson, lesson_of, text_lesson
@@ -22,7 +35,6 @@ from rwkv_train.feedback.snapshots import Snapshots, weights_hash
 from rwkv_train.feedback.steps import Diverged, Tick, dynamic_evaluation, take_steps
 from rwkv_train.feedback.texts import answer_loss
 from rwkv_train.feedback.trainable import between, changed
-from rwkv_train.files import replace_file
 from rwkv_train.models.base import RWKV
 from rwkv_train.models.finite import NotFinite
 from rwkv_train.tokenizer import Tokenizer
@@ -227,24 +239,10 @@ class Learner:
 
         Returns how many chats there are.
         """
-        active, path = [r for r in self.learnt() if r.get("answer") is not None], Path(path)
-        chats = [
-            {"messages": [{"role": "user", "content": r["question"]}, {"role": "assistant", "content": r["answer"]}]}
-            for r in active
-        ]
-        pairs = [
-            {
-                "prompt": "".join(self.form.template.prompt([{"role": "user", "content": r["question"]}])),
-                "chosen": r["answer"],
-                "rejected": r["rejected"],
-            }
-            for r in active
-            if r["rejected"] is not None
-        ]
-        for target, records in ((path, chats), (path.with_name(path.name + ".pairs.jsonl"), pairs)):
-            text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
-            replace_file(target, lambda temporary, text=text: temporary.write_text(text, encoding="utf-8"))
-        return len(active)
+        items = map(item_of, self.learnt())
+        answered = [it for it in items if isinstance(it, Correction) and it.answer is not None]
+        export(answered, self.form.template, Path(path))
+        return len(answered)
 
     def answer(self, question: str, model: RWKV | None = None) -> str:
         """The model's greedy reply to a question on its own, as decoded."""
@@ -287,8 +285,7 @@ class Learner:
         if isinstance(received.item, Reading):
             return text_lesson(received.item, self.form)
         ids = {r["id"] for r in earlier}
-        committed = [r for r in self.journal.records if r["kind"] == "committed" and r["of"] in ids]
-        replaced = {r["answer_before"] for r in committed}
+        replaced = {r["answer_before"] for r in self.journal.records if r["kind"] == "committed" and r["of"] in ids}
         return lesson_of(received, list(map(received_of, earlier)), replaced, model, self.rehearsal)
 
     def _learn(

@@ -72,12 +72,12 @@ def lesson_of(
 
     # 3. Questions around this one: paraphrases learn the answer too, contrasts keep their own.
     with half_the_threads():
-        made = around(rehearsal, model, correction.question, config.contrasts, FORMS)
-        reply = made.reply
+        found = around(rehearsal, model, correction.question, config.contrasts, FORMS)
+        reply = found.reply
         if len(reply) == MAX_NEW_TOKENS:
             reply = greedy(model, form, [alone.ids[: -alone.answer]], max_new_tokens=MAX_REPLY)[0]
     taught = {tuple(form.answer(it.answer)) for it in valid.values() if it.answer is not None}
-    alike, anchored = _parted(made, reply, taught, model, rehearsal.base)
+    alike, anchored = _parted(found, reply, taught, model, rehearsal.base)
     anchored = _spread(anchored, 2 * config.contrasts)
     paraphrases = [] if alone.negative else _spread(alike, config.paraphrases)
     new += [Example(prompt + answer, alone.answer) for _, prompt in paraphrases]
@@ -90,7 +90,7 @@ def lesson_of(
 
 
 def _parted(
-    made: Around, reply: list[int], taught: set[tuple[int, ...]], model: RWKV, base: RWKV
+    found: Around, reply: list[int], taught: set[tuple[int, ...]], model: RWKV, base: RWKV
 ) -> tuple[list[tuple[str, list[int]]], list[tuple[list[int], RWKV]]]:
     """(paraphrases with their prompts, contrasts with their replies and the model that gives them).
 
@@ -98,8 +98,8 @@ def _parted(
     keep the base's reply, unless another one was taught.
     """
     alike, anchored = [], []
-    for question, prompt, now, before in made.made:
-        if now == reply and made.subject in question:
+    for question, prompt, now, before in found.made:
+        if now == reply and found.subject in question:
             alike.append((question, prompt))
         elif now == before or tuple(now) not in taught:  # where it differs from the base's, that was not meant
             anchored.append((prompt + before, base))

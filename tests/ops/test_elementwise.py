@@ -40,7 +40,7 @@ def both_ways(function, tensors, rng, tolerance):
     st.integers(1, 3), st.sampled_from([1, 2, 63, 64, 65, 130]), st.sampled_from([1, 7, 256, 300]), st.integers(1, 6),
     st.integers(0, 99), st.sampled_from([torch.float64, torch.float32]), st.booleans(),
 )  # fmt: skip
-def test_shift_mix(B, T, C, mixes, seed, dtype, resets):
+def test_token_shift_mix(B, T, C, mixes, seed, dtype, resets):
     rng = torch.Generator().manual_seed(seed)
     draw = lambda *shape: torch.randn(shape, generator=rng, dtype=torch.float64).to(dtype)  # noqa: E731
     reset = torch.rand(B, T, generator=rng) < 0.2 if resets else None
