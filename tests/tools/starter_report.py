@@ -65,7 +65,7 @@ class Asked:
         found = []
         for at in range(0, len(asked), BATCH):
             prompts = [self._prompt(*one) for one in asked[at : at + BATCH]]
-            found += [self.form.shown(ids) for ids in greedy(self.model, self.form, prompts, most=80)]
+            found += [self.form.shown(ids) for ids in greedy(self.model, self.form, prompts, max_new_tokens=80)]
         return found
 
     def _prompt(self, turns: list[Turn], question: str) -> list[int]:
@@ -140,7 +140,7 @@ def main(model: str = str(STARTER), most: str = "200") -> None:
             replies = asked.replies([(turns, question) for turns, question, _ in some])
             wrong = [(q, reply) for (_, q, right), reply in zip(some, replies, strict=True) if reply != right]
             print(f"{language}  {1 - len(wrong) / len(some):6.1%} of {len(some):4}  {name}", flush=True)
-            for question, reply in wrong[:3]:
+            for question, reply in wrong[:2]:
                 print(f"      {question} -> {reply}")
     for language in LANGUAGES:
         print()
