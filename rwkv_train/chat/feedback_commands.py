@@ -1,7 +1,7 @@
 """Corrections in a chat: the commands that teach, and the thread that learns."""
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import fields
 from pathlib import Path
@@ -10,7 +10,7 @@ from rwkv_train.chat.session import Chat, Command, Setting, number
 from rwkv_train.feedback import Correction, FeedbackConfig, Learner, Outcome, Reading
 from rwkv_train.feedback.background import Background, half_the_threads, in_a_line
 from rwkv_train.feedback.correction import item_of
-from rwkv_train.feedback.journal import refused, undone, waiting
+from rwkv_train.feedback.journal import Ledger
 from rwkv_train.files import read_text
 
 TEACHING = ("fix", "teach", "good", "bad", "learn", "undo", "history", "diff", "export")
@@ -31,6 +31,7 @@ class Teacher:
 
     def __enter__(self) -> "Teacher":
         if not self.wait:
+            self.learner.watch = self._watch
             self._ending.enter_context(half_the_threads())
         self.background = Background(lambda error: self._tell(in_a_line(error)))
         self._ending.callback(self.background.close)
@@ -79,6 +80,15 @@ class Teacher:
             self._tell(
                 f"what the model says could not be measured, the first correction tries again: {in_a_line(error)}"
             )
+        finally:
+            self.chat.status = ""
+
+    def _watch(self, what: str, items: Sequence) -> Iterable:
+        """The items, with how far they are as the status."""
+        try:
+            for n, item in enumerate(items):
+                self.chat.status = f"{what}: {n} of {len(items)}"
+                yield item
         finally:
             self.chat.status = ""
 
@@ -135,15 +145,19 @@ class Teacher:
 
     def _undo(self, chat: Chat, rest: str) -> Iterable[str]:
         count = number(rest or "1", int)
-        return self._run(lambda: f"forgot {', '.join(map(str, self.learner.undo(count)))}; the weights are as before")
+        return self._run(
+            lambda: f"forgot {', '.join(map(str, self.learner.undo(count)))}; the weights are as before",
+            "taking it back; go on",
+        )
 
     def _history(self, chat: Chat, rest: str) -> Iterable[str]:
         records = list(self.learner.journal.records)  # of one moment
-        marks = {r["id"]: "waiting" for r in waiting(records)}
-        failed = {number: why for number, why in self._failed.items() if number in marks} | refused(records)
+        ledger = Ledger(records)
+        marks = dict.fromkeys(ledger.waiting, "waiting")
+        failed = {number: why for number, why in self._failed.items() if number in marks} | ledger.refused()
         marks |= {number: "being learnt" for number in [self._now] if number in marks}
         marks |= {number: f"not learnt: {why}" for number, why in failed.items()}
-        listed = [r for r in records if r["kind"] == "received" and r["id"] not in undone(records)]
+        listed = [r for r in records if r["kind"] == "received" and r["id"] not in ledger.undone]
         lines = [_line(r) + (f" ({marks[r['id']]})" if r["id"] in marks else "") for r in listed]
         return ["\n".join(lines) or "nothing was learnt yet"]
 
@@ -171,7 +185,7 @@ class Teacher:
             missing += f"; {others} without a right answer (/bad, /learn) are no chats, and not among them"
         return [f"wrote {written} corrections to {path}, preferences to {path}.pairs.jsonl{missing}"]
 
-    def _run(self, job: Callable[[], str]) -> Iterable[str]:
+    def _run(self, job: Callable[[], str], meanwhile: str = "learning; go on") -> Iterable[str]:
         """Do a job in the background; its result, or why it failed, is the answer, or is told when it is there."""
         results = []
 
@@ -188,7 +202,7 @@ class Teacher:
             self.background.wait()
             self.swap()
             return results
-        return ["learning; go on"]
+        return [meanwhile]
 
 
 def told(o: Outcome) -> str:

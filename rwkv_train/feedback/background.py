@@ -3,12 +3,20 @@
 import os
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 import torch
+from tqdm import tqdm
 
 THREADS = max(1, (os.cpu_count() or 1) // 2)  # for learning, and as many for replies that stream meanwhile
+
+Watch = Callable[[str, Sequence], Iterable]
+
+
+def on_standard_error(what: str, items: Sequence) -> Iterable:
+    """The items, with a bar on standard error if they take long."""
+    return tqdm(items, desc=what, delay=2, leave=False)
 
 
 class Background:

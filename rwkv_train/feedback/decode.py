@@ -1,6 +1,7 @@
 """How questions and answers are written for a model, and decoding of many replies at once."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import groupby
 
 import torch
@@ -35,11 +36,17 @@ class Form:
 
     def answer(self, text: str) -> list[int]:
         """A reply and its end. ValueError if the template trains none of it."""
-        *_, (written, trained) = self.template.segments([{"role": "assistant", "content": text}])
-        ids = self.tokenizer.encode(written)
-        if not ids or not trained:
-            raise ValueError("the answer has no tokens that can be trained; see the template's train_roles")
-        return ids
+        if text not in self._answers:  # every correction asks for those of all earlier ones
+            *_, (written, trained) = self.template.segments([{"role": "assistant", "content": text}])
+            ids = self.tokenizer.encode(written)
+            if not ids or not trained:
+                raise ValueError("the answer has no tokens that can be trained; see the template's train_roles")
+            self._answers[text] = tuple(ids)
+        return list(self._answers[text])
+
+    @cached_property
+    def _answers(self) -> dict[str, tuple[int, ...]]:
+        return {}
 
     def shown(self, ids: list[int], role: str = "assistant") -> str:
         """What a person sees of a decoded message."""

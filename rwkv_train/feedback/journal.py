@@ -10,16 +10,18 @@ import json
 import os
 import sys
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 
 
 class Journal:
-    """An append-only file of records: dicts of plain JSON, numbered by "id" from 1."""
+    """An append-only file of records: dicts of plain JSON, numbered by "id" from 1. ledger: what they come to."""
 
     def __init__(self, path: str | Path):
         """Open or create. Raises ValueError, naming file and line, for a damaged journal."""
         self.path = Path(path)
         self.records: list[dict] = []
+        self.ledger = Ledger()
         self._lock = threading.Lock()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open(self.path, "a+b", buffering=0)  # noqa: SIM115
@@ -42,6 +44,7 @@ class Journal:
                 self._file.truncate(size)  # half a record would be damage to all that come after it
                 raise
             self.records.append(record)
+            self.ledger.add(record)
         return record
 
     def close(self) -> None:
@@ -57,32 +60,46 @@ class Journal:
                     "again from the base model"
                 )
             self.records.append(record)
+            self.ledger.add(record)
         if rest:
             print(f"{self.path}: dropped an unfinished last record", file=sys.stderr)
             self._file.truncate(len(data) - len(rest))
 
 
-def undone(records: list[dict]) -> set[int]:
-    """Numbers of the corrections that were taken back."""
-    return {number for r in records if r["kind"] == "undone" for number in r["of"]}
+class Ledger:
+    """What records come to, kept up one by one: what it costs to add one does not grow with their number.
 
+    By number: sequence, what the weights follow from, in that order: records of the corrections that were learnt and
+    not undone; waiting: records of the corrections that were received and not tried yet; committed: what became of
+    those that were tried. undone: numbers of what was taken back.
+    """
 
-def refused(records: list[dict]) -> dict[int, str]:
-    """Why, by number, of the corrections that were tried and not learnt."""
-    return {r["of"]: r["why"] for r in records if r["kind"] == "committed" and not r["accepted"]}
+    def __init__(self, records: Iterable[dict] = ()):
+        self.sequence: dict[int, dict] = {}
+        self.waiting: dict[int, dict] = {}
+        self.committed: dict[int, dict] = {}
+        self.undone: set[int] = set()
+        for record in records:
+            self.add(record)
 
+    def add(self, record: dict) -> None:
+        """Take in the next record."""
+        if record["kind"] == "received":
+            self.waiting[record["id"]] = record
+        elif record["kind"] == "committed":
+            self.committed[record["of"]] = record
+            received = self.waiting.pop(record["of"], None)
+            if record["accepted"] and received:
+                self.sequence[record["of"]] = received
+        elif record["kind"] == "undone":
+            for number in record["of"]:
+                self.undone.add(number)
+                self.sequence.pop(number, None)
+                self.waiting.pop(number, None)
 
-def learnt(records: list[dict]) -> list[dict]:
-    """Records of the corrections that the weights follow from, in the order in which they were learnt."""
-    gone = undone(records) | refused(records).keys()
-    tried = dict.fromkeys(r["of"] for r in records if r["kind"] == "committed")
-    return [records[number - 1] for number in tried if number not in gone]
-
-
-def waiting(records: list[dict]) -> list[dict]:
-    """Records of the corrections that were received and not tried yet."""
-    gone = undone(records) | {r["of"] for r in records if r["kind"] == "committed"}
-    return [r for r in records if r["kind"] == "received" and r["id"] not in gone]
+    def refused(self) -> dict[int, str]:
+        """Why, by number, of the corrections that were tried and not learnt."""
+        return {number: r["why"] for number, r in self.committed.items() if not r["accepted"]}
 
 
 def _line(record: dict) -> bytes:

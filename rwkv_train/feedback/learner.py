@@ -13,7 +13,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from rwkv_train.data.templates import Template
-from rwkv_train.feedback.background import half_the_threads, in_a_line
+from rwkv_train.feedback.background import Watch, half_the_threads, in_a_line, on_standard_error
 from rwkv_train.feedback.correction import (
     Correction,
     Outcome,
@@ -27,11 +27,11 @@ from rwkv_train.feedback.correction import (
 from rwkv_train.feedback.decode import Form, answer_to
 from rwkv_train.feedback.export import export
 from rwkv_train.feedback.gate import Verdict, gate
-from rwkv_train.feedback.journal import Journal, learnt, waiting
+from rwkv_train.feedback.journal import Journal
 from rwkv_train.feedback.lesson import Lesson, lesson_of, text_lesson
 from rwkv_train.feedback.rehearsal import RehearsalSet
 from rwkv_train.feedback.settings import FeedbackConfig, renamed
-from rwkv_train.feedback.snapshots import Snapshots, weights_hash
+from rwkv_train.feedback.snapshots import Snapshots, names_of, weights_hash
 from rwkv_train.feedback.steps import Diverged, Tick, dynamic_evaluation, take_steps
 from rwkv_train.feedback.texts import answer_loss
 from rwkv_train.feedback.trainable import between, changed
@@ -45,7 +45,8 @@ class Learner:
 
     learn(correction) -> Outcome; undo, forget, replay, export, configure, diff. folder: holds the journal, snapshots
     and rehearsal set; one process at a time. The weights of a profile are a function of the base model and the journal:
-    `replay` gives the same ones, to the bit, on the same machine.
+    `replay` gives the same ones, to the bit, on the same machine. watch(what, items) gives the items and shows how far
+    they are: of what takes long.
     """
 
     def __init__(
@@ -66,6 +67,8 @@ class Learner:
         """
         self.base, self.form = base.float().eval().requires_grad_(False), Form(tokenizer, template or Template())
         self.folder, self.config, self._rehearsal = Path(folder), config or FeedbackConfig(), rehearsal
+        self.watch: Watch = on_standard_error
+        self._received: dict[int, Received] = {}  # what the journal says was learnt, as far as it was read
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(self.folder / "lock")
         try:
@@ -147,7 +150,7 @@ class Learner:
 
         What fails is recorded as not learnt, with the reason, and raised: it changes nothing, and is not tried again.
         """
-        record = next((r for r in self.waiting() if r["id"] == number), None)
+        record = self.journal.ledger.waiting.get(number)
         if record is None:
             raise ValueError(f"no correction with the number {number} waits to be learnt; see the history")
         try:
@@ -159,7 +162,7 @@ class Learner:
         self.model = model
         if outcome.accepted:
             try:
-                self._snapshots.save(model, self.learnt())
+                self._snapshots.save(model, self._names())
             except OSError as error:  # learnt it is, and the journal can be replayed
                 print(f"{self.folder}: no snapshot was kept: {in_a_line(error)}", file=sys.stderr)
         return outcome
@@ -187,11 +190,11 @@ class Learner:
 
     def learnt(self) -> list[dict]:
         """Records of the corrections that were learnt and not undone."""
-        return learnt(self.journal.records)
+        return list(self.journal.ledger.sequence.values())
 
     def waiting(self) -> list[dict]:
         """Records of the corrections that were received and not tried yet."""
-        return waiting(self.journal.records)
+        return list(self.journal.ledger.waiting.values())
 
     def replay(self) -> str:
         """Rebuild the weights from the base and the journal, from the newest snapshot that fits; returns their hash.
@@ -203,16 +206,27 @@ class Learner:
         return self.weights
 
     def _rebuilt(self, known: list[dict]) -> RWKV:
-        """The model that follows from corrections that were learnt in this order."""
-        shares = {r["of"]: r["share"] for r in self.journal.records if r["kind"] == "committed" and r["accepted"]}
-        found = ((n, self._snapshots.load(known[:n])) for n in range(len(known), -1, -1))
-        done, model = next((n, m) for n, m in found if m)
-        for n in range(done, len(known)):
-            received = received_of(known[n])
+        """The model that follows from corrections that were learnt in this order; told if any is learnt again."""
+        names, live = names_of(r["id"] for r in known), self._names()[-1]
+        done, model = self._snapshots.nearest(names)
+        if left := len(known) - done:
+            print(f"{self.folder}: {left} of {len(known)} corrections are learnt again", file=sys.stderr)
+        for n in self.watch("learnt again", range(done, len(known))):
+            received = self._read(known[n])
             after, _ = self._learn(model, received, self._lesson(model, received, known[:n]))
-            model = between(model, after, shares[known[n]["id"]])
-            self._snapshots.save(model, known[: n + 1])
+            model = between(model, after, self.journal.ledger.committed[received.id]["share"])
+            self._snapshots.save(model, names[: n + 2], [live])
         return model
+
+    def _names(self) -> list[str]:
+        """What snapshots of the weights in use and of those on the way there are called."""
+        return names_of(list(self.journal.ledger.sequence))
+
+    def _read(self, record: dict) -> Received:
+        """What the record of a learnt correction says, read once."""
+        if record["id"] not in self._received:
+            self._received[record["id"]] = received_of(record)
+        return self._received[record["id"]]
 
     def _recover(self) -> None:
         """Learn what waits. What cannot be learnt is told, and in the way of nothing else."""
@@ -284,9 +298,8 @@ class Learner:
         """What a correction trains and keeps, after earlier ones."""
         if isinstance(received.item, Reading):
             return text_lesson(received.item, self.form)
-        ids = {r["id"] for r in earlier}
-        replaced = {r["answer_before"] for r in self.journal.records if r["kind"] == "committed" and r["of"] in ids}
-        return lesson_of(received, list(map(received_of, earlier)), replaced, model, self.rehearsal)
+        replaced = {self.journal.ledger.committed[r["id"]]["answer_before"] for r in earlier}
+        return lesson_of(received, list(map(self._read, earlier)), replaced, model, self.rehearsal)
 
     def _learn(
         self, model: RWKV, received: Received, lesson: Lesson, tick: Tick = lambda step, loss: None
