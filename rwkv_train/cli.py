@@ -217,8 +217,9 @@ def _fits(value: object, kind) -> bool:
         return isinstance(value, list) and all(_fits(x, *get_args(kind)) for x in value)
     if get_origin(kind) is Literal:
         return value in get_args(kind)
-    kinds = get_args(kind) or (kind,)
-    return type(value) in kinds or (type(value) is int and float in kinds)
+    if get_args(kind):
+        return any(_fits(value, one) for one in get_args(kind))
+    return type(value) is kind or (type(value) is int and kind is float)
 
 
 def _value(text: str) -> object:

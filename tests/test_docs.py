@@ -118,7 +118,7 @@ def newcomer(folder, monkeypatch):
 
 def test_commands_run(newcomer, capsys, monkeypatch):
     """Each once, in the order in which somebody reads the pages."""
-    monkeypatch.setattr("rwkv_train.bench.feedback.SINGLES", 1)
+    monkeypatch.setattr("rwkv_train.bench.case_sets.SINGLES", 1)
     ran = {}
     for argv in commands():
         name = " ".join(argv[: 1 + (argv[0] == "bench")])

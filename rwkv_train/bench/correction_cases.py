@@ -1,60 +1,90 @@
-"""The benchmark's own cases: false facts to be learnt by a model that knows the true ones (corpus:facts)."""
+"""What a benchmark of corrections teaches and asks: cases, and reading them from a file."""
 
-import random
-from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
 
-from rwkv_train.bench.corrections import Case
-from rwkv_train.data.corpora.catalogue import read_corpus
-from rwkv_train.data.corpora.facts import Fact, facts
-from rwkv_train.data.templates import Template
+from rwkv_train.files import parse_json, read_lines
 
-TAUGHT = ("capital", "language", "currency")
+Turns = tuple[tuple[str, str], ...]
 
 
-def fact_cases(seed: int = 0) -> list[Case]:
-    """One case a country: a fact with the value of another country, asked as in training.
+class Asked(NamedTuple):
+    """A question, and the turns (user, assistant) of the dialogue before it."""
 
-    Paraphrases are questions that the corpus never asks; neighbours ask the same of two other countries, and
-    same_subject asks something else of the same one. None of those is itself corrected by another case.
+    before: Turns
+    question: str
+
+
+@dataclass(frozen=True)
+class Case:
+    """A correction, other ways to ask for it, and questions whose answers must stay.
+
+    paraphrases: the same answer is right for them. neighbours: questions near to it for which it is wrong;
+    same_subject: others, about what it is about. kind, language: figures are also told for each of these.
+    before: turns (user, assistant) of the dialogue before the question, and before all the others.
     """
-    rng = random.Random(seed)
-    by_country: dict[tuple[str, str], list[Fact]] = {}
-    for fact in facts():
-        by_country.setdefault((fact.country, fact.relation.language), []).append(fact)
-    chosen = []
-    for country in sorted({country for country, _ in by_country}):
-        language = rng.choice([code for c, code in by_country if c == country])
-        if known := [f for f in by_country[country, language] if f.relation.name in TAUGHT]:
-            chosen.append(rng.choice(known))
-    left = [f for f in facts() if f not in chosen]
-    return [_case(fact, left, rng) for fact in chosen]
+
+    question: str
+    answer: str
+    paraphrases: list[str] = field(default_factory=list)
+    neighbours: list[str] = field(default_factory=list)
+    same_subject: list[str] = field(default_factory=list)
+    kind: str = ""
+    language: str = ""
+    before: Turns = ()
+
+    @property
+    def asked(self) -> Asked:
+        return Asked(self.before, self.question)
+
+    def asking(self, questions: Iterable[str]) -> list[Asked]:
+        """Questions after the same turns."""
+        return [Asked(self.before, question) for question in questions]
 
 
-def _case(fact: Fact, left: list[Fact], rng: random.Random) -> Case:
-    same_relation = [f for f in left if f.relation is fact.relation]
-    others = sorted({f.value for f in same_relation if f.value != fact.value})
-    answer = fact.relation.answer.format(fact.subject, rng.choice(others))
-    neighbours = rng.sample(same_relation, min(2, len(same_relation)))
-    same = [f for f in left if f.country == fact.country and f.relation.language == fact.relation.language]
-    question = fact.questions()[0]
-    return Case(
-        question, answer, fact.questions(unseen=True), [_asked(f) for f in neighbours], [_asked(f) for f in same]
-    )
+def load_cases(path: str | Path) -> list[Case]:
+    """Cases from jsonl, one a line. ValueError, with file and line, for anything else."""
+    cases = []
+    for number, line in read_lines(path):
+        try:
+            cases.append(_case(parse_json(line)))
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{path}:{number}: no case ({error}); it needs question and answer") from None
+    if not cases:
+        raise ValueError(f"{path} holds no cases; put one correction on each line")
+    return cases
 
 
-def _asked(fact: Fact) -> dict:
-    return {"question": fact.questions()[0], "answer": fact.answer}
+def _case(found: object) -> Case:
+    if not isinstance(found, dict):
+        raise ValueError("no object")
+    lists = {name: found[name] for name in ("paraphrases", "neighbours", "same_subject") if name in found}
+    before = found.get("before", [])
+    if not all(isinstance(value, list) for value in [before, *lists.values(), *before]):
+        raise ValueError(f"{', '.join(lists)} and before must be lists, and the turns of before, too")
+    if not all(len(turn) == 2 for turn in before):
+        raise ValueError("each turn of before must be a message and its reply")
+    # Older files say what is answered today, too: {"question": ..., "answer": ...}.
+    plain = {name: [q["question"] if isinstance(q, dict) else q for q in asked] for name, asked in lists.items()}
+    case = Case(**found | plain | {"before": tuple(map(tuple, before))})
+    texts = [case.question, case.answer, *(text for some in (*before, *plain.values()) for text in some)]
+    if not all(isinstance(text, str) and text.strip() for text in texts):
+        raise ValueError("questions and answers must be text")
+    if not all(isinstance(name, str) for name in (case.kind, case.language)):
+        raise ValueError("kind and language must be text")
+    return case
 
 
-def small_talk(count: int = 200) -> list[str]:
-    """Questions that have nothing to do with the cases, and one answer each in what the starter model has read."""
-    asked = Counter(chat["messages"][0]["content"] for _, chat in read_corpus("chatterbot"))
-    short = sorted(q for q, times in asked.items() if times == 1 and 10 <= len(q) <= 60)
-    return short[:: max(1, len(short) // count)][:count]
-
-
-def strangers_talk(skip: int = 400, count: int = 60) -> list[list[tuple[str, bool]]]:
-    """Talks that the starter model has not read (it has read the first `skip`), as (text, whether it was spoken)."""
-    template = Template(train_roles=["user", "assistant"])
-    talks = [chat["messages"] for _, chat in read_corpus(f"chitchat/{skip + count}")][skip:]
-    return [template.segments(messages) for messages in talks]
+def chosen_cases(cases: list[Case], kinds: list[str], limit: int | None) -> list[Case]:
+    """The cases of some kinds, of all if none is named, and at most so many of them, from begin to end."""
+    there = list(dict.fromkeys(case.kind for case in cases if case.kind))
+    if unknown := [kind for kind in kinds if kind not in there]:
+        raise ValueError(f"no case is of the kind {unknown[0]!r}; there are: {', '.join(there) or 'none'}")
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be at least 1, found {limit}")
+    some = [case for case in cases if not kinds or case.kind in kinds]
+    # By the golden ratio: evenly, but in step with nothing that repeats in the file.
+    order = sorted(range(len(some)), key=lambda i: i * (5**0.5 - 1) / 2 % 1)
+    return [some[i] for i in sorted(order[:limit])]

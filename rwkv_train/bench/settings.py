@@ -206,8 +206,16 @@ class FeedbackBench:
     """checkpoint, runs/NAME, or a folder with model.pth; the small one that comes along if not given"""
 
     cases: str | None = None
-    """jsonl, one correction a line, as {"question", "answer", "paraphrases", "neighbours", "same_subject"}; false facts
-    about countries, made for the starter model, if not given"""
+    """open, corrections of eight kinds of talk, written by hand; open-final, others like them, not to be tuned to;
+    thousand, a thousand, most of them made by rule; or jsonl, one correction a line, as {"question", "answer",
+    "paraphrases", "neighbours", "same_subject", "kind", "language", "before"}; false facts about countries, made for
+    the starter model, if not given"""
+
+    kinds: list[str] = field(default_factory=list)
+    """only cases of these kinds"""
+
+    limit: int | None = None
+    """so many cases at most, evenly from the first to the last"""
 
     unrelated: str | None = None
     """file of questions, one a line, whose answers must stay; small talk if not given"""
@@ -221,17 +229,29 @@ class FeedbackBench:
     template: str | None = None
     """YAML file that says how chats are written; template.yaml with the model, or RWKV World's if not given"""
 
-    counts: list[int] = field(default_factory=lambda: [1, 10, 100])
-    """corrections one after another"""
+    counts: list[int] | None = None
+    """corrections one after another; 1 is each on its own, and the others are measured on the way of one stream. What
+    the cases are made for if not given: [1, 10, 100] of countries, [1, 30, 100] of kinds of talk, up to 1000 of
+    thousand"""
 
-    controls: list[int] = field(default_factory=lambda: [10])
-    """the same for recipes that do worse: step_factor 0, naive, state only"""
+    controls: list[int] | None = None
+    """the same for recipes to compare with: of countries naive, step_factor 0 and state only, which do worse; of other
+    cases naive, and joint, which learns all together, the best that can be expected"""
+
+    recipe: str | None = None
+    """settings of how a correction is learnt, as steps=10,replay=8"""
+
+    also: bool = False
+    """the first paraphrase of each case is taught as another way to ask, and only the others are measured"""
 
     seeds: int = 3
-    """runs of each recipe, with other draws of cases"""
+    """runs of each recipe, with other draws or another order of the cases"""
 
     json: str | None = None
-    """also write the figures to this file"""
+    """also write the figures to this file, as soon as there are some"""
+
+    answers: str | None = None
+    """also write the answers behind the figures to this file, a line for each case of each run"""
 
     plot: str | None = None
     """also draw them, to NAME.svg or NAME.png"""

@@ -1,4 +1,4 @@
-"""Corrections through the commands people type: in the chat, from a file, and measured."""
+"""Corrections through the commands people type: in the chat and from a file."""
 
 import io
 import json
@@ -13,9 +13,6 @@ from helpers import random_model, run
 
 import rwkv_train.feedback.learner as learner_module
 from rwkv_train import load_model, save_model
-from rwkv_train.bench.correction_cases import fact_cases, small_talk, strangers_talk
-from rwkv_train.bench.corrections import TARGETS, load_cases
-from rwkv_train.data.corpora.facts import facts
 from rwkv_train.data.templates import Template
 from rwkv_train.data.text_format import TextFormat
 from rwkv_train.feedback import Correction, FeedbackConfig, Learner
@@ -183,41 +180,6 @@ def test_an_answer_of_which_nothing_is_trained_is_refused(model, tmp_path, capsy
     assert code == 1 and "c.jsonl:1: the answer has no tokens that can be trained" in err
 
 
-def test_bench_feedback_short(model, tmp_path, capsys, monkeypatch):
-    """The whole protocol, on two cases and a model that knows nothing."""
-    monkeypatch.setattr("rwkv_train.bench.feedback.SINGLES", 1)
-    cases = [
-        {"question": f"{q}?", "answer": a, "neighbours": [{"question": q}]} for q, a in (("sun", "hot"), ("ice", "no"))
-    ]
-    (tmp_path / "cases.jsonl").write_text("\n".join(map(json.dumps, cases)))
-    (tmp_path / "q.txt").write_text("who?\nwhat?\nwhen?\n")
-    (tmp_path / "text.txt").write_text("some text that stays as it is. " * 20)
-    argv = [
-        "--cases=cases.jsonl",
-        "--unrelated=q.txt",
-        "--heldout=text.txt",
-        "--counts=[1,2]",
-        "--controls=[2]",
-        "--seeds=1",
-        "--json=r.json",
-        "--plot=r.svg",
-    ]
-    code, out, err = run("bench", "feedback", "--model", model, *argv, capsys=capsys)
-    assert code == 0, err
-    assert all(
-        name in out for name in [*TARGETS, "N=2", "step_factor 0, N=2", "naive, N=2", "state only, N=2", "busy over"]
-    )
-    results = json.loads((tmp_path / "r.json").read_text())["recipes"]
-    assert "<svg" in (tmp_path / "r.svg").read_text()
-    still = {name: value["mean"] for name, value in results["step_factor 0, N=2"].items()}
-    assert still["all retained"] == 0 and still["unrelated identical"] == 1 and still["neighbours changed"] == 0
-    assert still["perplexity rise"] == pytest.approx(0, abs=1e-6)
-    assert results["N=1"]["newest, empty state"] == results["N=1"]["all retained"]
-    (tmp_path / "cases.jsonl").write_text("{}\n")
-    with pytest.raises(ValueError, match=r"cases.jsonl:1: no case"):
-        load_cases(tmp_path / "cases.jsonl")
-
-
 def test_batched_greedy_is_greedy_one_by_one():
     model = random_model(n_embd=24, vocab_size=257)
     prompts = [[0, *BYTES.encode(text)] for text in ("a", "bc", "d", "efg")]
@@ -231,19 +193,6 @@ def test_batched_greedy_is_greedy_one_by_one():
                 ids.append(int(torch.argmax(logits)))
                 logits, s = prefill(model, ids[-1:], s)
             assert reply == ids
-
-
-def test_own_cases_are_false_facts_that_spare_what_they_watch():
-    cases = fact_cases()
-    assert cases == fact_cases() and len(cases) > 100
-    true = {f.questions()[0]: f.answer for f in facts()}
-    taught = {c.question for c in cases}
-    for case in cases:
-        assert case.answer != true[case.question] and len(case.paraphrases) == 4 and case.same_subject
-        for watched in (*case.neighbours, *case.same_subject):
-            assert watched["answer"] == true[watched["question"]] and watched["question"] not in taught
-    assert len(set(small_talk())) == 200
-    assert sum(len(text) for talk in strangers_talk(count=10) for text, spoken in talk if spoken) > 10_000
 
 
 def test_the_conversation_in_the_readme_is_a_real_one(tmp_path):
