@@ -36,7 +36,7 @@ def case_set(name: str | None) -> CaseSet:
         return _plain(fact_cases())
     if name == "thousand":
         return CaseSet(thousand_cases(), OPEN, [30, 100, 300, 1000], ["naive", "joint"], [1000])
-    cases = load_cases(FILES / BY_HAND.get(name, name)) if name in BY_HAND else load_cases(name)
+    cases = load_cases(FILES / BY_HAND[name] if name in BY_HAND else name)
     if not any(case.kind for case in cases):
         return _plain(cases)
     return CaseSet(cases, OPEN, [1, 30, 100], ["naive", "joint"], [30])

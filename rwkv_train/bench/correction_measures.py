@@ -23,12 +23,12 @@ Document = list[tuple[str, bool]]
 class Marks:
     """Values by measure, of one case, or of everything together where case is None; a share is a list of 0 and 1.
 
-    said: the answers behind them, by question.
+    said: the answers behind them, by question: the base's, and that of now.
     """
 
     case: Case | None
     values: dict[str, list[float]]
-    said: dict[str, str] | None = None
+    said: dict[str, tuple[str, str]] | None = None
 
 
 def merged(first: Marks, *others: Marks) -> Marks:
@@ -99,7 +99,7 @@ class Answers:
             "neighbours changed": [now[n] != base[n] for n in neighbours],
             "same subject changed": [now[n] != base[n] for n in same_subject],
         }
-        return Marks(case, values, {a.question: now[a] for a in _all_asked(case)})
+        return Marks(case, values, {a.question: (base[a], now[a]) for a in _all_asked(case)})
 
     def unrelated(self, model: RWKV, questions: list[str]) -> Marks:
         """Which of some other questions a model answers as the base does."""
@@ -169,10 +169,14 @@ def figures(marks: list[Marks]) -> dict[str, float]:
 
 
 def by_group(marks: list[Marks], cases: list[Case]) -> dict[str, dict[str, float]]:
-    """The same for the cases of each kind, then of each language, with how many there are; in the order of `cases`."""
+    """The same for the cases of each kind, then of each language, in the order of `cases`, with how many there are.
+
+    Nothing if no case is of any kind.
+    """
+    kinds, languages = ([getattr(case, name) for case in cases] for name in ("kind", "language"))
     found = {}
-    for name in dict.fromkeys([*(case.kind for case in cases), *(case.language for case in cases)]):
-        if some := [mark for mark in marks if name and mark.case and name in (mark.case.kind, mark.case.language)]:
+    for name in dict.fromkeys(filter(None, kinds + languages if any(kinds) else [])):
+        if some := [mark for mark in marks if mark.case and name in (mark.case.kind, mark.case.language)]:
             found[name] = {"cases": len({mark.case.asked for mark in some})} | figures(some)
     return found
 

@@ -34,6 +34,7 @@ CONTROLS = {
     "state only": {"trainable": "state"},
 }
 STRANGER = 200  # tokens of unrelated text before a question
+IDLE = 1000  # tokens that are timed while nothing is learnt
 
 Tick = Callable[[], object]
 
@@ -82,7 +83,7 @@ class Protocol:
     ) -> list[Marks]:
         """Measures of corrections each learnt by the base on its own; drawn: cases, each with the seed of a dialogue.
 
-        parts: of the held-out documents, as many as there are at most; each correction reads one of them, in turn.
+        parts: of the held-out documents and the unrelated questions; each correction is asked for one of them, in turn.
         """
         parts, marks = min(parts, len(self.heldout.documents)), []
         for number, (case, seed) in enumerate(drawn):
@@ -107,11 +108,10 @@ class Protocol:
                     yield number, [*map(merged, newest, after), *after[number:]]
 
     def after(self, model: RWKV, cases: list[Case], part: slice = slice(None)) -> list[Marks]:
-        """Measures of a model that was taught these cases, in their order; then, on a part of the held-out documents,
-        of all else."""
+        """Measures of a model that was taught these cases, in their order; then of a part of all else."""
         return [
             *self.answers.judge(model, cases, self.also),
-            self.answers.unrelated(model, self.unrelated),
+            self.answers.unrelated(model, self.unrelated[part]),
             self.heldout.rise(model, part),
         ]
 
@@ -144,7 +144,7 @@ class Protocol:
     def serving(self, config: FeedbackConfig, count: int = 5) -> dict[str, float]:
         """What a reply that streams meanwhile feels of `count` corrections; and the process's memory."""
         with half_the_threads(), self._learner(config) as learner:
-            idle, memory_idle = self._gaps(lambda tokens: tokens < 1000)
+            idle, memory_idle = self._gaps(lambda tokens: tokens < IDLE)
             errors: list[Exception] = []
             background, done = Background(errors.append), threading.Event()
             for case in self.cases[:count]:

@@ -28,7 +28,7 @@ from rwkv_train.files import read_lines, read_text
 from rwkv_train.program import STARTER
 
 JOINT = "joint"
-PARTS = 10  # of the held-out documents, one for each of many single corrections
+PARTS = 10  # of all that must not change, one for each of many single corrections
 
 
 def feedback(config: FeedbackBench) -> None:
@@ -118,11 +118,8 @@ class Runs:
         }
 
     def tables(self) -> str:
-        return (
-            table(self.results(), self.found.targets)
-            + (f"\n\n{kinds_table(self.by_kind())}" if self.kinds else "")
-            + "\n"
-        )
+        tables = [table(self.results(), self.found.targets), kinds_table(self.by_kind()) if self.kinds else ""]
+        return "\n\n".join(filter(None, tables)) + "\n"
 
     def write(self, serving: dict[str, float] | None = None) -> None:
         """The figures so far, where they are asked for."""

@@ -32,7 +32,7 @@ CASES = [
 ]
 UNRELATED = ["who?", "what?", "when?", "sun?"]
 HELDOUT = [[("some text that stays. " * 3, True)], [("and more of it", False), ("here", True)]]
-QUICK = {"steps": 30, "contrasts": 1, "rehearsed": 1, "random_prefixes": 1, "paraphrases": 1}
+QUICK = {"steps": 8, "contrasts": 1, "rehearsed": 1, "random_prefixes": 1, "paraphrases": 1}
 
 
 def lines(cases) -> str:
@@ -46,6 +46,7 @@ def brief(monkeypatch):
     for name in ("lesson.MAX_REPLY", "decode.MAX_REPLY"):
         monkeypatch.setattr(f"rwkv_train.feedback.{name}", 12)
     monkeypatch.setattr(corrections, "MAX_NEW_TOKENS", 4)
+    monkeypatch.setattr(corrections, "IDLE", 20)
     monkeypatch.setattr(corrections.RehearsalSet, "of_model", lambda base, form: rehearsal_set(base))
 
 
@@ -160,7 +161,7 @@ def test_what_counts_as_understood_as_leaked_and_as_before():
     assert alone.values["alike, of the paraphrases"] == [True, False]
     # The base said it of the sea.
     assert alone.values["leaks"] == [False, True] and alone.values["neighbours as before"] == [True, False]
-    assert alone.said["ice?"] == "hot"
+    assert alone.said["ice?"] == ("z", "hot")
     both = answers.judge(now, CASES[:2], also=False)
     # The ice and the sun are taught, too, and so no neighbours.
     assert both[0].values["leaks"] == [False] and len(both[1].values["leaks"]) == 1
