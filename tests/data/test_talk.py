@@ -9,7 +9,7 @@ from starter_report import questions
 
 from rwkv_train.data.corpora.catalogue import corpus_version, read_corpus
 from rwkv_train.data.corpora.facts import facts
-from rwkv_train.data.corpora.talk.chats import UNTOLD, Speaker, chats_of, talk_chats
+from rwkv_train.data.corpora.talk.chats import AGAIN, UNTOLD, Speaker, chats_of, talk_chats
 from rwkv_train.data.corpora.talk.texts import LANGUAGES, bare, parse, read_texts
 from rwkv_train.data.corpora.talk.wordings import Draw, reworded, unheard, varied
 
@@ -47,11 +47,12 @@ things:
 TEXTS = parse("en", TOY)
 
 
-def turns(chats):
-    """(what was said before, question, reply) of every turn"""
+def turns(chats, again=False):
+    """(what was said before, question, reply) of every turn but those that only ask for other words, or of those"""
     for _, chat in chats:
         said = [message["content"] for message in chat["messages"]]
-        yield from ((said[:at], said[at], said[at + 1]) for at in range(0, len(said), 2))
+        found = [(said[:at], said[at], said[at + 1]) for at in range(0, len(said), 2)]
+        yield from (turn for turn in found if (turn[2] in AGAIN.values()) == again)
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +122,22 @@ def test_a_question_has_one_reply_by_any_wording(toy):
     assert all(len(found) == 1 for found in replies.values())
     known = {fact.answer for fact in facts()}
     assert {reply for _, _, reply in turns(toy) if reply.startswith("The capital of")} <= known
+
+
+def test_a_model_can_learn_to_reword_a_question(toy):
+    """Asked for other words, the user takes some of the same entry; without them both would have the same reply."""
+    replies = {question: reply for _, question, reply in turns(toy)}
+    asked_again = {question: len(before) for before, question, _ in turns(toy, again=True)}
+    others = [
+        (chat["messages"], at)
+        for _, chat in toy
+        for at, m in enumerate(chat["messages"])
+        if m["content"] in AGAIN.values()
+    ]
+    assert len(others) > 50 and len(asked_again) > 40
+    for messages, at in others:
+        first, other, reply = (messages[at + step]["content"] for step in (-1, 1, 2))
+        assert first != other and replies.get(first, reply) == reply
 
 
 def test_a_reply_copies_what_stands_for_x(toy):

@@ -20,6 +20,8 @@ WEIGHTS = {  # of a hundred turns
     **{"unknown": 3, "told": 6, "untold": 2, "follow_ups": 5},
 }
 COUNTRY = ("country",)
+AGAIN = {"en": "Could you say that in other words?", "zh": "你能换个说法吗？"}
+ASKED_AGAIN = 0.12  # of the turns that can be said otherwise, how many come twice, in other words
 UNTOLD = {"en": "You have not told me that yet.", "zh": "这个你还没有告诉我。"}
 
 
@@ -162,6 +164,8 @@ class Speaker:
 
     def turns(self, kind: str, entry: Entry | Fact) -> list[Turn]:
         """The turn in which something is asked, after the one that it needs."""
+        if kind in ("intents", "relations", "facts", "unknown") and self.draw.random() < ASKED_AGAIN:
+            return self._twice(entry)
         if isinstance(entry, Fact):
             question = self._from(entry, entry.questions())
             return [(reworded(question, self.texts.language, self.draw, edits=False), entry.answer)]
@@ -171,6 +175,16 @@ class Speaker:
             return [turn]
         before = entry.before + self._relations.get(entry.reply, ())
         return [(self._ask(before, thing), filled(entry.reply, thing)), turn]
+
+    def _twice(self, entry: Entry | Fact) -> list[Turn]:
+        """A question that is asked for in other words, and those; a model learns to reword any."""
+        wordings, say, thing = (
+            (entry.questions(), entry.answer, "")
+            if isinstance(entry, Fact)
+            else (entry.ask, entry.say, self.thing(entry))
+        )
+        first, other = self.draw.sample([filled(wording, thing) for wording in wordings], 2)
+        return [(first, AGAIN[self.texts.language]), (other, filled(say, thing))]
 
     def _ask(self, wordings: Sequence[str], thing: str) -> str:
         wording = self._from(wordings, wordings)
