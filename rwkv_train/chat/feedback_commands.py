@@ -7,13 +7,14 @@ from dataclasses import fields
 from pathlib import Path
 
 from rwkv_train.chat.session import Chat, Command, Setting, number
+from rwkv_train.chat.sleeping import Sleeper
 from rwkv_train.feedback import Correction, FeedbackConfig, Learner, Outcome, Reading
 from rwkv_train.feedback.background import Background, half_the_threads, in_a_line
 from rwkv_train.feedback.correction import item_of
 from rwkv_train.feedback.journal import Ledger
 from rwkv_train.files import read_text
 
-TEACHING = ("fix", "teach", "good", "bad", "learn", "undo", "history", "diff", "export")
+TEACHING = ("fix", "teach", "good", "bad", "learn", "sleep", "undo", "history", "diff", "export")
 
 
 class Teacher:
@@ -35,6 +36,8 @@ class Teacher:
             self._ending.enter_context(half_the_threads())
         self.background = Background(lambda error: self._tell(in_a_line(error)))
         self._ending.callback(self.background.close)
+        self._sleeper = Sleeper(self.chat, self.learner, self.background, self._tell)
+        self._ending.callback(self._sleeper.close)
         if not self.wait:
             self.background.submit(self._prepare)
         for record in self.learner.waiting():  # as after a crash
@@ -54,7 +57,8 @@ class Teacher:
             ("good", "/good", "the last reply was right: keep it so", self._good),
             ("bad", "/bad", "the last reply was wrong: anything but that", self._bad),
             ("learn", "/learn FILE", "get used to a text, gently", self._read),
-            ("undo", "/undo [N]", "forget the last correction, or the last N", self._undo),
+            ("sleep", "/sleep", "learn all corrections together, until you type, and keep that if better", self._sleep),
+            ("undo", "/undo [N]", "forget the last correction or sleep, or the last N", self._undo),
             ("history", "/history", "list what was learnt, and what was not", self._history),
             ("diff", "/diff", "how far the model is from where it began", self._diff),
             ("export", "/export FILE", "write corrections as training data", self._export),
@@ -143,6 +147,9 @@ class Teacher:
         finally:
             self._now, self.chat.status = None, ""
 
+    def _sleep(self, chat: Chat, rest: str) -> Iterable[str]:
+        return self._run(self._sleeper.sleep, "sleeping; type anything to end it")
+
     def _undo(self, chat: Chat, rest: str) -> Iterable[str]:
         count = number(rest or "1", int)
         return self._run(
@@ -157,7 +164,7 @@ class Teacher:
         failed = {number: why for number, why in self._failed.items() if number in marks} | ledger.refused()
         marks |= {number: "being learnt" for number in [self._now] if number in marks}
         marks |= {number: f"not learnt: {why}" for number, why in failed.items()}
-        listed = [r for r in records if r["kind"] == "received" and r["id"] not in ledger.undone]
+        listed = [r for r in records if r["kind"] in ("received", "slept") and r["id"] not in ledger.undone]
         lines = [_line(r) + (f" ({marks[r['id']]})" if r["id"] in marks else "") for r in listed]
         return ["\n".join(lines) or "nothing was learnt yet"]
 
@@ -221,6 +228,9 @@ def told(o: Outcome) -> str:
 
 
 def _line(record: dict) -> str:
+    if record["kind"] == "slept":
+        kept = "" if record["accepted"] else f" (not kept: {record['why']})"
+        return f"{record['id']}: slept on {len(record['of'])} corrections{kept}"
     item = item_of(record)
     if isinstance(item, Reading):
         return f"{record['id']}: read {' '.join(item.text.split())[:60]} ..."

@@ -3,6 +3,7 @@
 import re
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, fields, replace
@@ -38,7 +39,8 @@ class Chat:
 
     commands, settings: by name; `add` takes more of them. renamed: settings' names of before, and of today. missing:
     why there is no command of that name. typing: for /help, how a text is typed here that is not taken as it stands.
-    closing: what must end with the chat, as `chat.closing.callback(f)`. folder: for saved dialogues.
+    closing: what must end with the chat, as `chat.closing.callback(f)`. folder: for saved dialogues. lines, typed: how
+    many were typed, and when the last one was, in seconds of time.monotonic().
     """
 
     def __init__(self, dialogue: Dialogue, folder: Path):
@@ -49,6 +51,7 @@ class Chat:
         self.missing: dict[str, str] = {}
         self.typing = ""
         self._before_answer: list[Callable[[], None]] = []
+        self.lines, self.typed = 0, time.monotonic()
         self.closing = ExitStack()
         self.status = ""  # what goes on in the background, in a few words
         self._screen = threading.RLock()
@@ -75,6 +78,7 @@ class Chat:
 
         A message that begins with a slash itself is given with two.
         """
+        self.lines, self.typed = self.lines + 1, time.monotonic()
         try:
             for call in self._before_answer:
                 call()

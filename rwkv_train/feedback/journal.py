@@ -70,8 +70,9 @@ class Ledger:
     """What records come to, kept up one by one: what it costs to add one does not grow with their number.
 
     By number: sequence, what the weights follow from, in that order: records of the corrections that were learnt and
-    not undone; waiting: records of the corrections that were received and not tried yet; committed: what became of
-    those that were tried. undone: numbers of what was taken back.
+    not undone, and of sleeps; waiting: records of the corrections that were received and not tried yet; committed:
+    what became of those that were tried. undone: numbers of what was taken back. tired: something was learnt since a
+    sleep was last tried.
     """
 
     def __init__(self, records: Iterable[dict] = ()):
@@ -79,6 +80,7 @@ class Ledger:
         self.waiting: dict[int, dict] = {}
         self.committed: dict[int, dict] = {}
         self.undone: set[int] = set()
+        self.tired = False
         for record in records:
             self.add(record)
 
@@ -90,12 +92,18 @@ class Ledger:
             self.committed[record["of"]] = record
             received = self.waiting.pop(record["of"], None)
             if record["accepted"] and received:
-                self.sequence[record["of"]] = received
+                self.sequence[record["of"]], self.tired = received, True
+        elif record["kind"] == "slept":
+            self.tired = False
+            if record["accepted"]:
+                self.sequence[record["id"]] = record
         elif record["kind"] == "undone":
             for number in record["of"]:
                 self.undone.add(number)
                 self.sequence.pop(number, None)
                 self.waiting.pop(number, None)
+            while self.sequence and next(iter(self.sequence.values()))["kind"] == "slept":  # nothing is left of it
+                del self.sequence[next(iter(self.sequence))]
 
     def refused(self) -> dict[int, str]:
         """Why, by number, of the corrections that were tried and not learnt."""

@@ -31,7 +31,8 @@ from rwkv_train.feedback.journal import Journal
 from rwkv_train.feedback.lesson import Lesson, lesson_of, text_lesson
 from rwkv_train.feedback.rehearsal import RehearsalSet
 from rwkv_train.feedback.settings import FeedbackConfig, renamed
-from rwkv_train.feedback.snapshots import Snapshots, names_of, weights_hash
+from rwkv_train.feedback.sleep import Sleep, Slept, judged
+from rwkv_train.feedback.snapshots import Snapshots, weights_hash
 from rwkv_train.feedback.steps import Diverged, Tick, dynamic_evaluation, take_steps
 from rwkv_train.feedback.texts import answer_loss
 from rwkv_train.feedback.trainable import between, changed
@@ -43,10 +44,10 @@ from rwkv_train.tokenizer import Tokenizer
 class Learner:
     """Learns corrections one by one. `model` is the current version: immutable, replaced as a whole.
 
-    learn(correction) -> Outcome; undo, forget, replay, export, configure, diff. folder: holds the journal, snapshots
-    and rehearsal set; one process at a time. The weights of a profile are a function of the base model and the journal:
-    `replay` gives the same ones, to the bit, on the same machine. watch(what, items) gives the items and shows how far
-    they are: of what takes long.
+    learn(correction) -> Outcome; sleep, undo, forget, replay, export, configure, diff. folder: holds the journal,
+    snapshots and rehearsal set; one process at a time. The weights of a profile are a function of the base model and
+    the journal: `replay` gives the same ones, to the bit, on the same machine. watch(what, items) gives the items and
+    shows how far they are: of what takes long.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class Learner:
         self.base, self.form = base.float().eval().requires_grad_(False), Form(tokenizer, template or Template())
         self.folder, self.config, self._rehearsal = Path(folder), config or FeedbackConfig(), rehearsal
         self.watch: Watch = on_standard_error
+        self._asleep: tuple[object, Sleep] | None = None  # one that was left, and what it is of
         self._received: dict[int, Received] = {}  # what the journal says was learnt, as far as it was read
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(self.folder / "lock")
@@ -79,7 +81,7 @@ class Learner:
             self.journal = Journal(self.folder / "journal.jsonl")
             self._snapshots = Snapshots(self.folder / "snapshots", self.base)
             self._check_base()
-            self.model = self._rebuilt(self.learnt())
+            self.model = self._rebuilt(self._sequence())
             if recover:
                 self._recover()
         except BaseException:
@@ -161,22 +163,44 @@ class Learner:
         self.journal.append("committed", of=number, **{k: v for k, v in asdict(outcome).items() if k != "id"})
         self.model = model
         if outcome.accepted:
-            try:
-                self._snapshots.save(model, self._names())
-            except OSError as error:  # learnt it is, and the journal can be replayed
-                print(f"{self.folder}: no snapshot was kept: {in_a_line(error)}", file=sys.stderr)
+            self._keep_snapshot()
         return outcome
 
+    def sleep(self, stop: Callable[[], bool] = lambda: False) -> Slept | None:
+        """Learn all corrections together, from the base, and keep that if it is better; see sleep.py.
+
+        None if stop(), asked now and then, said to leave it, or a correction came: nothing is changed, and the next
+        sleep goes on there if nothing else was learnt. Raises ValueError if there is nothing to learn together.
+        """
+        sequence = self._sequence()
+        if len(self.learnt()) < 2 or sequence[-1]["kind"] == "slept":
+            raise ValueError("there is nothing to sleep on: fewer than two corrections, or none since the last sleep")
+        of = ([record["id"] for record in sequence], self.config)
+        if self._asleep is None or self._asleep[0] != of:
+            self._asleep = of, self._sleep_on(sequence, self.config)
+        if not self._asleep[1].go_on(lambda: stop() or bool(self.waiting())):
+            return None
+        (_, sleep), self._asleep = self._asleep, None
+        slept = judged(sleep, self.model, self.weights_of(sleep.model))
+        self.journal.append("slept", **asdict(slept), config=asdict(self.config))
+        if slept.accepted:
+            self.model = sleep.model
+            self._keep_snapshot()
+        return slept
+
     def undo(self, count: int = 1) -> list[int]:
-        """Take back the last `count` corrections; returns their ids. The weights before the last are exact."""
-        known = self.learnt()
+        """Take back the last `count` corrections or sleeps; returns their ids. The weights before them are exact."""
+        known = self._sequence()
         if not 1 <= count <= len(known):
             raise ValueError(f"there are {len(known)} corrections to undo, not {count}")
         return self.forget([record["id"] for record in known[-count:]])
 
     def forget(self, ids: list[int]) -> list[int]:
-        """Take back any corrections: the weights become those of a replay without them."""
-        known = self.learnt()
+        """Take back any corrections or sleeps: the weights become those of a replay without them.
+
+        Corrections that were learnt together in a sleep with one that is taken back are learnt together without it.
+        """
+        known = self._sequence()
         if unknown := set(ids) - {record["id"] for record in known}:
             raise ValueError(f"no active correction has the number {min(unknown)}; see the history")
         model = self._rebuilt([record for record in known if record["id"] not in ids])
@@ -190,7 +214,7 @@ class Learner:
 
     def learnt(self) -> list[dict]:
         """Records of the corrections that were learnt and not undone."""
-        return list(self.journal.ledger.sequence.values())
+        return [record for record in self._sequence() if record["kind"] == "received"]
 
     def waiting(self) -> list[dict]:
         """Records of the corrections that were received and not tried yet."""
@@ -201,26 +225,47 @@ class Learner:
 
         Corrections that were received but not committed, as after a crash, are learnt and committed.
         """
-        self.model = self._rebuilt(self.learnt())
+        self.model = self._rebuilt(self._sequence())
         self._recover()
         return self.weights
 
-    def _rebuilt(self, known: list[dict]) -> RWKV:
-        """The model that follows from corrections that were learnt in this order; told if any is learnt again."""
-        names, live = names_of(r["id"] for r in known), self._names()[-1]
-        done, model = self._snapshots.nearest(names)
-        if left := len(known) - done:
-            print(f"{self.folder}: {left} of {len(known)} corrections are learnt again", file=sys.stderr)
-        for n in self.watch("learnt again", range(done, len(known))):
-            received = self._read(known[n])
-            after, _ = self._learn(model, received, self._lesson(model, received, known[:n]))
-            model = between(model, after, self.journal.ledger.committed[received.id]["share"])
-            self._snapshots.save(model, names[: n + 2], [live])
+    def _sequence(self) -> list[dict]:
+        """Records of what the weights follow from, in that order: corrections, and sleeps on all before them."""
+        return list(self.journal.ledger.sequence.values())
+
+    def _rebuilt(self, sequence: list[dict]) -> RWKV:
+        """The model that follows from corrections and sleeps in this order; told if any is learnt again."""
+        done, model = self._snapshots.nearest(sequence)
+        asleep = max((n for n, r in enumerate(sequence) if r["kind"] == "slept"), default=-1)
+        begin = max(done, asleep)  # a sleep is from the base, so that what lies before it need not be done
+        if done < len(sequence):
+            again = sum(r["kind"] == "received" for r in sequence[0 if begin == asleep else begin :])
+            print(f"{self.folder}: {again} corrections are learnt again", file=sys.stderr)
+        for n in self.watch("learnt again", range(begin, len(sequence))):
+            model = self._again(model, sequence[:n], sequence[n])
+            self._snapshots.save(model, sequence[: n + 1], self._sequence())
         return model
 
-    def _names(self) -> list[str]:
-        """What snapshots of the weights in use and of those on the way there are called."""
-        return names_of(list(self.journal.ledger.sequence))
+    def _again(self, model: RWKV, earlier: list[dict], record: dict) -> RWKV:
+        """The model after a record of the journal that comes after earlier ones."""
+        if record["kind"] == "slept":
+            sleep = self._sleep_on(earlier, FeedbackConfig(**record["config"]))
+            sleep.go_on()
+            return sleep.model
+        received = self._read(record)
+        after, _ = self._learn(model, received, self._lesson(model, received, earlier))
+        return between(model, after, self.journal.ledger.committed[received.id]["share"])
+
+    def _sleep_on(self, sequence: list[dict], config: FeedbackConfig) -> Sleep:
+        received = [self._read(record) for record in sequence if record["kind"] == "received"]
+        return Sleep(self.rehearsal, received, config, lambda what, items: self.watch(what, items))
+
+    def _keep_snapshot(self) -> None:
+        """Keep the weights in use, or say that they are not: they follow from the journal, too."""
+        try:
+            self._snapshots.save(self.model, self._sequence(), self._sequence())
+        except OSError as error:
+            print(f"{self.folder}: no snapshot was kept: {in_a_line(error)}", file=sys.stderr)
 
     def _read(self, record: dict) -> Received:
         """What the record of a learnt correction says, read once."""
@@ -265,7 +310,7 @@ class Learner:
     def _judge(self, received: Received, tick: Tick) -> tuple[Outcome, RWKV]:
         """Learn a correction on top of the current model; (what became of it, the model it leaves)."""
         begun, before, steps = time.monotonic(), self.model, 0
-        lesson = self._lesson(before, received, self.learnt())
+        lesson = self._lesson(before, received, self._sequence())
         answer_before = self.form.shown(lesson.reply)
         try:
             whole, steps = self._learn(before, received, lesson, tick)
@@ -298,8 +343,9 @@ class Learner:
         """What a correction trains and keeps, after earlier ones."""
         if isinstance(received.item, Reading):
             return text_lesson(received.item, self.form)
-        replaced = {self.journal.ledger.committed[r["id"]]["answer_before"] for r in earlier}
-        return lesson_of(received, list(map(self._read, earlier)), replaced, model, self.rehearsal)
+        before = [self._read(record) for record in earlier if record["kind"] == "received"]
+        replaced = {self.journal.ledger.committed[it.id]["answer_before"] for it in before}
+        return lesson_of(received, before, replaced, model, self.rehearsal)
 
     def _learn(
         self, model: RWKV, received: Received, lesson: Lesson, tick: Tick = lambda step, loss: None

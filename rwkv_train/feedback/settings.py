@@ -85,6 +85,9 @@ class FeedbackConfig:
     learn_decay: float = 1e-3
     """of /learn: share of the way back to the weights before it that every step goes"""
 
+    sleep_after: float = 0.0
+    """minutes without a line typed after which all corrections are learnt together, as by /sleep; 0 is never"""
+
     def __post_init__(self):
         for f in fields(self):
             value = getattr(self, f.name)

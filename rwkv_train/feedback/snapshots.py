@@ -1,7 +1,6 @@
 """Weights of a profile kept as files, so that most of its journal need not be replayed."""
 
 import hashlib
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -18,32 +17,34 @@ APART = 100
 
 
 class Snapshots:
-    """A folder of what corrections changed of a base model, each file named by the corrections and by its content."""
+    """A folder of what corrections changed of a base model, each file named by the corrections and by its content.
+
+    A sequence is what weights follow from: the journal's records of corrections and sleeps, in order.
+    """
 
     def __init__(self, folder: Path, base: RWKV):
         self.folder, self.base = folder, base
 
-    def save(self, model: RWKV, names: list[str], live: Iterable[str] = ()) -> None:
-        """Keep the model after corrections. names: as `names_of` gives them. live: names that must stay, too.
+    def save(self, model: RWKV, sequence: list[dict], live: list[dict]) -> None:
+        """Keep the model after a sequence.
 
-        Of the others the newest stay, and the milestones of these corrections.
+        Of the others stay the newest, the milestones of this sequence, and what an undo or a crash would need of it and
+        of the one in use, `live`: the last, and those before and after the last sleep.
         """
         self.folder.mkdir(exist_ok=True)
-        weights = changed(model, self.base)
+        weights, names = changed(model, self.base), _names(sequence)
         path = self.folder / f"{names[-1]}-{weights_hash(weights)[:16]}.safetensors"
         replace_file(path, lambda temporary: write_safetensors(weights, temporary))
-        stay = {*live, *names[:: _apart(len(names) - 1)]}
+        stay = {*names[:: _apart(len(sequence))], *_needed(sequence), *_needed(live)}
         for old in self._files()[:-NEWEST]:
             if _named(old) not in stay:
                 old.unlink()
 
-    def nearest(self, names: list[str]) -> tuple[int, RWKV]:
-        """(of how many of the corrections a sound snapshot is kept, the model after them); after none, the base.
-
-        names: as `names_of` gives them.
-        """
+    def nearest(self, sequence: list[dict]) -> tuple[int, RWKV]:
+        """(of how much of the sequence a sound snapshot is kept, the model after that); after nothing, the base."""
+        names = _names(sequence)
         files = {_named(path): path for path in self._files()}  # of several of a name the newest
-        for count in range(len(names) - 1, 0, -1):
+        for count in range(len(sequence), 0, -1):
             model = self._read(files[names[count]]) if names[count] in files else None
             if model is not None:
                 return count, model
@@ -73,11 +74,17 @@ def _apart(count: int) -> int:
     return apart
 
 
-def names_of(ids: Iterable[int]) -> list[str]:
-    """What snapshots are called: after the first 0, 1, 2, ... of corrections with these numbers."""
+def _needed(sequence: list[dict]) -> set[str]:
+    names = _names(sequence)
+    asleep = [n for n, record in enumerate(sequence) if record["kind"] == "slept"][-1:]
+    return {names[-1], *(name for n in asleep for name in names[n : n + 2])}
+
+
+def _names(sequence: list[dict]) -> list[str]:
+    """What snapshots after the first 0, 1, 2, ... records are called: by all the numbers up to there."""
     digest, names, comma = hashlib.sha256(), [""], b""
-    for number in ids:
-        digest.update(comma + str(number).encode())
+    for record in sequence:
+        digest.update(comma + str(record["id"]).encode())
         comma = b","
         names.append(digest.hexdigest()[:16])
     return names

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from rwkv_train.feedback import Correction, Reading, journal, learner, snapshots
 from rwkv_train.feedback.journal import Journal, Ledger
-from rwkv_train.feedback.snapshots import Snapshots, names_of
+from rwkv_train.feedback.snapshots import Snapshots
 from rwkv_train.feedback.trainable import localised_names, with_weights
 
 MANY = 300
@@ -27,7 +27,7 @@ def many(tmp_path, monkeypatch):
         for n in range(1, MANY):
             received = ours.journal.append("received", **asdict(Correction(f"{n}?", f"{n}.")), config=settings)
             ours.journal.append("committed", of=received["id"], **(as_learnt | {"answer_before": f"{n}"}))
-        ours._snapshots.save(ours.model, ours._names())
+        ours._keep_snapshot()
     return tmp_path
 
 
@@ -62,11 +62,11 @@ def test_what_is_learnt_again_is_told(tmp_path, capsys):
         watched = []
         ours.watch = lambda what, items: (watched.append(len(items)), items)[1]
         ours.forget([2])
-        assert watched == [2] and "2 of 2 corrections are learnt again" in capsys.readouterr().err
+        assert watched == [2] and "2 corrections are learnt again" in capsys.readouterr().err
     for file in (tmp_path / "profile" / "snapshots").iterdir():
         file.unlink()
     open_learner(tmp_path).close()
-    assert "2 of 2 corrections are learnt again" in capsys.readouterr().err
+    assert "2 corrections are learnt again" in capsys.readouterr().err
 
 
 def test_an_undo_that_is_broken_off_leaves_the_snapshot_of_the_weights_in_use(tmp_path, monkeypatch, capsys):
@@ -95,15 +95,17 @@ def test_the_newest_snapshots_are_kept_and_milestones_that_get_fewer(tmp_path, m
     monkeypatch.setattr(snapshots, "MILESTONES", 3)
     monkeypatch.setattr(snapshots, "APART", 2)
     base, kept = small_model(), Snapshots(tmp_path, small_model())
-    names, own = names_of(range(1, 15)), dict(base.named_parameters())
+    sequence, own, files = [{"id": n, "kind": "received"} for n in range(1, 15)], dict(base.named_parameters()), {}
     for count in range(1, 15):
-        kept.save(with_weights(kept.base, {n: own[n] + count for n in localised_names(base)}), names[: count + 1])
+        after = with_weights(kept.base, {n: own[n] + count for n in localised_names(base)})
+        kept.save(after, sequence[:count], sequence[:count])
+        files |= {file: count for file in tmp_path.iterdir() if file not in files}
         for file in tmp_path.iterdir():  # as if a second passed
             os.utime(file, (file.stat().st_mtime - 1,) * 2)
     stay = [4, 8, 12, 13, 14]
-    assert {file.name.split("-")[0] for file in tmp_path.iterdir()} == {names[n] for n in stay}
+    assert sorted(files[file] for file in tmp_path.iterdir()) == stay
     for wanted in range(1, 15):
-        count, model = kept.nearest(names[: wanted + 1])
+        count, model = kept.nearest(sequence[:wanted])
         assert count == max((n for n in stay if n <= wanted), default=0)
         assert (model is kept.base) == (count == 0)
 

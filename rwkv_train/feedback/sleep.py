@@ -1,0 +1,174 @@
+"""Sleep: while nobody asks, all corrections are learnt together, from the base.
+
+One after another, every correction moves a little of what the ones before it taught. Together none comes last: the
+lessons and steps are those of any correction, in batches that are drawn anew in every epoch, until nothing is left to
+learn. What that comes to is kept only if it is at least as good as what was there.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+
+from rwkv_train.feedback.background import Watch, half_the_threads
+from rwkv_train.feedback.correction import Correction, Reading, Received
+from rwkv_train.feedback.decode import MAX_REPLY, greedy
+from rwkv_train.feedback.gate import shows
+from rwkv_train.feedback.lesson import Lesson, lesson_of, text_lesson
+from rwkv_train.feedback.rehearsal import RehearsalSet
+from rwkv_train.feedback.settings import FeedbackConfig
+from rwkv_train.feedback.steps import dynamic_evaluation, take_steps
+from rwkv_train.models.base import RWKV
+
+TOGETHER = 16  # corrections of one batch
+STEPS = 4  # at most, on one batch
+EPOCHS = 20  # at most
+SHARE = 4  # of what a correction keeps, so much is read in each epoch, in turn
+ASKED = 64  # questions that are answered at once
+
+
+@dataclass(frozen=True)
+class Slept:
+    """What a sleep came to.
+
+    of: numbers of what was learnt together. why: what spoke against it, or "better". right: how many of the `count`
+    corrections that have an answer gave it, or no longer gave the wrong one, as decoded. lost: numbers of those that
+    were right before and are not after. drift: KL from the base, in nats a token of the rehearsal set. weights: hash.
+    """
+
+    accepted: bool
+    why: str
+    of: list[int]
+    count: int
+    right_before: int
+    right_after: int
+    lost: list[int]
+    drift_before: float
+    drift_after: float
+    epochs: int
+    seconds: float
+    weights: str
+
+
+class Sleep:
+    """Corrections that are learnt together, in pieces between which it can be left and gone on with.
+
+    received: what was learnt, in that order; the last word on a question counts. `model` at the end follows from the
+    arguments alone.
+    """
+
+    def __init__(self, rehearsal: RehearsalSet, received: list[Received], config: FeedbackConfig, watch: Watch):
+        self.rehearsal, self.received, self.config = rehearsal, received, config
+        self.model, self.epochs, self.seconds = rehearsal.base, 0, 0.0
+        self._pieces = self._run(watch)
+
+    def go_on(self, stop: Callable[[], bool] = lambda: False) -> bool:
+        """Whether it came to its end; otherwise stop() said to leave it."""
+        begun = time.monotonic()
+        with half_the_threads():
+            stopped = any(stop() for _ in self._pieces)
+        self.seconds += time.monotonic() - begun
+        return not stopped
+
+    def _run(self, watch: Watch) -> Iterator[None]:
+        # 1. Texts that were only read.
+        readings = [it for it in self.received if isinstance(it.item, Reading)]
+        for it in watch("sleep, texts", readings):
+            ids = text_lesson(it.item, self.rehearsal.form).new[0].ids
+            self.model, _ = dynamic_evaluation(self.model, ids, self.rehearsal.curvature, it.config)
+            yield
+        # 2. The lesson of each correction, as if it were the only one.
+        lessons, start = [], self.model
+        for it in watch("sleep, lessons", standing(self.received)):
+            lessons.append(lesson_of(it, [], [], start, self.rehearsal))
+            yield
+        lessons = agreeing(lessons)
+        # 3. Epochs, until one finds nothing to learn.
+        rng, config = torch.Generator().manual_seed(0), replace(self.config, steps=STEPS, extra=0)
+        for epoch in range(EPOCHS if lessons else 0):
+            batches, taken = torch.randperm(len(lessons), generator=rng).split(TOGETHER), 0
+            for some in watch(f"sleep, epoch {epoch + 1}", batches):
+                lesson = together([lessons[i] for i in some], epoch)
+                self.model, steps = take_steps(self.model, lesson, self.rehearsal.curvature, config)
+                taken += steps
+                yield
+            self.epochs = epoch + 1
+            if not taken:
+                break
+
+
+def standing(received: list[Received]) -> list[Received]:
+    """The corrections that count: the last word on each question."""
+    last = {it.item.question: it for it in received if isinstance(it.item, Correction)}
+    return [it for it in received if isinstance(it.item, Correction) and last[it.item.question] is it]
+
+
+def together(lessons: list[Lesson], epoch: int) -> Lesson:
+    """What one epoch reads of some lessons: each question alone, one of its other examples and a share of what is
+    kept, others in the next epoch."""
+    others = [lesson.new[1:] for lesson in lessons]
+    new = [lesson.new[0] for lesson in lessons] + [some[epoch % len(some)] for some in others if some]
+    return Lesson(new, anchored=[kept for lesson in lessons for kept in lesson.anchored[epoch % SHARE :: SHARE]])
+
+
+def agreeing(lessons: list[Lesson]) -> list[Lesson]:
+    """The lessons without what is about another one's question: that teaches what they would keep."""
+    asked = [tuple(lesson.new[0].ids[: -lesson.new[0].answer]) for lesson in lessons]
+    whose, lengths = {prompt: n for n, prompt in enumerate(asked)}, {len(prompt) for prompt in asked}
+
+    def agrees(ids: list[int], n: int) -> bool:
+        return all(whose.get(tuple(ids[:length]), n) == n for length in lengths)
+
+    return [
+        replace(
+            lesson,
+            new=[example for example in lesson.new if agrees(example.ids, n)],
+            anchored=[(ids, model) for ids, model in lesson.anchored if agrees(ids, n)],
+        )
+        for n, lesson in enumerate(lessons)
+    ]
+
+
+def right(model: RWKV, rehearsal: RehearsalSet, corrections: list[Received]) -> list[bool]:
+    """Of each correction whether the model gives its answer, as decoded, or not the wrong one."""
+    form, found = rehearsal.form, {}
+    asked = sorted(((form.prompt(it.item.question), it) for it in corrections), key=lambda pair: len(pair[0]))
+    with half_the_threads():
+        for i in range(0, len(asked), ASKED):
+            some = asked[i : i + ASKED]
+            replies = greedy(model, form, [prompt for prompt, _ in some], max_new_tokens=MAX_REPLY)
+            found |= {it.id: shows(it.item, form.shown(ids), form) for (_, it), ids in zip(some, replies, strict=True)}
+    return [found[it.id] for it in corrections]
+
+
+def judged(sleep: Sleep, before: RWKV, weights: str) -> Slept:
+    """Whether what a sleep came to is to be kept instead of the model before it; weights: the hash of sleep.model.
+
+    Kept is what gives no fewer right answers and drifts no further from the base, and does one of both better.
+    """
+    begun, rehearsal, corrections = time.monotonic(), sleep.rehearsal, standing(sleep.received)
+    then, now = (right(model, rehearsal, corrections) for model in (before, sleep.model))
+    with half_the_threads():
+        drifts = [rehearsal.drift(rehearsal.base, model) for model in (before, sleep.model)]
+    why = "better"
+    if sum(now) < sum(then):
+        why = "it would give fewer right answers"
+    elif drifts[1] > drifts[0]:
+        why = "everything else would drift further"
+    elif sum(now) == sum(then) and drifts[1] == drifts[0]:
+        why = "it would be no better"
+    return Slept(
+        accepted=why == "better",
+        why=why,
+        of=[it.id for it in sleep.received],
+        count=len(corrections),
+        right_before=sum(then),
+        right_after=sum(now),
+        lost=[it.id for it, was, is_ in zip(corrections, then, now, strict=True) if was and not is_],
+        drift_before=drifts[0],
+        drift_after=drifts[1],
+        epochs=sleep.epochs,
+        seconds=sleep.seconds + time.monotonic() - begun,
+        weights=weights,
+    )
