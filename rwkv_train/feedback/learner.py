@@ -176,11 +176,11 @@ class Learner:
         if len(self.learnt()) < 2 or sequence[-1]["kind"] == "slept":
             raise ValueError("there is nothing to sleep on: fewer than two corrections, or none since the last sleep")
         of = ([record["id"] for record in sequence], self.config)
-        if self._asleep is None or self._asleep[0] != of:
-            self._asleep = of, self._sleep_on(sequence, self.config)
-        if not self._asleep[1].go_on(lambda: stop() or bool(self.waiting())):
+        left, self._asleep = self._asleep, None
+        sleep = left[1] if left and left[0] == of else self._sleep_on(sequence, self.config)
+        if not sleep.go_on(lambda: stop() or bool(self.waiting())):
+            self._asleep = of, sleep
             return None
-        (_, sleep), self._asleep = self._asleep, None
         slept = judged(sleep, self.model, self.weights_of(sleep.model))
         self.journal.append("slept", **asdict(slept), config=asdict(self.config))
         if slept.accepted:

@@ -24,8 +24,10 @@ from rwkv_train.models.base import RWKV
 TOGETHER = 16  # corrections of one batch
 STEPS = 4  # at most, on one batch
 EPOCHS = 20  # at most
+QUIET = 4  # epochs one after another without a step, as each reads other examples
 SHARE = 4  # of what a correction keeps, so much is read in each epoch, in turn
 ASKED = 64  # questions that are answered at once
+LESSONS = "sleep, lessons"  # what is told while they are made
 
 
 @dataclass(frozen=True)
@@ -80,12 +82,12 @@ class Sleep:
             yield
         # 2. The lesson of each correction, as if it were the only one.
         lessons, start = [], self.model
-        for it in watch("sleep, lessons", standing(self.received)):
+        for it in watch(LESSONS, standing(self.received)):
             lessons.append(lesson_of(it, [], [], start, self.rehearsal))
             yield
         lessons = agreeing(lessons)
-        # 3. Epochs, until one finds nothing to learn.
-        rng, config = torch.Generator().manual_seed(0), replace(self.config, steps=STEPS, extra=0)
+        # 3. Epochs, until there is nothing to learn.
+        rng, config, quiet = torch.Generator().manual_seed(0), replace(self.config, steps=STEPS, extra=0), 0
         for epoch in range(EPOCHS if lessons else 0):
             batches, taken = torch.randperm(len(lessons), generator=rng).split(TOGETHER), 0
             for some in watch(f"sleep, epoch {epoch + 1}", batches):
@@ -93,8 +95,8 @@ class Sleep:
                 self.model, steps = take_steps(self.model, lesson, self.rehearsal.curvature, config)
                 taken += steps
                 yield
-            self.epochs = epoch + 1
-            if not taken:
+            self.epochs, quiet = epoch + 1, 0 if taken else quiet + 1
+            if quiet == QUIET:
                 break
 
 

@@ -20,7 +20,7 @@ from rwkv_train.bench.invented_relations import RELATIONS
 from rwkv_train.data.corpora.facts import facts
 from rwkv_train.data.templates import Template
 from rwkv_train.data.text_format import TextFormat
-from rwkv_train.feedback import FeedbackConfig
+from rwkv_train.feedback import FeedbackConfig, sleep
 from rwkv_train.feedback.decode import greedy
 
 BEFORE = (("my cat", "nice"),)
@@ -208,7 +208,7 @@ def test_a_correction_stands_in_its_dialogue(protocol):
 
 
 def test_learnt_together_all_are_known(protocol, monkeypatch):
-    monkeypatch.setattr(joint, "STEPS", 20)
+    monkeypatch.setattr(sleep, "STEPS", 20)
     model = joint.learnt_together(protocol, FeedbackConfig(**vars(CONFIG) | QUICK), CASES, 0, lambda: None)
     assert figures(protocol.after(model, CASES))["all retained"] == 1
 

@@ -153,6 +153,8 @@ def test_a_sleep_that_is_killed_leaves_the_profile_as_it_was(profile, before_sle
         with pytest.raises(KeyboardInterrupt):
             learner.sleep()
         assert learner.weights == before_sleep[1]
+        with pytest.raises(KeyboardInterrupt):  # nor does a part of it count as the whole
+            learner.sleep()
     assert (profile / "profile" / "journal.jsonl").read_bytes() == journal
     with open_learner(profile) as again:
         assert again.weights == before_sleep[1] and again.sleep().accepted
