@@ -159,7 +159,8 @@ class FeedbackFileConfig:
     """checkpoint, runs/NAME, or a folder with model.pth"""
 
     file: str
-    """jsonl with one correction a line, as {"question": "...", "answer": "..."}"""
+    """jsonl with one correction a line, as {"question": "...", "answer": "..."}; or another profile's folder, to
+    learn its corrections anew"""
 
     tokenizer: str | None = None
     """world, bytes or a tokenizer JSON; known where tokenizer.json lies with the model"""

@@ -9,19 +9,18 @@ from pathlib import Path
 from rwkv_train import program
 from rwkv_train.chat.dialogue import Dialogue
 from rwkv_train.chat.feedback_commands import TEACHING, Teacher
-from rwkv_train.chat.opening import data_folder, profile_folder
+from rwkv_train.chat.opening import data_folder, open_profile
 from rwkv_train.chat.room import Room
 from rwkv_train.chat.session import Chat
 from rwkv_train.chat.terminal import in_plain, in_room, in_terminal
 from rwkv_train.checkpoints.opener import DTYPES, open_model
 from rwkv_train.command_config import ChatConfig
-from rwkv_train.feedback import Learner
 from rwkv_train.feedback.settings import RENAMED
 from rwkv_train.generate import Sampling
 
 
-def chat(config: ChatConfig) -> None:
-    """Talk to a model until the end of input or /quit."""
+def chat(config: ChatConfig) -> int:
+    """Talk to a model until the end of input or /quit. The exit code: 1 if lines were piped and a correction failed."""
     _check_flags(config)
     operators = frozenset(name.strip() for name in config.operators.split(",") if name.strip())
     limits = {"queue": config.queue, "per_user": config.per_user, "rate": config.rate}
@@ -29,21 +28,24 @@ def chat(config: ChatConfig) -> None:
     opened = open_chat(config)
     in_person = not (config.plain or config.room) and sys.stdin.isatty()
     with opened.closing:
+        teacher = None
         if config.dtype == "fp32":
             teacher = open_teacher(opened, config, wait=not (in_person or config.room))
             opened.add(teacher.commands(), teacher.settings(), teacher.swap, RENAMED)
         else:
             opened.missing |= dict.fromkeys(TEACHING, "corrections need --dtype fp32")
         if in_person:
-            return in_terminal(opened)
+            in_terminal(opened)
+            return 0
         if isinstance(sys.stdin, io.TextIOWrapper):  # bytes that are no UTF-8 are a mistake of one line, not the end
             sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape", newline="\n")
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
         if config.room:
             in_room(opened, sys.stdin, room)
-        else:
-            in_plain(opened, sys.stdin)
+            return 0
+        in_plain(opened, sys.stdin)
+        return 1 if teacher and teacher.failures else 0
 
 
 def _check_flags(config: ChatConfig) -> None:
@@ -82,7 +84,7 @@ def open_chat(config: ChatConfig) -> Chat:
 def open_teacher(chat: Chat, config: ChatConfig, wait: bool) -> Teacher:
     """What corrects the chat's model, until the chat ends; wait: see `Teacher`."""
     dialogue, model = chat.dialogue, config.model or program.STARTER
-    folder = profile_folder(chat.folder, config.profile, model)
-    learner = Learner(dialogue.model, dialogue.tokenizer, folder, dialogue.template, recover=False)
+    opened = dialogue.model, dialogue.tokenizer, dialogue.template
+    learner = open_profile(*opened, chat.folder, config.profile, model)
     chat.closing.callback(learner.close)
     return chat.closing.enter_context(Teacher(chat, learner, wait))

@@ -1,73 +1,92 @@
-"""The `feedback` command: a file of corrections, learnt one after another."""
+"""The `feedback` command: a file of corrections, or those of another profile, learnt one after another."""
 
 import sys
 from collections import Counter
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from rwkv_train.chat.opening import data_folder, profile_folder
+from rwkv_train.chat.corrections_read import Taught, of_profile, taught_by
+from rwkv_train.chat.opening import data_folder, open_profile
 from rwkv_train.checkpoints.opener import open_model
 from rwkv_train.command_config import FeedbackFileConfig
-from rwkv_train.feedback import Correction, Learner, Outcome
+from rwkv_train.feedback import Correction, Learner, Reading
 from rwkv_train.feedback.background import in_a_line
-from rwkv_train.files import BadJSON, counted, parse_json, read_lines
+from rwkv_train.feedback.extent import another_wording, check_differs, kept_question
+from rwkv_train.files import counted, read_lines
 
 
 def feedback(config: FeedbackFileConfig) -> int:
     """Learn a file of corrections, one after another, and print what became of each."""
-    ignored: Counter[str] = Counter()
-    corrections = {n: _correction(f"{config.file}:{n}", line, ignored) for n, line in read_lines(config.file)}
-    if not corrections:
-        raise ValueError(f"{config.file} holds no correction; put one on each line")
-    if ignored:
-        print(f"not used: {counted(ignored, 'correction')}", file=sys.stderr)
+    taught = _read(Path(config.file).expanduser())
     model, tokenizer, template = open_model(config.model, config.tokenizer, config.template, torch.float32)
-    folder = profile_folder(data_folder(config.folder), config.profile, config.model)
-    with Learner(model, tokenizer, folder, template, recover=False) as learner:
-        for n, correction in corrections.items():  # all of them, before any is learnt
-            try:
-                learner.check(correction)
-            except ValueError as error:
-                raise ValueError(f"{config.file}:{n}: {error}") from None
+    with open_profile(model, tokenizer, template, data_folder(config.folder), config.profile, config.model) as learner:
+        if Path(config.file).expanduser().resolve() in (learner.folder.resolve(), learner.journal.path.resolve()):
+            raise ValueError(f"{config.file} is what is to learn from it; name another --profile")
+        corrections = [_checked(one, learner) for one in taught]  # all of them, before any is learnt
         left = [record["id"] for record in learner.waiting()]  # by a crash, or by a chat that was killed
         if left:
             print(f"received before and not learnt yet, so learnt first: {', '.join(map(str, left))}", file=sys.stderr)
-        found = {number: _commit(learner, number) for number in left}
-        for correction in tqdm(corrections.values(), desc="feedback", unit="correction", leave=False):
-            number = learner.receive(correction)
-            found[number] = _commit(learner, number)
+        rows = [_learnt(learner, number) for number in left]
+        for one, item in zip(tqdm(taught, "feedback", unit="correction", leave=False), corrections, strict=True):
+            rows += [_learnt(learner, number) for number in _received(one, item, learner)]
     print(f"{'':>4}  {'loss':>15}  {'steps':>5}  {'s':>5}  {'drift':>7}  answer")
-    print("\n".join(_row(number, outcome) for number, outcome in found.items()))
-    learned = sum(isinstance(o, Outcome) and o.accepted for o in found.values())
-    print(f"\n{learned} of {len(found)} learnt; kept in {folder}")
-    return 0 if learned == len(found) else 1
+    print("\n".join(row for _, row in rows))
+    learned = sum(accepted for accepted, _ in rows)
+    print(f"\n{learned} of {len(rows)} learnt; kept in {learner.folder}")
+    return 0 if learned == len(rows) else 1
 
 
-def _commit(learner: Learner, number: int) -> Outcome | str:
-    """What became of a correction, or what went wrong, which keeps no other from being learnt."""
+def _read(path: Path) -> list[Taught]:
+    """The corrections in a file or a profile. ValueError for what is none."""
+    if path.is_dir() or path.name == "journal.jsonl":
+        left_out, taught = of_profile(path if path.is_dir() else path.parent)
+    else:
+        ignored: Counter[str] = Counter()
+        taught = [taught_by(f"{path}:{n}", line, ignored) for n, line in read_lines(path)]
+        left_out = f"not used: {counted(ignored, 'correction')}" if ignored else ""
+    if not taught:
+        raise ValueError(f"{path} holds no correction; put one on each line")
+    if left_out:
+        print(left_out, file=sys.stderr)
+    return taught
+
+
+def _checked(one: Taught, learner: Learner) -> Correction | Reading:
+    """What is to be learnt, in its dialogue. Raises ValueError if it, or what belongs to it, cannot be."""
     try:
-        return learner.commit(number)
+        item = one.item
+        if one.before:
+            item = replace(item, context=tuple(learner.form.dialogue(one.before)))
+        learner.check(item)
+        for _, text in one.belonging:
+            check_differs(text, item.question)
+            learner.check(replace(item, question=text))
+        return item
+    except ValueError as error:
+        raise ValueError(f"{one.where}: {error}") from None
+
+
+def _received(one: Taught, item: Correction | Reading, learner: Learner) -> list[int]:
+    """The numbers of a correction and of what belongs to it, all of them on the disk."""
+    number, journal = learner.receive(item), learner.journal
+    makes = [kept_question if keeps else another_wording for keeps, _ in one.belonging]
+    texts = [text for _, text in one.belonging]
+    return [number, *(learner.receive(make(journal, text, number)) for make, text in zip(makes, texts, strict=True))]
+
+
+def _learnt(learner: Learner, number: int) -> tuple[bool, str]:
+    """(whether a correction was learnt, its row). What goes wrong keeps no other one from being learnt."""
+    record = learner.journal.records[number - 1]
+    what = f"{'not' if record['keeps'] else 'also'} {record['question']} => " if record.get("of") else ""
+    try:
+        o = learner.commit(number)
     except Exception as error:
-        return in_a_line(error)
-
-
-def _row(number: int, o: Outcome | str) -> str:
-    if isinstance(o, str):
-        return f"{number:>4}  {'':>15}  {'':>5}  {'':>5}  {'':>7}  not learnt: {o}"
+        return False, f"{number:>4}  {'':>15}  {'':>5}  {'':>5}  {'':>7}  {what}not learnt: {in_a_line(error)}"
     losses = f"{o.loss_before:.3f} -> {o.loss_after:.3f}"
-    mark = o.answer_after if o.accepted else f"not learnt: {o.why}"
-    return f"{number:>4}  {losses:>15}  {o.steps:>5}  {o.seconds:>5.1f}  {o.drift:>7.4f}  {mark}"
-
-
-def _correction(where: str, line: str, ignored: Counter[str]) -> Correction:
-    """The correction that a line is; the fields that corrections do not have are counted in `ignored`."""
-    try:
-        found = parse_json(line)
-    except BadJSON as error:
-        raise ValueError(f"{where}: {error}; put one correction on each line") from None
-    parts = [found.pop(name, None) for name in ("question", "answer")] if isinstance(found, dict) else [None]
-    if not all(isinstance(part, str) for part in parts):
-        raise ValueError(f'{where}: expected {{"question": ..., "answer": ...}}, both of them text')
-    ignored.update(name for name, value in found.items() if value is not None)
-    return Correction(*parts)
+    answer = o.answer_after if o.accepted else f"not learnt: {o.why}"
+    note = f" ({o.note})" if o.note else ""
+    row = f"{number:>4}  {losses:>15}  {o.steps:>5}  {o.seconds:>5.1f}  {o.drift:>7.4f}  {what}{answer}{note}"
+    return o.accepted, row

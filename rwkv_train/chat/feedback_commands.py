@@ -1,5 +1,6 @@
 """Corrections in a chat: the commands that teach, and the thread that learns."""
 
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
@@ -8,24 +9,26 @@ from pathlib import Path
 
 from rwkv_train.chat.session import Chat, Command, Setting, number
 from rwkv_train.chat.sleeping import Sleeper
-from rwkv_train.feedback import Correction, FeedbackConfig, Learner, Outcome, Reading
+from rwkv_train.chat.telling import exported, history, question_of, told
+from rwkv_train.feedback import Correction, FeedbackConfig, Learner, Reading
 from rwkv_train.feedback.background import Background, half_the_threads, in_a_line
-from rwkv_train.feedback.correction import item_of
+from rwkv_train.feedback.extent import another_wording, kept_question
 from rwkv_train.feedback.journal import Ledger
 from rwkv_train.files import read_text
 
-TEACHING = ("fix", "teach", "good", "bad", "learn", "sleep", "undo", "history", "diff", "export")
+TEACHING = ("fix", "teach", "also", "not", "good", "bad", "learn", "sleep", "undo", "history", "diff", "export")
 
 
 class Teacher:
     """What the feedback commands of one chat share: the learner and its thread. A context: it ends with the chat.
 
     learner: what it has received and not learnt is learnt now. wait: answer a command only when it is done, as scripts
-    expect; otherwise at once, and tell the outcome later.
+    expect; otherwise at once, and tell the outcome later. failures: of these commands, so far.
     """
 
     def __init__(self, chat: Chat, learner: Learner, wait: bool):
         self.chat, self.learner, self.wait = chat, learner, wait
+        self.failures = 0
         self._ending = ExitStack()
         self._now: int | None = None  # the correction that is being learnt
         self._failed: dict[int, str] = {}  # why, of those whose failure could not be recorded either
@@ -54,6 +57,8 @@ class Teacher:
         listed = [
             ("fix", "/fix TEXT", "the last reply should have been TEXT: learn it", self._fix),
             ("teach", "/teach QUESTION => ANSWER", "learn an answer to a question", self._teach),
+            ("also", "/also TEXT", "TEXT is another way to ask what was just corrected", self._also),
+            ("not", "/not TEXT", "TEXT keeps the answer it had before; TEXT may be 12a, or 12: TEXT", self._not),
             ("good", "/good", "the last reply was right: keep it so", self._good),
             ("bad", "/bad", "the last reply was wrong: anything but that", self._bad),
             ("learn", "/learn FILE", "get used to a text, gently", self._read),
@@ -63,7 +68,7 @@ class Teacher:
             ("diff", "/diff", "how far the model is from where it began", self._diff),
             ("export", "/export FILE", "write corrections as training data", self._export),
         ]
-        return {name: Command(usage, phrase, run) for name, usage, phrase, run in listed}
+        return {name: Command(usage, phrase, self._counted(run)) for name, usage, phrase, run in listed}
 
     def settings(self) -> dict[str, Setting]:
         """How corrections are learnt, for the chat, by name."""
@@ -114,6 +119,24 @@ class Teacher:
             raise ValueError("write /teach QUESTION => ANSWER")
         return self._learn(Correction(question.strip(), answer.strip()))
 
+    def _also(self, chat: Chat, rest: str) -> Iterable[str]:
+        correction = another_wording(self.learner.journal, *self._question(rest, "also"))
+        return self._learn(correction, f", another way to ask {correction.of}: {correction.question}")
+
+    def _not(self, chat: Chat, rest: str) -> Iterable[str]:
+        correction = kept_question(self.learner.journal, *self._question(rest, "not"))
+        return self._learn(correction, f", which keeps its answer from before {correction.of}: {correction.question}")
+
+    def _question(self, rest: str, name: str) -> tuple[str, int | None]:
+        """(the question, the number of the correction that is spoken of) of what follows /also or /not."""
+        if not rest:
+            raise ValueError(f"write /{name} TEXT, or /{name} 12: TEXT for correction 12")
+        if named := re.fullmatch(r"(\d+):\s+(.+)", rest, re.DOTALL):
+            return named[2], int(named[1])
+        if label := re.fullmatch(r"(\d+)[a-z]", rest):
+            return question_of(self.learner.journal.ledger, rest), int(label[1])
+        return rest, None
+
     def _good(self, chat: Chat, rest: str) -> Iterable[str]:
         last = chat.dialogue.last()
         return self._learn(Correction(last.user, last.reply, tuple(chat.dialogue.context_of_last())))
@@ -127,9 +150,9 @@ class Teacher:
             raise ValueError("write /learn FILE")
         return self._learn(Reading(read_text(rest).replace("\r\n", "\n")))
 
-    def _learn(self, correction: Correction | Reading) -> Iterable[str]:
+    def _learn(self, correction: Correction | Reading, meaning: str = "") -> Iterable[str]:
         number = self.learner.receive(correction)
-        yield f"received as correction {number}\n"
+        yield f"received as correction {number}{meaning}\n"
         yield from self._run(lambda: self._commit(number))
 
     def _commit(self, number: int) -> str:
@@ -140,8 +163,11 @@ class Teacher:
 
         self._now = number
         try:
-            return told(self.learner.commit(number, tick))
+            outcome = self.learner.commit(number, tick)
+            self.failures += not outcome.accepted
+            return told(outcome)
         except Exception as error:
+            self.failures += 1
             self._failed[number] = in_a_line(error)
             return f"{number}: not learnt, nothing was changed: {self._failed[number]}"
         finally:
@@ -151,11 +177,17 @@ class Teacher:
         return self._run(self._sleeper.sleep, "sleeping; type anything to end it")
 
     def _undo(self, chat: Chat, rest: str) -> Iterable[str]:
-        count = number(rest or "1", int)
-        return self._run(
-            lambda: f"forgot {', '.join(map(str, self.learner.undo(count)))}; the weights are as before",
-            "taking it back; go on",
-        )
+        ledger = self.learner.journal.ledger
+        count, known = number(rest or "1", int), len(ledger.sequence) + len(ledger.waiting)
+        if not 1 <= count <= known:
+            raise ValueError(f"there are {known} corrections to undo, not {count}")
+
+        def undo() -> str:
+            forgotten = list(map(str, self.learner.undo(count)))
+            theirs = f", and with that {', '.join(forgotten[count:])}" if forgotten[count:] else ""
+            return f"forgot {', '.join(forgotten[:count])}{theirs}; the weights are as before"
+
+        return self._run(undo, "taking it back; go on")
 
     def _history(self, chat: Chat, rest: str) -> Iterable[str]:
         records = list(self.learner.journal.records)  # of one moment
@@ -164,9 +196,7 @@ class Teacher:
         failed = {number: why for number, why in self._failed.items() if number in marks} | ledger.refused()
         marks |= {number: "being learnt" for number in [self._now] if number in marks}
         marks |= {number: f"not learnt: {why}" for number, why in failed.items()}
-        listed = [r for r in records if r["kind"] in ("received", "slept") and r["id"] not in ledger.undone]
-        lines = [_line(r) + (f" ({marks[r['id']]})" if r["id"] in marks else "") for r in listed]
-        return ["\n".join(lines) or "nothing was learnt yet"]
+        return ["\n".join(history(records, ledger, marks)) or "nothing was learnt yet"]
 
     def _diff(self, chat: Chat, rest: str) -> Iterable[str]:
         model, count = self.learner.model, len(self.learner.learnt())
@@ -187,10 +217,20 @@ class Teacher:
             raise ValueError("write /export FILE")
         path = Path(rest).expanduser()
         written, waits = self.learner.export(path), len(self.learner.waiting())
-        missing = f"; {waits} that are not learnt yet are not among them" if waits else ""
-        if others := len(self.learner.learnt()) - written:
-            missing += f"; {others} without a right answer (/bad, /learn) are no chats, and not among them"
-        return [f"wrote {written} corrections to {path}, preferences to {path}.pairs.jsonl{missing}"]
+        others = len(self.learner.learnt()) - written.chats
+        return [exported(written, others, waits, path)]
+
+    def _counted(self, run: Callable[[Chat, str], Iterable[str]]) -> Callable[[Chat, str], Iterable[str]]:
+        """The same command, whose refusals are counted."""
+
+        def counted(chat: Chat, rest: str) -> Iterable[str]:
+            try:
+                yield from run(chat, rest)
+            except (ValueError, OSError):
+                self.failures += 1
+                raise
+
+        return counted
 
     def _run(self, job: Callable[[], str], meanwhile: str = "learning; go on") -> Iterable[str]:
         """Do a job in the background; its result, or why it failed, is the answer, or is told when it is there."""
@@ -200,6 +240,7 @@ class Teacher:
             try:
                 results.append(job())
             except Exception as error:
+                self.failures += 1
                 results.append(in_a_line(error))
             if not self.wait:
                 self.chat.tell(results[0])
@@ -210,28 +251,3 @@ class Teacher:
             self.swap()
             return results
         return [meanwhile]
-
-
-def told(o: Outcome) -> str:
-    """An outcome in two or three lines."""
-    scaled = f", {o.share:.0%} of the change: more would have moved too much else" if o.share < 1 else ""
-    verdict = f"learnt{scaled}" if o.accepted else f"not learnt, nothing was changed: {o.why}"
-    lines = [
-        f"{o.id}: {verdict} ({o.steps} steps, {o.seconds:.1f} s)",
-        f"loss {o.loss_before:.3f} -> {o.loss_after:.3f}, drift elsewhere {o.drift:.4f} nats a token",
-    ]
-    if o.paraphrases:
-        lines.append(f"also asked as: {' | '.join(o.paraphrases)}")
-    if o.answer_after:
-        lines += [f"before: {o.answer_before}", f"after:  {o.answer_after}"]
-    return "\n".join(lines)
-
-
-def _line(record: dict) -> str:
-    if record["kind"] == "slept":
-        kept = "" if record["accepted"] else f" (not kept: {record['why']})"
-        return f"{record['id']}: slept on {len(record['of'])} corrections{kept}"
-    item = item_of(record)
-    if isinstance(item, Reading):
-        return f"{record['id']}: read {' '.join(item.text.split())[:60]} ..."
-    return f"{record['id']}: {item.question} => {item.answer or f'anything but: {item.rejected}'}"

@@ -1,10 +1,17 @@
-"""Where what belongs to the user lies."""
+"""Where what belongs to the user lies, and opening it."""
 
 import os
+import sys
 import tempfile
 from pathlib import Path
 
 import platformdirs
+
+from rwkv_train.data.templates import Template
+from rwkv_train.feedback import Learner
+from rwkv_train.feedback.learner import OtherModel
+from rwkv_train.models.base import RWKV
+from rwkv_train.tokenizer import Tokenizer
 
 
 def data_folder(given: str | None) -> Path:
@@ -22,7 +29,22 @@ def data_folder(given: str | None) -> Path:
         ) from None
 
 
-def profile_folder(folder: Path, profile: str | None, model: str | Path) -> Path:
-    """Where corrections are kept: under the profile's name, or the model's."""
-    path = Path(model).expanduser().resolve()
-    return folder / "profiles" / (profile or (path.parent.name if path.stem == "model" else path.stem))
+def open_profile(
+    model: RWKV, tokenizer: Tokenizer, template: Template, folder: Path, profile: str | None, name: str | Path
+) -> Learner:
+    """A profile in a folder: of that name, or else of the model's. name: what the model was opened as.
+
+    Where the profile of the model's name belongs to another model, one beside it is opened, and that is said. Raises
+    ValueError if it was named. What was received and not learnt waits.
+    """
+    path = Path(name).expanduser().resolve()
+    usual = folder / "profiles" / (profile or (path.parent.name if path.stem == "model" else path.stem))
+    try:
+        return Learner(model, tokenizer, usual, template, recover=False)
+    except OtherModel as error:
+        if profile:
+            raise
+        ours = usual.with_name(f"{usual.name}-{error.base[:8]}")
+        if not ours.exists():
+            print(f"{error}. Corrections of this one are kept in {ours}", file=sys.stderr)
+    return Learner(model, tokenizer, ours, template, recover=False)

@@ -82,6 +82,21 @@ class Template:
                 pieces.append((before + content + after, False, False))
         return _merge(pieces)
 
+    def messages(self, text: str) -> list[dict] | None:
+        """The chat that is written as this text; None if that cannot be told."""
+        found: list[dict] = []
+        while text:
+            for role, form in self.roles.items():
+                before, after = form.split("{content}")
+                content, end, rest = text.removeprefix(before).partition(after) if after else (text, "", text)
+                if end and text.startswith(before) and content.strip():
+                    found.append({"role": role, "content": content})
+                    text = rest
+                    break
+            else:
+                return None
+        return found
+
     def role_of(self, message: "Message") -> str:
         """The template's name for a message's role."""
         return message.role if message.role in self.roles else SHAREGPT.get(message.role, message.role)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from rwkv_train.feedback.decode import Form
+from rwkv_train.feedback.decode import MAX_REPLY, Form
 from rwkv_train.feedback.settings import FeedbackConfig
 from rwkv_train.feedback.texts import Example
 
@@ -15,12 +15,16 @@ class Correction:
 
     question: the user's message; answer: the right reply, None if it is only known that `rejected` is wrong.
     context: ids of the dialogue before the question. rejected: the wrong reply, if there was one.
+    of: the number of the correction that this one belongs to, as another way to ask it or, if it `keeps`, as a question
+    that keeps the answer it had before that one; then the answer is found when it is its turn.
     """
 
     question: str
     answer: str | None
     context: tuple[int, ...] = field(default=(), repr=False)
     rejected: str | None = None
+    of: int | None = None
+    keeps: bool = False
 
 
 @dataclass(frozen=True)
@@ -49,8 +53,9 @@ class Outcome:
 
     why: what spoke against it, or "learnt". Losses in nats a token; answers as decoded, to the question on its own.
     share: of the change that was kept, below 1 where all of it would have moved everything else too far.
-    paraphrases: other ways to ask that the model knew, taught along. drift: KL of the model before from the model
-    after, in nats a token of the rehearsal set. weights: hash of the weights that are not the base's.
+    paraphrases: other ways to ask, taught along. contrasts: near questions whose answers were kept. drift: KL of the
+    model before from the model after, in nats a token of the rehearsal set. weights: hash of the weights that are not
+    the base's. note: what else a person should know about it.
     """
 
     id: int
@@ -63,21 +68,34 @@ class Outcome:
     steps: int
     share: float
     paraphrases: list[str]
+    contrasts: list[str]
     drift: float
     seconds: float
     weights: str
+    note: str = ""
 
 
 def item_of(record: dict) -> Correction | Reading:
     """What a journal's record says is to be learnt."""
     if "text" in record:
         return Reading(record["text"])
-    return Correction(record["question"], record["answer"], tuple(record["context"]), record["rejected"])
+    belongs = record.get("of"), record.get("keeps", False)
+    return Correction(record["question"], record["answer"], tuple(record["context"]), record["rejected"], *belongs)
 
 
 def received_of(record: dict) -> Received:
     """A journal's record of a correction."""
     return Received(record["id"], item_of(record), record["config"])
+
+
+def check(item: Correction | Reading, form: Form) -> None:
+    """Raises ValueError for what cannot be learnt."""
+    if isinstance(item, Reading):
+        document_of(item, form)
+    elif item.keeps:
+        _check("question", item.question)
+    else:
+        example_of(item, form)
 
 
 def example_of(correction: Correction, form: Form) -> Example:
@@ -89,6 +107,8 @@ def example_of(correction: Correction, form: Form) -> Example:
     for name, given in (("question", correction.question), ("answer", text)):
         _check(name, given)
     answer = form.answer(text)
+    if correction.keeps:
+        answer = answer[:MAX_REPLY]  # a longer reply had no end
     return Example([*form.prompt(correction.question), *answer], len(answer), negative=negative)
 
 

@@ -1,5 +1,6 @@
 """How questions and answers are written for a model, and decoding of many replies at once."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
@@ -33,6 +34,10 @@ class Form:
         """A question in the middle of a document, up to where the reply begins."""
         pieces = self.template.prompt([{"role": "user", "content": question}])
         return [i for piece in pieces for i in self.tokenizer.encode(piece)]
+
+    def dialogue(self, messages: list[dict]) -> list[int]:
+        """Messages in the middle of a document. Raises ValueError for what is no message of the template's."""
+        return [i for piece, _ in self.template.segments(messages) for i in self.tokenizer.encode(piece)]
 
     def answer(self, text: str) -> list[int]:
         """A reply and its end. ValueError if the template trains none of it."""
@@ -71,9 +76,13 @@ def greedy(
     return decode(model, form.tokenizer, prompts, form.template.end(), state, max_new_tokens)
 
 
-def answer_to(model: RWKV, form: Form, question: str) -> str:
-    """The greedy reply to a question on its own, as a person sees it, of at most MAX_REPLY tokens."""
-    return form.shown(greedy(model, form, [form.prompt(question)], max_new_tokens=MAX_REPLY)[0])
+def answer_to(model: RWKV, form: Form, question: str, context: Sequence[int] = ()) -> str:
+    """The greedy reply to a question on its own, as a person sees it, of at most MAX_REPLY tokens.
+
+    context: ids of a dialogue before it.
+    """
+    prompt = [form.tokenizer.eod, *context, *form.turn(question)]
+    return form.shown(greedy(model, form, [prompt], max_new_tokens=MAX_REPLY)[0])
 
 
 @torch.no_grad()

@@ -1,25 +1,51 @@
 """Corrections as training data: chats, and preferences."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
-from rwkv_train.data.templates import Template
 from rwkv_train.feedback.correction import Correction
+from rwkv_train.feedback.decode import Form
 from rwkv_train.files import replace_file
 
 
-def export(corrections: list[Correction], template: Template, path: Path) -> None:
+@dataclass(frozen=True)
+class Exported:
+    """How many chats were written: of corrections, of other ways to ask these, of questions that keep their answer.
+
+    alone: of them, those whose dialogue before could not be told from its tokens, and is left out.
+    """
+
+    corrections: int
+    also: int
+    kept: int
+    alone: int
+
+    @property
+    def chats(self) -> int:
+        return self.corrections + self.also + self.kept
+
+
+def export(corrections: list[Correction], form: Form, path: Path) -> Exported:
     """Write corrections as chats that `prepare` reads, and those with a wrong reply to PATH.pairs.jsonl.
 
-    corrections: with their right answers.
+    corrections: with their right answers. Only these are trained, not the replies before them. Raises ValueError,
+    writing nothing, where one of the files is there.
     """
-    chats, pairs = [], []
+    targets = [path, path.with_name(path.name + ".pairs.jsonl")]
+    if there := next((str(target) for target in targets if target.exists()), ""):
+        raise ValueError(f"{there} is there already; delete it, or name another file")
+    chats, pairs, alone = [], [], 0
     for c in corrections:
-        asked = {"role": "user", "content": c.question}
-        chats.append({"messages": [asked, {"role": "assistant", "content": c.answer}]})
+        before = form.template.messages(form.tokenizer.decode(list(c.context)))
+        alone += before is None
+        asked = [*(before or []), {"role": "user", "content": c.question}]
+        untrained = [m | {"weight": 0} if m["role"] in form.template.train_roles else m for m in asked]
+        chats.append({"messages": [*untrained, {"role": "assistant", "content": c.answer}]})
         if c.rejected is not None:
-            prompt = "".join(template.prompt([asked]))
-            pairs.append({"prompt": prompt, "chosen": c.answer, "rejected": c.rejected})
-    for target, records in ((path, chats), (path.with_name(path.name + ".pairs.jsonl"), pairs)):
+            pairs.append({"prompt": "".join(form.template.prompt(asked)), "chosen": c.answer, "rejected": c.rejected})
+    for target, records in zip(targets, (chats, pairs), strict=True):
         text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
         replace_file(target, lambda temporary, text=text: temporary.write_text(text, encoding="utf-8"))
+    kept, also = sum(c.keeps for c in corrections), sum(c.of is not None and not c.keeps for c in corrections)
+    return Exported(len(corrections) - kept - also, also, kept, alone)

@@ -51,16 +51,8 @@ class Journal:
         self._file.close()
 
     def _read(self, data: bytes) -> None:
-        *lines, rest = data.split(b"\n")
-        for number, line in enumerate(lines, 1):
-            record = _parse(line)
-            if record is None or record["id"] != number:
-                raise ValueError(
-                    f"{self.path}, line {number} is damaged; restore the file from a backup, or move it away to start "
-                    "again from the base model"
-                )
-            self.records.append(record)
-            self.ledger.add(record)
+        self.records, rest = _parsed(data, self.path)
+        self.ledger = Ledger(self.records)
         if rest:
             print(f"{self.path}: dropped an unfinished last record", file=sys.stderr)
             self._file.truncate(len(data) - len(rest))
@@ -70,9 +62,9 @@ class Ledger:
     """What records come to, kept up one by one: what it costs to add one does not grow with their number.
 
     By number: sequence, what the weights follow from, in that order: records of the corrections that were learnt and
-    not undone, and of sleeps; waiting: records of the corrections that were received and not tried yet; committed:
-    what became of those that were tried. undone: numbers of what was taken back. tired: something was learnt since a
-    sleep was last tried.
+    not undone, one that keeps an answer with the answer that was found then, and of sleeps; waiting: records of the
+    corrections that were received and not tried yet; committed: what became of those that were tried. undone: numbers
+    of what was taken back. tired: something was learnt since a sleep was last tried.
     """
 
     def __init__(self, records: Iterable[dict] = ()):
@@ -92,7 +84,7 @@ class Ledger:
             self.committed[record["of"]] = record
             received = self.waiting.pop(record["of"], None)
             if record["accepted"] and received:
-                self.sequence[record["of"]], self.tired = received, True
+                self.sequence[record["of"]], self.tired = received | record.get("kept", {}), True
         elif record["kind"] == "slept":
             self.tired = False
             if record["accepted"]:
@@ -108,6 +100,26 @@ class Ledger:
     def refused(self) -> dict[int, str]:
         """Why, by number, of the corrections that were tried and not learnt."""
         return {number: r["why"] for number, r in self.committed.items() if not r["accepted"]}
+
+
+def read(path: Path) -> list[dict]:
+    """The records of a journal that is only read. Raises ValueError, naming file and line, for a damaged one."""
+    return _parsed(path.read_bytes(), path)[0]
+
+
+def _parsed(data: bytes, path: Path) -> tuple[list[dict], bytes]:
+    """(records, what a crash left of a last one)"""
+    *lines, rest = data.split(b"\n")
+    records = []
+    for number, line in enumerate(lines, 1):
+        record = _parse(line)
+        if record is None or record["id"] != number:
+            raise ValueError(
+                f"{path}, line {number} is damaged; restore the file from a backup, or move it away to start again "
+                "from the base model"
+            )
+        records.append(record)
+    return records, rest
 
 
 def _line(record: dict) -> bytes:

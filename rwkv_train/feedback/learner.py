@@ -19,13 +19,14 @@ from rwkv_train.feedback.correction import (
     Outcome,
     Reading,
     Received,
-    document_of,
+    check,
     example_of,
     item_of,
     received_of,
 )
 from rwkv_train.feedback.decode import Form, answer_to
-from rwkv_train.feedback.export import export
+from rwkv_train.feedback.export import Exported, export
+from rwkv_train.feedback.extent import another_wording, belonging, is_kept, kept_question, settled
 from rwkv_train.feedback.gate import Verdict, gate
 from rwkv_train.feedback.journal import Journal
 from rwkv_train.feedback.lesson import Lesson, lesson_of, text_lesson
@@ -38,16 +39,29 @@ from rwkv_train.feedback.texts import answer_loss
 from rwkv_train.feedback.trainable import between, changed
 from rwkv_train.models.base import RWKV
 from rwkv_train.models.finite import NotFinite
+from rwkv_train.program import command
 from rwkv_train.tokenizer import Tokenizer
+
+
+class OtherModel(ValueError):
+    """A profile that was begun with another model. base: the hash of this one."""
+
+    def __init__(self, folder: Path, base: str):
+        again = command("feedback", "--model", "MODEL", "--file", folder, "--profile", "NEW")
+        super().__init__(
+            f"{folder} was begun with another model; name another profile for this one, which can learn the same "
+            f"corrections anew: {again}"
+        )
+        self.base = base
 
 
 class Learner:
     """Learns corrections one by one. `model` is the current version: immutable, replaced as a whole.
 
-    learn(correction) -> Outcome; sleep, undo, forget, replay, export, configure, diff. folder: holds the journal,
-    snapshots and rehearsal set; one process at a time. The weights of a profile are a function of the base model and
-    the journal: `replay` gives the same ones, to the bit, on the same machine. watch(what, items) gives the items and
-    shows how far they are: of what takes long.
+    learn(correction) -> Outcome; also, keep, sleep, undo, forget, replay, export, configure, diff. folder: holds the
+    journal, snapshots and rehearsal set; one process at a time. The weights of a profile are a function of the base
+    model and the journal: `replay` gives the same ones, to the bit, on the same machine. watch(what, items) gives the
+    items and shows how far they are: of what takes long.
     """
 
     def __init__(
@@ -134,10 +148,18 @@ class Learner:
 
     def check(self, correction: Correction | Reading) -> None:
         """Raises ValueError for one that cannot be learnt."""
-        if isinstance(correction, Reading):
-            document_of(correction, self.form)
-        else:
-            example_of(correction, self.form)
+        check(correction, self.form)
+
+    def also(self, text: str, of: int | None = None) -> Outcome:
+        """Learn another way to ask the newest correction, or the one with the number `of`."""
+        return self.learn(another_wording(self.journal, text, of))
+
+    def keep(self, text: str, of: int | None = None) -> Outcome:
+        """Let a question keep the answer it had before the newest correction, or before the one with the number `of`.
+
+        It is learnt only if the model now answers otherwise.
+        """
+        return self.learn(kept_question(self.journal, text, of))
 
     def receive(self, correction: Correction | Reading) -> int:
         """Record a correction with the settings of now, at once and from any thread; returns its number.
@@ -155,12 +177,17 @@ class Learner:
         record = self.journal.ledger.waiting.get(number)
         if record is None:
             raise ValueError(f"no correction with the number {number} waits to be learnt; see the history")
+        kept = {}
         try:
-            outcome, model = self._judge(received_of(record), tick)
+            received, note = settled(received_of(record), self._sequence(), self._rebuilt, self.form)
+            if record.get("keeps"):
+                kept = {"kept": {"answer": received.item.answer, "context": received.item.context}}
+            outcome, model = self._judge(received, tick)
+            outcome = replace(outcome, note=note)
         except Exception as error:
             self.journal.append("committed", of=number, accepted=False, why=in_a_line(error))
             raise
-        self.journal.append("committed", of=number, **{k: v for k, v in asdict(outcome).items() if k != "id"})
+        self.journal.append("committed", of=number, **kept, **{k: v for k, v in asdict(outcome).items() if k != "id"})
         self.model = model
         if outcome.accepted:
             self._keep_snapshot()
@@ -196,17 +223,19 @@ class Learner:
         return self.forget([record["id"] for record in known[-count:]])
 
     def forget(self, ids: list[int]) -> list[int]:
-        """Take back any corrections or sleeps: the weights become those of a replay without them.
+        """Take back corrections, and what belongs to them, or sleeps: the weights become those of a replay without.
 
         Corrections that were learnt together in a sleep with one that is taken back are learnt together without it.
+        Returns the numbers of all, those of what belongs to the others last.
         """
         known = self._sequence()
         if unknown := set(ids) - {record["id"] for record in known}:
             raise ValueError(f"no active correction has the number {min(unknown)}; see the history")
+        ids = [*ids, *belonging(self.active(), ids)]
         model = self._rebuilt([record for record in known if record["id"] not in ids])
-        self.journal.append("undone", of=list(ids))
+        self.journal.append("undone", of=ids)
         self.model = model
-        return list(ids)
+        return ids
 
     def active(self) -> list[dict]:
         """Records of the corrections that count: learnt, or waiting to be."""
@@ -252,9 +281,11 @@ class Learner:
             sleep = self._sleep_on(earlier, FeedbackConfig(**record["config"]))
             sleep.go_on()
             return sleep.model
-        received = self._read(record)
+        received, how = self._read(record), self.journal.ledger.committed[record["id"]]
+        if "kept" in how and not how["steps"]:  # it was answered so already
+            return model
         after, _ = self._learn(model, received, self._lesson(model, received, earlier))
-        return between(model, after, self.journal.ledger.committed[received.id]["share"])
+        return between(model, after, how["share"])
 
     def _sleep_on(self, sequence: list[dict], config: FeedbackConfig) -> Sleep:
         received = [self._read(record) for record in sequence if record["kind"] == "received"]
@@ -293,15 +324,14 @@ class Learner:
         ours = changed(model or self.model, self.base)
         return {n: float((w - base[n]).norm() / base[n].norm()) if n in base else 1.0 for n, w in ours.items()}
 
-    def export(self, path: str | Path) -> int:
+    def export(self, path: str | Path) -> Exported:
         """Write what was learnt as chats that `prepare` reads, and beside them PATH.pairs.jsonl, preferences.
 
-        Returns how many chats there are.
+        Raises ValueError where one of the files is there.
         """
         items = map(item_of, self.learnt())
         answered = [it for it in items if isinstance(it, Correction) and it.answer is not None]
-        export(answered, self.form.template, Path(path))
-        return len(answered)
+        return export(answered, self.form, Path(path))
 
     def answer(self, question: str, model: RWKV | None = None) -> str:
         """The model's greedy reply to a question on its own, as decoded."""
@@ -309,12 +339,16 @@ class Learner:
 
     def _judge(self, received: Received, tick: Tick) -> tuple[Outcome, RWKV]:
         """Learn a correction on top of the current model; (what became of it, the model it leaves)."""
-        begun, before, steps = time.monotonic(), self.model, 0
-        lesson = self._lesson(before, received, self._sequence())
+        begun, before, steps, item = time.monotonic(), self.model, 0, received.item
+        kept = isinstance(item, Correction) and item.keeps and is_kept(item, before, self.form)
+        if kept:
+            lesson = Lesson([example_of(item, self.form)], reply=self.form.answer(item.answer))
+        else:
+            lesson = self._lesson(before, received, self._sequence())
         answer_before = self.form.shown(lesson.reply)
         try:
-            whole, steps = self._learn(before, received, lesson, tick)
-            verdict = gate(received.item, before, whole, answer_before, self.rehearsal, received.config.max_kl)
+            whole, steps = (before, 0) if kept else self._learn(before, received, lesson, tick)
+            verdict = gate(item, before, whole, answer_before, self.rehearsal, received.config.max_kl)
         except Diverged as error:
             verdict = Verdict(False, before, 0.0, 0.0, str(error), answer_before)
         except NotFinite:
@@ -333,6 +367,7 @@ class Learner:
             steps=steps,
             share=verdict.share,
             paraphrases=lesson.paraphrases,
+            contrasts=lesson.contrasts,
             drift=verdict.drift,
             seconds=time.monotonic() - begun,
             weights=self.weights_of(verdict.model),
@@ -363,6 +398,6 @@ class Learner:
         if not self.journal.records:
             self.journal.append("base", base=base, config=asdict(self.config))
         if self.journal.records[0].get("base") != base:
-            raise ValueError(f"{self.folder} was begun with another model; use another profile for this one")
+            raise OtherModel(self.folder, base)
         chosen = [r["config"] for r in self.journal.records if r["kind"] in ("base", "settings")]
         self.config = FeedbackConfig(**chosen[-1])

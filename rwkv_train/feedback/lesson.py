@@ -25,13 +25,15 @@ class Lesson:
 
     new: examples of the correction, the first of them on its own. replayed: of earlier ones. anchored: token ids of
     texts, each with the model whose predictions on it are kept. paraphrases: the other wordings of the question that
-    are among `new`. reply: the ids of the model's reply before the lesson.
+    are among `new`. contrasts: the questions made up that are among `anchored`. reply: the ids of the model's reply
+    before the lesson.
     """
 
     new: list[Example]
     replayed: list[Example] = field(default_factory=list)
     anchored: list[tuple[list[int], RWKV]] = field(default_factory=list)
     paraphrases: list[str] = field(default_factory=list)
+    contrasts: list[str] = field(default_factory=list)
     reply: list[int] = field(default_factory=list)
 
 
@@ -78,15 +80,16 @@ def lesson_of(
             reply = greedy(model, form, [alone.ids[: -alone.answer]], max_new_tokens=MAX_REPLY)[0]
     taught = {tuple(form.answer(it.answer)) for it in valid.values() if it.answer is not None}
     alike, anchored = _parted(found, reply, taught, model, rehearsal.base)
-    anchored = _spread(anchored, 2 * config.contrasts)
-    paraphrases = [] if alone.negative else _spread(alike, config.paraphrases)
+    others = [made.question for made in found.made if (made.question, made.prompt) not in alike]
+    contrasts, anchored = (_spread(of, 2 * config.contrasts) for of in (others, anchored))
+    paraphrases = [] if alone.negative or correction.keeps else _spread(alike, config.paraphrases)
     new += [Example(prompt + answer, alone.answer) for _, prompt in paraphrases]
 
     # 4. Some of what the model says by itself, but no reply that a correction did away with.
     away = [reply, *(form.answer(text) for text in replaced if text)]
     anchored += [(ids, rehearsal.base) for ids in rehearsal.near(alone.ids, config.rehearsed, number, away)]
     anchored += [(ids, rehearsal.base) for ids in _in_turn(rehearsal.free_running, config.free_running, -number)]
-    return Lesson(new, replayed, anchored, [question for question, _ in paraphrases], reply)
+    return Lesson(new, replayed, anchored, [question for question, _ in paraphrases], contrasts, reply)
 
 
 def _parted(

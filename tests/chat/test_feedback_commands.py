@@ -33,12 +33,12 @@ def model(tmp_path, monkeypatch):
     return "model.pth"
 
 
-def chat(model, *lines, capsys, monkeypatch) -> list[str]:
-    """The answers of a scripted conversation, one block each."""
+def chat(model, *lines, capsys, monkeypatch, code=0) -> list[str]:
+    """The answers of a scripted conversation, one block each; code: its exit code, 1 where a correction fails."""
     monkeypatch.setattr(sys, "stdin", io.StringIO("".join(line + "\n" for line in lines)))
     argv = ["--model", model, "--plain", "--temperature=0", "--tokens=8", "--folder=home"]
-    code, out, err = run("chat", *argv, capsys=capsys)
-    assert code == 0, err
+    found, out, err = run("chat", *argv, capsys=capsys)
+    assert found == code, err
     blocks = out.rstrip("\n").split("\n\n")
     assert len(blocks) == len(lines)
     return blocks
@@ -52,7 +52,7 @@ def test_a_scripted_conversation(model, tmp_path, capsys, monkeypatch, generatio
         save_model(remembers, model)
     say = {"capsys": capsys, "monkeypatch": monkeypatch}
     wrong, fixed, right, taught, history = chat(
-        model, "sun?", "/fix hot", "/teach ice? => cold", "/teach nothing", "/history", **say
+        model, "sun?", "/fix hot", "/teach ice? => cold", "/teach nothing", "/history", **say, code=1
     )
     assert wrong not in ("hot", "cold")
     assert "received as correction 2" in fixed and "learnt (" in fixed and "after:  hot" in fixed
@@ -60,7 +60,7 @@ def test_a_scripted_conversation(model, tmp_path, capsys, monkeypatch, generatio
     assert history == "2: sun? => hot\n4: ice? => cold"
 
     after = chat(
-        model, "ice?", "/export out.jsonl", "/undo", "/history", "/undo 2", "/undo", "/undo", **say
+        model, "ice?", "/export out.jsonl", "/undo", "/history", "/undo 2", "/undo", "/undo", **say, code=1
     )  # restarted
     assert after[0] == "cold" and "wrote 2 corrections" in after[1] and "forgot 4" in after[2]
     assert after[3] == "2: sun? => hot"
@@ -77,7 +77,8 @@ def test_settings_scopes_wrong_replies_and_readings_in_a_chat(model, tmp_path, c
     blocks = chat(
         model, "/teach sun? => hot", "sun?", "/bad", "/back", "sun?", "/diff", "/settings scope lora",
         "/settings trainable all", "/settings steps many",
-        "/learn text.txt", "/learn latin.txt", "/learn", "/learn none.txt", "/history", "/undo 3", "/diff", **say,
+        "/learn text.txt", "/learn latin.txt", "/learn", "/learn none.txt", "/history", "/undo 3", "/diff",
+        **say, code=1,
     )  # fmt: skip
     _, hot, bad, _, other, diff, scope, unknown, many, read, latin, empty, none, history, undone, same = blocks
     assert hot == "hot" != other and "learnt (" in bad and "before: hot" in bad
@@ -93,7 +94,14 @@ def test_settings_scopes_wrong_replies_and_readings_in_a_chat(model, tmp_path, c
 
 def test_bad_corrections_are_told_in_one_line(model, capsys, monkeypatch):
     first, empty, long, history = chat(
-        model, "/fix x", "/teach a =>", f"/teach a => {'x' * 3000}", "/history", capsys=capsys, monkeypatch=monkeypatch
+        model,
+        "/fix x",
+        "/teach a =>",
+        f"/teach a => {'x' * 3000}",
+        "/history",
+        capsys=capsys,
+        monkeypatch=monkeypatch,
+        code=1,
     )
     assert first == "nothing has been said yet" and "answer is empty" in empty and "3,000 characters" in long
     assert history == "nothing was learnt yet"
@@ -166,7 +174,7 @@ def test_bytes_that_are_no_text_are_refused_in_a_chat(model, tmp_path):
     argv = [sys.executable, program, "chat", f"--model={model}", "--plain", "--tokens=4", "--folder=home"]
     typed = b"\xef\xbb\xbf/help\r\nsun?\n/fix caf\xe9\n/history\n"
     done = subprocess.run(argv, input=typed, capture_output=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 1, done.stderr  # as a correction was refused
     assert done.stdout.startswith(b"/help "), "the byte order mark is no part of the first line"
     _, refused, history, _ = done.stdout.decode(errors="replace").rsplit("\n\n", 3)
     assert "not valid Unicode" in refused and "nothing was learnt yet" in history

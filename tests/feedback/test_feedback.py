@@ -126,7 +126,7 @@ def test_a_profile_has_one_base_and_one_process(tmp_path):
 def test_export_is_training_data(tmp_path):
     learner = open_learner(tmp_path)
     learner.learn(Correction("sun?", "hot", rejected="cold"))
-    assert learner.export(tmp_path / "out.jsonl") == 1
+    assert learner.export(tmp_path / "out.jsonl").chats == 1
     learner.close()
     store = prepare(PrepareConfig([str(tmp_path / "out.jsonl")], str(tmp_path / "store"), tokenizer="bytes"))
     trained = [int(t) for t, m in zip(store.tokens, store.mask, strict=True) if m]
@@ -250,7 +250,7 @@ def test_a_wrong_reply_is_left_and_other_answers_are_kept(tmp_path):
     assert outcome.accepted and outcome.answer_before == "hot" != outcome.answer_after
     with pytest.raises(ValueError, match="neither a right answer nor a wrong one"):
         learner.learn(Correction("sun?", None))
-    assert learner.export(tmp_path / "out.jsonl") == 1
+    assert learner.export(tmp_path / "out.jsonl").chats == 1
     learner.close()
 
 

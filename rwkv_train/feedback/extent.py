@@ -1,0 +1,100 @@
+"""How far a correction goes, as a person says it: other ways to ask it, and questions that keep their answer.
+
+Both are corrections themselves, and belong to the one they speak of: they are learnt after it and undone with it.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+
+from rwkv_train.feedback.background import half_the_threads
+from rwkv_train.feedback.correction import Correction, Reading, Received
+from rwkv_train.feedback.decode import Form, answer_to
+from rwkv_train.feedback.journal import Journal
+from rwkv_train.models.base import RWKV
+
+
+def another_wording(journal: Journal, text: str, of: int | None = None) -> Correction:
+    """Another way to ask a correction; of: its number, or None for the newest. Raises ValueError if it cannot be."""
+    record = _meant(journal, of)
+    number = record["id"]
+    if of is not None and journal.records[of - 1].get("keeps"):
+        raise ValueError(f"{of} keeps an answer and is asked in no other way; name correction {number} itself")
+    if record["answer"] is None:
+        raise ValueError(f"correction {number} has only a wrong answer; there is no right one to ask for otherwise")
+    check_differs(text, record["question"])
+    return Correction(text, record["answer"], tuple(record["context"]), of=number)
+
+
+def kept_question(journal: Journal, text: str, of: int | None = None) -> Correction:
+    """A question that keeps the answer it had before a correction; of: as above. Raises ValueError if it cannot be."""
+    record = _meant(journal, of)
+    check_differs(text, record["question"])
+    return Correction(text, None, tuple(record["context"]), of=record["id"], keeps=True)
+
+
+def belonging(records: list[dict], ids: Iterable[int]) -> list[int]:
+    """The numbers, among these records, of what belongs to some corrections and is not among them."""
+    ids = set(ids)
+    return [r["id"] for r in records if r.get("of") in ids and r["id"] not in ids]
+
+
+def settled(
+    received: Received, known: list[dict], rebuilt: Callable[[list[dict]], RWKV], form: Form
+) -> tuple[Received, str]:
+    """(a correction as it is learnt now that it is its turn, a note on it).
+
+    A question that keeps its answer is given one: what another correction taught, or else what the model before the
+    one it belongs to says. known: records of what is learnt; rebuilt(records): the model that follows from them.
+    Raises ValueError if it belongs to one that is not learnt, or had no answer.
+    """
+    item, numbers = received.item, [record["id"] for record in known]
+    if isinstance(item, Reading) or item.of is None:
+        return received, ""
+    if item.of not in numbers:
+        raise ValueError(f"correction {item.of}, to which it belongs, is not learnt")
+    if not item.keeps:
+        return received, ""
+    others = [r for r in known if item.of not in (r["id"], r.get("of")) and r.get("question") == item.question]
+    if others and others[-1]["answer"] is not None:
+        item = replace(item, answer=others[-1]["answer"], context=())
+        return replace(received, item=item), f"its answer is that of correction {others[-1]['id']}"
+    before = rebuilt(known[: numbers.index(item.of)])
+    with half_the_threads():
+        answer = answer_to(before, form, item.question)
+        alike = not item.context or answer_to(before, form, item.question, item.context) == answer
+    if not answer:
+        raise ValueError("the model had no answer to it that could be kept")
+    note = "" if alike else "in the dialogue before the correction it had another answer, which is not kept"
+    return replace(received, item=replace(item, answer=answer, context=item.context if alike else ())), note
+
+
+def is_kept(item: Correction, model: RWKV, form: Form) -> bool:
+    """Whether a model gives a question the answer that it keeps, also in its dialogue."""
+    wanted = form.shown(form.answer(item.answer))
+    contexts = dict.fromkeys([(), item.context])
+    with half_the_threads():
+        return all(answer_to(model, form, item.question, context) == wanted for context in contexts)
+
+
+def _meant(journal: Journal, of: int | None) -> dict:
+    """The record of the correction that is meant by a number, or by none; what belongs to another one means that."""
+    ledger = journal.ledger
+    received = {r["id"]: r for r in journal.records if r["kind"] == "received" and r["id"] not in ledger.undone}
+    if of is None:
+        of = max((number for number, r in received.items() if "question" in r), default=None)
+    if of is None:
+        raise ValueError("nothing was corrected yet")
+    if of not in received:
+        raise ValueError(f"no active correction has the number {of}; see the history")
+    number = received[of].get("of") or of
+    if why := ledger.refused().get(number):
+        raise ValueError(f"correction {number} was not learnt ({why}); say which other one is meant, by its number")
+    if "question" not in received[number]:
+        raise ValueError(f"{number} is a text that was read; only a correction can be asked otherwise")
+    return received[number]
+
+
+def check_differs(text: str, question: str) -> None:
+    """Raises ValueError for a text that is the corrected question itself."""
+    if text.strip() == question.strip():
+        raise ValueError(f"{text!r} is the corrected question itself; give another one")
