@@ -147,8 +147,8 @@ class ChatConfig:
     device: str = "cpu"
     """cpu, cuda or cuda:N"""
 
-    dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
-    """number format of the weights in memory; corrections need fp32"""
+    dtype: Literal["fp32", "fp16", "bf16", "int8"] = "fp32"
+    """number format of the weights in memory; those that corrections train are fp32 in any case. int8 needs torchao"""
 
 
 @dataclass
@@ -173,6 +173,12 @@ class FeedbackFileConfig:
 
     profile: str | None = None
     """corrections are kept in FOLDER/profiles/PROFILE; the model's name if not given"""
+
+    device: str = "cpu"
+    """cpu, cuda or cuda:N"""
+
+    dtype: Literal["fp32", "fp16", "bf16", "int8"] = "fp32"
+    """number format of the weights in memory; those that corrections train are fp32 in any case. int8 needs torchao"""
 
 
 @dataclass

@@ -8,12 +8,12 @@ from pathlib import Path
 
 from rwkv_train import program
 from rwkv_train.chat.dialogue import Dialogue
-from rwkv_train.chat.feedback_commands import TEACHING, Teacher
+from rwkv_train.chat.feedback_commands import Teacher
 from rwkv_train.chat.opening import data_folder, open_profile
 from rwkv_train.chat.room import Room
 from rwkv_train.chat.session import Chat
 from rwkv_train.chat.terminal import in_plain, in_room, in_terminal
-from rwkv_train.checkpoints.opener import DTYPES, open_model
+from rwkv_train.checkpoints.opener import open_model
 from rwkv_train.command_config import ChatConfig
 from rwkv_train.feedback.settings import RENAMED
 from rwkv_train.generate import Sampling
@@ -28,12 +28,8 @@ def chat(config: ChatConfig) -> int:
     opened = open_chat(config)
     in_person = not (config.plain or config.room) and sys.stdin.isatty()
     with opened.closing:
-        teacher = None
-        if config.dtype == "fp32":
-            teacher = open_teacher(opened, config, wait=not (in_person or config.room))
-            opened.add(teacher.commands(), teacher.settings(), teacher.swap, RENAMED)
-        else:
-            opened.missing |= dict.fromkeys(TEACHING, "corrections need --dtype fp32")
+        teacher = open_teacher(opened, config, wait=not (in_person or config.room))
+        opened.add(teacher.commands(), teacher.settings(), teacher.swap, RENAMED)
         if in_person:
             in_terminal(opened)
             return 0
@@ -56,8 +52,6 @@ def _check_flags(config: ChatConfig) -> None:
             raise ValueError(f"--{name.replace('_', '-')} is for a live room; give --room as well, or leave it out")
     if config.room and config.plain:
         raise ValueError("found both --room and --plain; a live room has its own way to answer: give one of them")
-    if config.profile is not None and config.dtype != "fp32":
-        raise ValueError(f"--profile keeps corrections, which need --dtype fp32, found {config.dtype}")
 
 
 def open_chat(config: ChatConfig) -> Chat:
@@ -65,8 +59,8 @@ def open_chat(config: ChatConfig) -> Chat:
     sampling = Sampling(**{f.name: getattr(config, f.name) for f in fields(Sampling)})
     if not config.model and not program.STARTER.exists():
         raise ValueError(f"the starter model is not there ({program.STARTER}); name a model with --model")
-    name, dtype = config.model or program.STARTER, DTYPES[config.dtype]
-    opened = open_model(name, config.tokenizer, config.template, dtype, config.device)
+    name = config.model or program.STARTER
+    opened = open_model(name, config.tokenizer, config.template, config.dtype, config.device)
     dialogue = Dialogue(*opened, sampling, config.seed, config.tokens)
     dialogue.system(config.system)
     try:

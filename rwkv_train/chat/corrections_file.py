@@ -5,7 +5,6 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from rwkv_train.chat.corrections_read import Taught, of_profile, taught_by
@@ -21,8 +20,8 @@ from rwkv_train.files import counted, read_lines
 def feedback(config: FeedbackFileConfig) -> int:
     """Learn a file of corrections, one after another, and print what became of each."""
     taught = _read(Path(config.file).expanduser())
-    model, tokenizer, template = open_model(config.model, config.tokenizer, config.template, torch.float32)
-    with open_profile(model, tokenizer, template, data_folder(config.folder), config.profile, config.model) as learner:
+    opened = open_model(config.model, config.tokenizer, config.template, config.dtype, config.device)
+    with open_profile(*opened, data_folder(config.folder), config.profile, config.model) as learner:
         if Path(config.file).expanduser().resolve() in (learner.folder.resolve(), learner.journal.path.resolve()):
             raise ValueError(f"{config.file} is what is to learn from it; name another --profile")
         corrections = [_checked(one, learner) for one in taught]  # all of them, before any is learnt

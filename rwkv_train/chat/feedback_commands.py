@@ -16,8 +16,6 @@ from rwkv_train.feedback.extent import another_wording, kept_question
 from rwkv_train.feedback.journal import Ledger
 from rwkv_train.files import read_text
 
-TEACHING = ("fix", "teach", "also", "not", "good", "bad", "learn", "sleep", "undo", "history", "diff", "export")
-
 
 class Teacher:
     """What the feedback commands of one chat share: the learner and its thread. A context: it ends with the chat.

@@ -37,10 +37,10 @@ class Setting:
 class Chat:
     """A dialogue and the commands that go with it; whoever shows it asks it to answer one line after the other.
 
-    commands, settings: by name; `add` takes more of them. renamed: settings' names of before, and of today. missing:
-    why there is no command of that name. typing: for /help, how a text is typed here that is not taken as it stands.
-    closing: what must end with the chat, as `chat.closing.callback(f)`. folder: for saved dialogues. lines, typed: how
-    many were typed, and when the last one was, in seconds of time.monotonic().
+    commands, settings: by name; `add` takes more of them. renamed: settings' names of before, and of today. typing: for
+    /help, how a text is typed here that is not taken as it stands. closing: what must end with the chat, as
+    `chat.closing.callback(f)`. folder: for saved dialogues. lines, typed: how many were typed, and when the last one
+    was, in seconds of time.monotonic().
     """
 
     def __init__(self, dialogue: Dialogue, folder: Path):
@@ -48,7 +48,6 @@ class Chat:
         self.commands = dict(COMMANDS)
         self.settings = _settings(dialogue)
         self.renamed: dict[str, str] = {}
-        self.missing: dict[str, str] = {}
         self.typing = ""
         self._before_answer: list[Callable[[], None]] = []
         self.lines, self.typed = 0, time.monotonic()
@@ -91,7 +90,7 @@ class Chat:
 
     def _run(self, name: str, rest: str) -> Iterable[str]:
         if name not in self.commands:
-            why = self.missing.get(name, "/help lists them; a message that begins with / is written with //")
+            why = "/help lists them; a message that begins with / is written with //"
             raise ValueError(f"there is no command /{name}: {why}")
         command, rest = self.commands[name], rest.strip()
         if rest and command.usage == f"/{name}":

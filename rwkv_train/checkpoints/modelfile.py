@@ -23,6 +23,7 @@ from rwkv_train.models.adapters import is_adapter, put_on
 from rwkv_train.models.base import RWKV
 from rwkv_train.models.rwkv4 import RWKV4, RWKV4Config
 from rwkv_train.models.rwkv7 import RWKV7, RWKV7Config
+from rwkv_train.ops.products import is_quantised
 from rwkv_train.tokenizer import Tokenizer
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -93,8 +94,9 @@ def save_model(
 ) -> None:
     """Write a model's weights: `.pth`, `.safetensors`, or a Hugging Face directory (no suffix, or "name/").
 
-    dtype: None keeps the model's. tokenizer, template: go into a Hugging Face directory, as files that are read back
-    with it (see `TextFormat`); a file has no place for them.
+    dtype: None keeps the model's, weight by weight, and writes what is in 8 bits as it computes, in bf16. tokenizer,
+    template: go into a Hugging Face directory, as files that are read back with it (see `TextFormat`); a file has no
+    place for them.
     A crash leaves the old file or the new one, complete. In an existing Hugging Face directory of an RWKV,
     weights and config are replaced and other files stay; any other directory with something in it is refused.
     Raises ValueError for a path that cannot be meant, and for a dtype that does not hold a weight.
@@ -110,8 +112,9 @@ def save_model(
         raise ValueError(f"{path} is {kinds[0]}, expected {kinds[1]} or nothing there; choose another name")
     if is_file and (tokenizer or template):
         raise ValueError(f"{path}: a tokenizer or template is saved only into a Hugging Face directory, not a file")
-    tensors = _own(dict(model.state_dict()), dtype, "cpu")
-    _check_range(model, tensors)
+    weights = {n: w.dequantize() if is_quantised(w) else w for n, w in model.state_dict().items()}
+    tensors = _own(dict(weights), dtype, "cpu")
+    _check_range(weights, tensors)
     target.parent.mkdir(parents=True, exist_ok=True)
     if is_file:
         write = write_pth if target.suffix == ".pth" else write_safetensors
@@ -296,9 +299,9 @@ def _own(tensors: dict[str, Tensor], dtype: torch.dtype | None, device) -> dict[
     return owned
 
 
-def _check_range(model: RWKV, written: dict[str, Tensor]) -> None:
-    """ValueError if a weight of the model is finite, and no longer in the dtype in which it is to be written."""
-    for name, weight in model.state_dict().items():
+def _check_range(weights: dict[str, Tensor], written: dict[str, Tensor]) -> None:
+    """ValueError if a weight is finite, and no longer in the dtype in which it is to be written."""
+    for name, weight in weights.items():
         other = written[name]
         lost = weight.detach().to(other.device)[~other.isfinite()] if weight.dtype != other.dtype else weight[:0]
         if lost.isfinite().any():

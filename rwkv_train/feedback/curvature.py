@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from rwkv_train.feedback.trainable import opened
 from rwkv_train.models.base import RWKV
+from rwkv_train.ops.products import as_wide
 
 DAMPING = 0.03  # of the mean eigenvalue: trust in a curvature that was measured on little text
 LANES = 32  # rows measured at once
@@ -88,7 +89,7 @@ class _Watched(nn.Module):
         return self.layer.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        self.given, output = x.detach(), self.layer(x)
+        self.given, output = x.detach(), as_wide(self.layer(x))  # what follows, and its gradient, are float32, too
         if self.differentiated:
             # A leaf, so that nothing before it is differentiated.
             output = output if output.requires_grad else output.detach().requires_grad_()

@@ -11,7 +11,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+from torch import Tensor
 
+from rwkv_train.checkpoints.opener import dtype_of
 from rwkv_train.data.templates import Template
 from rwkv_train.feedback.background import Watch, half_the_threads, in_a_line, on_standard_error
 from rwkv_train.feedback.correction import (
@@ -39,17 +41,20 @@ from rwkv_train.feedback.texts import answer_loss
 from rwkv_train.feedback.trainable import between, changed
 from rwkv_train.models.base import RWKV
 from rwkv_train.models.finite import NotFinite
+from rwkv_train.ops.products import as_wide
 from rwkv_train.program import command
 from rwkv_train.tokenizer import Tokenizer
 
 
 class OtherModel(ValueError):
-    """A profile that was begun with another model. base: the hash of this one."""
+    """A profile that was begun with another model, or one in another dtype. base: the hash of this one."""
 
-    def __init__(self, folder: Path, base: str):
+    def __init__(self, folder: Path, base: str, dtype: str, begun: str):
         again = command("feedback", "--model", "MODEL", "--file", folder, "--profile", "NEW")
+        other = "another model" if dtype == begun else f"a model in {begun}, and this one is in {dtype}"
+        same = "" if dtype == begun else f"open it with --dtype {begun}, or "
         super().__init__(
-            f"{folder} was begun with another model; name another profile for this one, which can learn the same "
+            f"{folder} was begun with {other}; {same}name another profile for this one, which can learn the same "
             f"corrections anew: {again}"
         )
         self.base = base
@@ -74,13 +79,13 @@ class Learner:
         rehearsal: RehearsalSet | None = None,
         recover: bool = True,
     ):
-        """base: becomes float32, as corrections are finer than half precision. config: of a profile that is new.
-        rehearsal: None lets the model make it when it is first needed. recover: learn what was received and not
+        """base: keeps its number format; the matrices that are trained get copies in float32. config: of a profile that
+        is new. rehearsal: None lets the model make it when it is first needed. recover: learn what was received and not
         tried, as after a crash; False leaves it to `commit`.
 
         Raises ValueError for a folder that is in use, damaged, or of another model.
         """
-        self.base, self.form = base.float().eval().requires_grad_(False), Form(tokenizer, template or Template())
+        self.base, self.form = base.eval().requires_grad_(False), Form(tokenizer, template or Template())
         self.folder, self.config, self._rehearsal = Path(folder), config or FeedbackConfig(), rehearsal
         self.watch: Watch = on_standard_error
         self._asleep: tuple[object, Sleep] | None = None  # one that was left, and what it is of
@@ -322,7 +327,7 @@ class Learner:
         """What of a version is not the base's: by name, the length of the change over that of the weight."""
         base = dict(self.base.named_parameters())
         ours = changed(model or self.model, self.base)
-        return {n: float((w - base[n]).norm() / base[n].norm()) if n in base else 1.0 for n, w in ours.items()}
+        return {n: _moved(as_wide(base[n]), w) if n in base else 1.0 for n, w in ours.items()}
 
     def export(self, path: str | Path) -> Exported:
         """Write what was learnt as chats that `prepare` reads, and beside them PATH.pairs.jsonl, preferences.
@@ -394,10 +399,15 @@ class Learner:
 
     def _check_base(self) -> None:
         """A journal belongs to the model it was begun with, and says what its settings are."""
-        base = weights_hash(self.base.state_dict())
+        base, dtype = weights_hash(self.base.state_dict()), dtype_of(self.base)
         if not self.journal.records:
-            self.journal.append("base", base=base, config=asdict(self.config))
-        if self.journal.records[0].get("base") != base:
-            raise OtherModel(self.folder, base)
+            self.journal.append("base", base=base, dtype=dtype, config=asdict(self.config))
+        first = self.journal.records[0]
+        if first.get("base") != base:
+            raise OtherModel(self.folder, base, dtype, first.get("dtype", "fp32"))
         chosen = [r["config"] for r in self.journal.records if r["kind"] in ("base", "settings")]
         self.config = FeedbackConfig(**chosen[-1])
+
+
+def _moved(base: Tensor, weight: Tensor) -> float:
+    return float((weight - base).norm() / base.norm())

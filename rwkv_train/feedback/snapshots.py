@@ -10,6 +10,7 @@ from rwkv_train.checkpoints.weightfile import read_weights, write_safetensors
 from rwkv_train.feedback.trainable import changed, with_weights
 from rwkv_train.files import replace_file
 from rwkv_train.models.base import RWKV
+from rwkv_train.ops.products import as_wide, is_quantised
 
 NEWEST = 8  # are kept, and with them
 MILESTONES = 8  # at most, for an undo from far back: after each 100 corrections, or 200, 400, ...
@@ -91,9 +92,10 @@ def _names(sequence: list[dict]) -> list[str]:
 
 
 def weights_hash(weights: dict[str, Tensor]) -> str:
-    """sha256 of tensors and their names."""
+    """sha256 of tensors and their names; of those in 8 bits as float32."""
     digest = hashlib.sha256()
     for name, weight in sorted(weights.items()):
+        weight = as_wide(weight) if is_quantised(weight) else weight
         digest.update(name.encode())
         digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()

@@ -17,6 +17,7 @@ from rwkv_train.feedback.settings import FeedbackConfig
 from rwkv_train.feedback.texts import CHUNK, Batch, batches, bf16_autocast, kl_anchors
 from rwkv_train.feedback.trainable import Trainable, finished, trained_twin
 from rwkv_train.models.base import RWKV
+from rwkv_train.ops.products import as_wide
 
 READ_TOKENS = 128  # of one step of /learn
 
@@ -98,8 +99,8 @@ def dynamic_evaluation(
     A step for each chunk, the state carried on and detached: gradients over their root mean square on the rehearsal
     set, and a decay towards the weights before the text. ids: a document. Raises Diverged.
     """
-    start = dict(model.named_parameters())
     twin, parameters = trained_twin(model, "localised")
+    start = {name: as_wide(p) for name, p in model.named_parameters() if name in parameters}
     state = None
     for step, i in enumerate(range(0, len(ids) - 1, READ_TOKENS), 1):
         tokens = torch.tensor([ids[i : i + READ_TOKENS + 1]], device=model.device)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from rwkv_train.models.base import RWKV
+from rwkv_train.ops.products import as_wide
 
 RANK = 8  # of the factors of trainable lora
 
@@ -28,7 +29,7 @@ def upper_names(model: RWKV) -> list[str]:
 
 
 def trained_twin(model: RWKV, trainable: Trainable) -> tuple[RWKV, dict[str, nn.Parameter]]:
-    """(a twin of a model, what of it is trained by name). `finished` ends the training."""
+    """(a twin of a model, what of it is trained by name, in float32 at least). `finished` ends the training."""
     names, own = localised_names(model), dict(model.named_parameters())
     if trainable == "state":
         names = ["initial_shift", "initial_wkv"]
@@ -80,21 +81,28 @@ def changed(model: RWKV, base: RWKV) -> dict[str, Tensor]:
 
 
 def with_weights(model: RWKV, weights: dict[str, Tensor]) -> RWKV:
-    """A model that has these weights of its own and shares all others with `model`; nothing requires gradients."""
+    """A model that has copies of these weights of its own and shares all others with `model`.
+
+    The copies are float32, if not float64, whatever the model's other weights are: corrections are finer than half
+    precision. Nothing requires gradients.
+    """
     twin = opened(model)
     for name, weight in weights.items():
         module, _, leaf = name.rpartition(".")
-        setattr(twin.get_submodule(module), leaf, nn.Parameter(weight.clone(), requires_grad=False))
+        wide = as_wide(weight)
+        wide = wide.clone() if wide is weight else wide
+        setattr(twin.get_submodule(module), leaf, nn.Parameter(wide, requires_grad=False))
     return twin.requires_grad_(False)
 
 
 def between(before: RWKV, after: RWKV, share: float) -> RWKV:
     """`before` with a share of the way to `after`."""
     start = dict(before.named_parameters())
-    ends = changed(after, before)
-    return with_weights(
-        after, {n: torch.lerp(start[n], w, share) if n in start else w * share for n, w in ends.items()}
-    )
+    twin = with_weights(after, changed(after, before))
+    with torch.no_grad():
+        for name, weight in changed(twin, after).items():
+            weight.copy_(torch.lerp(as_wide(start[name]), weight, share) if name in start else weight * share)
+    return twin
 
 
 def with_children(module: nn.Module, **children: nn.Module) -> nn.Module:

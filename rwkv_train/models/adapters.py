@@ -53,6 +53,16 @@ class Quantised(LowRank):
         super()._load_from_state_dict(state_dict, prefix, *more)
 
 
+def quantise(model: RWKV) -> RWKV:
+    """Keep the matrices of a model's blocks in 8 bits a number, each row with its scale; embedding and head stay.
+
+    The model itself is returned; nothing of it requires gradients. ValueError where torchao is not installed.
+    """
+    quantize_, config = _torchao()
+    quantize_(model.requires_grad_(False).blocks, config)
+    return model
+
+
 def quiet_torchao() -> None:
     """To be called before it is imported: it misses its GPU libraries aloud, and torch minds its habits."""
     for name in ("torchao", "torch.utils._pytree"):
@@ -65,7 +75,7 @@ def _torchao():
     try:
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
     except ImportError:
-        raise ValueError("model.base: int8 needs torchao: pip install 'rwkv_train[quantise]'") from None
+        raise ValueError("int8 needs torchao: pip install 'rwkv_train[quantise]'") from None
     return quantize_, Int8WeightOnlyConfig()
 
 

@@ -125,7 +125,7 @@ class RWKV(nn.Module):
         """Logits of the next token at every position.
 
         tokens [B,T] int64; state of B lanes (None: empty); reset [B,T] bool, True where a token opens a document.
-        Returns (logits [B,T,V] in the model's dtype, state after the last token).
+        Returns (logits [B,T,V] in the model's dtype or a wider one, state after the last token).
         """
         x, state = self.hidden(tokens, state, reset)
         return self.head(x), state
@@ -190,7 +190,8 @@ class RWKV(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.head.weight.dtype
+        """The embedding's. Where a model of 16 bits has matrices in float32, x is float32 from the first of them on."""
+        return self.emb.weight.dtype
 
     @property
     def device(self) -> torch.device:

@@ -2,10 +2,10 @@
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from rwkv_train.ops.arguments import wide_dtype
 from rwkv_train.ops.elementwise import IGNORE_INDEX, cross_entropy_, products_dtype
+from rwkv_train.ops.products import product
 
 SLICE = {
     "cpu": 1 << 25,
@@ -52,7 +52,7 @@ def _trained(x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _nll(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    return torch.cat([cross_entropy_(F.linear(xs, weight), ts) for xs, ts in _slices(x, targets, weight)])
+    return torch.cat([cross_entropy_(product(xs, weight), ts) for xs, ts in _slices(x, targets, weight)])
 
 
 def _slices(x: Tensor, targets: Tensor, weight: Tensor):
@@ -66,16 +66,17 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, targets, z_loss, multiplied):
         total = torch.zeros((), dtype=torch.float64, device=x.device)
-        dtype = products_dtype(x)
-        w, dx, dw = weight.to(dtype) if multiplied is None else multiplied, [], None
+        dtype, dx, dw = products_dtype(x), [], None
+        cast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+        w = multiplied if multiplied is not None else weight.to(dtype) if cast else weight
         with torch.autocast(x.device.type, enabled=False):
             for xs, ts in _slices(x.to(dtype), targets, weight):
-                logits = F.linear(xs, w)
+                logits = product(xs, w)
                 total += cross_entropy_(logits, ts, z_loss).sum(dtype=torch.float64)
                 if ctx.needs_input_grad[0]:
-                    dx.append(logits @ w)
+                    dx.append(product(logits, w, turned=True))
                 if ctx.needs_input_grad[1]:
-                    dw = _plus_product(dw, logits.t(), xs)
+                    dw = _plus_product(dw, logits.t(), xs.to(logits.dtype))
                 del logits  # before the next slice's are made
         dx = torch.cat(dx).to(x.dtype) if dx else None
         ctx.save_for_backward(dx, None if dw is None else dw.to(weight.dtype))

@@ -37,3 +37,8 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
 def wide_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which the numbers of x are computed with: float64 for float64, otherwise float32."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32  # promote_types would be an operation on a tape
+
+
+def wider(a: torch.dtype, b: torch.dtype) -> torch.dtype:
+    """The dtype with more bytes a number, the first of two that have as many."""
+    return b if b.itemsize > a.itemsize else a

@@ -94,9 +94,13 @@ def test_any_text_can_be_typed_in_one_line(say):
     assert r"\n is a line break and \\ a backslash" in say("/help")[0]
 
 
-def test_commands_that_need_another_number_format_say_so(say):
-    (why,) = say("/fix x", "--dtype=bf16")
-    assert why == "there is no command /fix: corrections need --dtype fp32"
+@pytest.mark.parametrize("dtype", ["bf16", "int8"])
+def test_corrections_are_there_in_every_number_format_and_a_profile_has_one(say, dtype, capsys):
+    if dtype == "int8":
+        pytest.importorskip("torchao")
+    assert say("/history", f"--dtype={dtype}", "--profile=mine") == ["nothing was learnt yet"]
+    code, _, err = run("chat", "--folder=kept", "--profile=mine", capsys=capsys)
+    assert code == 1 and f"begun with a model in {dtype}, and this one is in fp32; open it with --dtype {dtype}" in err
 
 
 def test_settings_and_system_are_those_of_the_flags(say):
@@ -159,7 +163,6 @@ def test_a_mistake_is_one_line_and_the_chat_goes_on(line, message, say):
         (["--per-user=1"], "--per-user is for a live room"),
         (["--operators=op", "--plain"], "--operators is for a live room"),
         (["--room", "--plain"], "both --room and --plain"),
-        (["--profile=me", "--dtype=bf16"], "--profile keeps corrections"),
     ],
 )
 def test_a_chat_that_cannot_begin(argv, message, capsys, tmp_path, monkeypatch):

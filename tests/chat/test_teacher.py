@@ -6,7 +6,7 @@ import pytest
 from feedback_toys import QUICK, open_learner
 
 from rwkv_train.chat.dialogue import Dialogue
-from rwkv_train.chat.feedback_commands import TEACHING, Teacher
+from rwkv_train.chat.feedback_commands import Teacher
 from rwkv_train.chat.session import Chat
 from rwkv_train.generate import Sampling
 
@@ -47,7 +47,7 @@ def test_a_failure_is_told_the_next_is_learnt_and_history_says_which_is_which(sl
         answer(chat, "/teach ice? => cold")
         assert begun.wait(60)
         assert answer(chat, "/history") == "2: sun? => hot (being learnt)\n3: ice? => cold (waiting)"
-        assert "0 corrections" in answer(chat, "/diff") and teacher.commands().keys() == set(TEACHING)
+        assert "0 corrections" in answer(chat, "/diff")
         exported = answer(chat, f"/export {tmp_path / 'out.jsonl'}")
         assert "wrote 0 corrections" in exported and "2 that are not learnt yet" in exported
         go.set()
