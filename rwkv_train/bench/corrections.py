@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -125,11 +126,9 @@ class Protocol:
 
     def _newest(self, learner: Learner, correction: Correction, case: Case) -> Marks:
         """Teach a case, and ask it at once in three states."""
-        before, received = learner.model, []
-        begun = time.perf_counter()
-        outcome = _teach(learner, correction, case.paraphrases[: int(self.also)], received.append)
-        seconds = time.perf_counter() - begun
-        model, wanted = learner.model, self.answers.wanted(case)
+        before = learner.model
+        outcomes, seconds, received = _teach(learner, correction, case.paraphrases[: int(self.also)])
+        model, wanted, generation = learner.model, self.answers.wanted(case), self._generation(case)
         stranger = prefill(model, self.stranger)[1]
         dialogue = prefill(before, [self.form.tokenizer.eod, *correction.context])[1]
         states = {
@@ -138,8 +137,8 @@ class Protocol:
             "newest, dialogue state": (Asked((), case.question), dialogue),
         }
         values = {name: [self.answers.of(model, [a], state)[0] == wanted] for name, (a, state) in states.items()}
-        values |= {"time over generation": [seconds / self._generation(case)], "seconds": [seconds]}
-        return Marks(case, values | {"received in": [received[0] - begun], "accepted": [outcome.accepted]})
+        values |= {"time over generation": [s / generation for s in seconds], "seconds": seconds}
+        return Marks(case, values | {"received in": [received], "accepted": [o.accepted for o in outcomes]})
 
     def serving(self, config: FeedbackConfig, count: int = 5) -> dict[str, float]:
         """What a reply that streams meanwhile feels of `count` corrections; and the process's memory."""
@@ -193,8 +192,12 @@ class Protocol:
         return time.perf_counter() - begun
 
 
-def _teach(learner: Learner, correction: Correction, also: list[str], received: Callable[[float], None]) -> Outcome:
-    """Learn a correction, and other ways to ask it. received(seconds of a clock) is called once it is recorded."""
-    if also:
-        raise ValueError("a correction cannot be told other ways to ask yet; leave out --also")
-    return learner.learn(correction, lambda number: received(time.perf_counter()))
+def _teach(learner: Learner, correction: Correction, also: list[str]) -> tuple[list[Outcome], list[float], float]:
+    """(what became of a correction and of other ways to ask it, seconds of each, seconds until it was recorded)."""
+    recorded, times = [], [time.perf_counter()]
+    outcomes = [learner.learn(correction, lambda number: recorded.append(time.perf_counter()))]
+    times.append(time.perf_counter())
+    for text in also if outcomes[0].accepted else []:
+        outcomes.append(learner.also(text))
+        times.append(time.perf_counter())
+    return outcomes, [end - begin for begin, end in pairwise(times)], recorded[0] - times[0]

@@ -199,6 +199,14 @@ def test_one_stream_measured_on_its_way_is_several_streams(protocol):
         protocol.drawn(0, 5)
 
 
+def test_a_first_paraphrase_that_is_taught_is_understood(protocol):
+    protocol.also = True
+    for marks in protocol.alone(CONFIG, [(CASES[0], 0), (CASES[3], 1)]):
+        assert marks.values["accepted"] == [True, True] and len(marks.values["time over generation"]) == 2
+        assert marks.said[marks.case.paraphrases[0]][1] == marks.case.answer
+        assert len(marks.values["other paraphrases"]) == len(marks.case.paraphrases) - 1
+
+
 def test_a_correction_stands_in_its_dialogue(protocol):
     own, drawn = (protocol.correction(case, 0) for case in (CASES[3], CASES[0]))
     assert BYTES.decode(list(own.context)) == "User: my cat\n\nAssistant: nice\n\n"
