@@ -20,7 +20,7 @@ from rwkv_train.generate import Sampling
 
 
 def chat(config: ChatConfig) -> int:
-    """Talk to a model until the end of input or /quit. The exit code: 1 if lines were piped and a correction failed."""
+    """Talk to a model until the end of input or /quit. The exit code: 1 if a line that was piped failed."""
     _check_flags(config)
     operators = frozenset(name.strip() for name in config.operators.split(",") if name.strip())
     limits = {"queue": config.queue, "per_user": config.per_user, "rate": config.rate}
@@ -41,7 +41,7 @@ def chat(config: ChatConfig) -> int:
             in_room(opened, sys.stdin, room)
             return 0
         in_plain(opened, sys.stdin)
-        return 1 if teacher and teacher.failures else 0
+        return 1 if opened.failures else 0
 
 
 def _check_flags(config: ChatConfig) -> None:

@@ -21,12 +21,11 @@ class Teacher:
     """What the feedback commands of one chat share: the learner and its thread. A context: it ends with the chat.
 
     learner: what it has received and not learnt is learnt now. wait: answer a command only when it is done, as scripts
-    expect; otherwise at once, and tell the outcome later. failures: of these commands, so far.
+    expect; otherwise at once, and tell the outcome later.
     """
 
     def __init__(self, chat: Chat, learner: Learner, wait: bool):
         self.chat, self.learner, self.wait = chat, learner, wait
-        self.failures = 0
         self._ending = ExitStack()
         self._now: int | None = None  # the correction that is being learnt
         self._failed: dict[int, str] = {}  # why, of those whose failure could not be recorded either
@@ -66,7 +65,7 @@ class Teacher:
             ("diff", "/diff", "how far the model is from where it began", self._diff),
             ("export", "/export FILE", "write corrections as training data", self._export),
         ]
-        return {name: Command(usage, phrase, self._counted(run)) for name, usage, phrase, run in listed}
+        return {name: Command(usage, phrase, run) for name, usage, phrase, run in listed}
 
     def settings(self) -> dict[str, Setting]:
         """How corrections are learnt, for the chat, by name."""
@@ -162,10 +161,10 @@ class Teacher:
         self._now = number
         try:
             outcome = self.learner.commit(number, tick)
-            self.failures += not outcome.accepted
+            self.chat.failures += not outcome.accepted
             return told(outcome)
         except Exception as error:
-            self.failures += 1
+            self.chat.failures += 1
             self._failed[number] = in_a_line(error)
             return f"{number}: not learnt, nothing was changed: {self._failed[number]}"
         finally:
@@ -218,18 +217,6 @@ class Teacher:
         others = len(self.learner.learnt()) - written.chats
         return [exported(written, others, waits, path)]
 
-    def _counted(self, run: Callable[[Chat, str], Iterable[str]]) -> Callable[[Chat, str], Iterable[str]]:
-        """The same command, whose refusals are counted."""
-
-        def counted(chat: Chat, rest: str) -> Iterable[str]:
-            try:
-                yield from run(chat, rest)
-            except (ValueError, OSError):
-                self.failures += 1
-                raise
-
-        return counted
-
     def _run(self, job: Callable[[], str], meanwhile: str = "learning; go on") -> Iterable[str]:
         """Do a job in the background; its result, or why it failed, is the answer, or is told when it is there."""
         results = []
@@ -238,7 +225,7 @@ class Teacher:
             try:
                 results.append(job())
             except Exception as error:
-                self.failures += 1
+                self.chat.failures += 1
                 results.append(in_a_line(error))
             if not self.wait:
                 self.chat.tell(results[0])

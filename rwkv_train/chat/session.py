@@ -39,12 +39,13 @@ class Chat:
 
     commands, settings: by name; `add` takes more of them. renamed: settings' names of before, and of today. typing: for
     /help, how a text is typed here that is not taken as it stands. closing: what must end with the chat, as
-    `chat.closing.callback(f)`. folder: for saved dialogues. lines, typed: how many were typed, and when the last one
-    was, in seconds of time.monotonic().
+    `chat.closing.callback(f)`. failures: lines that were refused, and corrections that were not learnt. folder: for
+    saved dialogues. lines, typed: how many were typed, and when the last one was, in seconds of time.monotonic().
     """
 
     def __init__(self, dialogue: Dialogue, folder: Path):
         self.dialogue, self.folder, self.done = dialogue, folder, False
+        self.failures = 0
         self.commands = dict(COMMANDS)
         self.settings = _settings(dialogue)
         self.renamed: dict[str, str] = {}
@@ -86,6 +87,7 @@ class Chat:
             else:
                 yield from spoken(self.dialogue.say(line[1:] if line.startswith("//") else line))
         except (ValueError, OSError) as error:
+            self.failures += 1
             yield " ".join(str(error).split())
 
     def _run(self, name: str, rest: str) -> Iterable[str]:

@@ -55,13 +55,13 @@ def test_also_and_not_in_a_chat(scripted):
     assert [line.split(" =>")[0].split(" (")[0] for line in history] == [
         "2: sun?", "  8: not see?", "4: sea?", "  6: also is the sea?", f"  10: not {text}",
     ]  # fmt: skip
-    failures = teacher.failures
+    failures = chat.failures
     assert "nothing is labelled 4z" in answer(chat, "/not 4z") and "as 12: 4z" in answer(chat, "/not 4z")
     assert answer(chat, "/also") == "write /also TEXT, or /also 12: TEXT for correction 12"
     assert "no active correction has the number 99" in answer(chat, "/also 99: what?")
     assert "is the corrected question itself" in answer(chat, "/not 4: sea?")
     assert "corrections to undo, not 99" in answer(chat, "/undo 99")
-    assert teacher.failures == failures + 6
+    assert chat.failures == failures + 6
     forgot = answer(chat, f"/undo {len(teacher.learner.learnt()) - 1}")
     assert forgot.startswith("forgot 4, 6") and answer(chat, "/history").startswith("2: sun? => hot")
 

@@ -36,12 +36,12 @@ def model(tmp_path, monkeypatch):
     monkeypatch.setattr(program, "STARTER", tmp_path / "starter")
 
 
-def talk(text, *argv, capsys, monkeypatch, told="") -> list[str]:
+def talk(text, *argv, capsys, monkeypatch, told="", exit_code=0) -> list[str]:
     """The blocks that `chat` prints for this input; told: what it prints on standard error."""
     data = text if isinstance(text, bytes) else text.encode()
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding="utf-8"))
     code, out, err = run("chat", "--folder=kept", "--tokens=20", *argv, capsys=capsys)
-    assert (code, err) == (0, told)
+    assert (code, err) == (exit_code, told)
     assert out == "" or out.endswith("\n\n")
     return out.split("\n\n")[:-1]
 
@@ -111,7 +111,7 @@ def test_settings_and_system_are_those_of_the_flags(say):
     with_template = "roles:\n  user: 'Q: {content}\n\n    '\n  assistant: 'A: {content}\n\n    '\n"
     with open("starter/template.yaml", "w") as f:
         f.write(with_template)
-    assert say("/system x\na\nb", "--temperature=0")[0].startswith("role 'system' is unknown")
+    assert say("/system x\na\nb", "--temperature=0", exit_code=1)[0].startswith("role 'system' is unknown")
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ def test_settings_and_system_are_those_of_the_flags(say):
 )
 def test_a_mistake_is_one_line_and_the_chat_goes_on(line, message, say):
     line = line if isinstance(line, bytes) else line.encode()
-    wrong, reply = say(line + b"\nHello")
+    wrong, reply = say(line + b"\nHello", exit_code=1)
     assert message in wrong and "\n" not in wrong
     assert [reply] == as_library(["Hello"])
 
