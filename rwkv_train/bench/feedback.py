@@ -57,7 +57,8 @@ def feedback(config: FeedbackBench) -> None:
     serving = protocol.serving(recipe) if found.draws else {}
     runs.write(serving)
     print(runs.tables())
-    print("".join(f"\n{name}: {value:.2f}" for name, value in serving.items()))
+    if serving:
+        print("", *(f"{name}: {value:.2f}" for name, value in serving.items()), sep="\n")
     if config.plot:
         plot(runs.results(), config.plot, found.targets)
 
@@ -119,7 +120,7 @@ class Runs:
 
     def tables(self) -> str:
         tables = [table(self.results(), self.found.targets), kinds_table(self.by_kind()) if self.kinds else ""]
-        return "\n\n".join(filter(None, tables)) + "\n"
+        return "\n\n".join(filter(None, tables))
 
     def write(self, serving: dict[str, float] | None = None) -> None:
         """The figures so far, where they are asked for."""

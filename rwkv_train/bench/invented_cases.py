@@ -6,6 +6,7 @@ from rwkv_train.bench.correction_cases import Case
 from rwkv_train.bench.invented_relations import RELATIONS, Relation
 
 TAUGHT = 2  # relations of each thing; the others are asked, and never taught
+SPARE = 8  # things of each sort at least: neighbours are asked of others
 SYLLABLES = (
     "ba bel cor dan dre fen gar hol ima jor kel lu mar nev ol pra quin ros sel tam ul ven wis xan yor zed".split()
 )
@@ -27,9 +28,12 @@ def invented_cases(count: int, seed: int = 0) -> list[Case]:
     of a paraphrase. None of those is itself a case.
     """
     rng, sorts = random.Random(seed), list(RELATIONS)
-    each = -(-count // (TAUGHT * len(sorts))) + 3
+    each = -(-count // (TAUGHT * len(sorts))) + SPARE
     names = {sort: _names(*sort, each, rng) for sort in sorts}
-    taught = {sort: {name: rng.sample(range(len(RELATIONS[sort])), TAUGHT) for name in names[sort]} for sort in sorts}
+    taught = {
+        sort: {name: [(n + i) % len(relations) for i in range(TAUGHT)] for n, name in enumerate(names[sort])}
+        for sort, relations in RELATIONS.items()
+    }
     cases = []
     for number in range(each):
         for sort in sorts:
