@@ -40,7 +40,7 @@ def export(corrections: list[Correction], form: Form, path: Path) -> Exported:
         before = form.template.messages(form.tokenizer.decode(list(c.context)))
         alone += before is None
         asked = [*(before or []), {"role": "user", "content": c.question}]
-        untrained = [m | {"weight": 0} if m["role"] in form.template.train_roles else m for m in asked]
+        untrained = [m | {"weight": 0} if m["role"] == "assistant" else m for m in asked]
         chats.append({"messages": [*untrained, {"role": "assistant", "content": c.answer}]})
         if c.rejected is not None:
             pairs.append({"prompt": "".join(form.template.prompt(asked)), "chosen": c.answer, "rejected": c.rejected})

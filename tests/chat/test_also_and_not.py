@@ -6,7 +6,7 @@ import shutil
 from dataclasses import replace
 
 import pytest
-from feedback_toys import BYTES, CONFIG, QUICK, open_learner, small_model
+from feedback_toys import BYTES, QUICK, be_careless, open_learner, small_model
 from helpers import run
 
 from rwkv_train import save_model
@@ -14,18 +14,23 @@ from rwkv_train.chat.corrections_read import of_profile, taught_by
 from rwkv_train.chat.dialogue import Dialogue
 from rwkv_train.chat.feedback_commands import Teacher
 from rwkv_train.chat.session import Chat
-from rwkv_train.chat.telling import labelled, question_of, told
+from rwkv_train.chat.telling import question_of, told
 from rwkv_train.data.templates import Template
 from rwkv_train.data.text_format import TextFormat
-from rwkv_train.feedback import Correction, FeedbackConfig, Learner, Outcome
+from rwkv_train.feedback import Correction, Learner, Outcome
 from rwkv_train.feedback.journal import Ledger
 from rwkv_train.generate import Sampling
+
+
+@pytest.fixture(autouse=True)
+def carelessly(monkeypatch):
+    be_careless(monkeypatch)
 
 
 @pytest.fixture
 def scripted(tmp_path):
     """A chat in which a command is answered when it is done, and its teacher."""
-    with open_learner(tmp_path, replace(CONFIG, steps=200)) as learner:
+    with open_learner(tmp_path) as learner:
         chat = Chat(Dialogue(learner.model, BYTES, sampling=Sampling(0), max_new_tokens=8), tmp_path)
         with Teacher(chat, learner, wait=True) as teacher:
             chat.add(teacher.commands(), teacher.settings(), teacher.swap)
@@ -39,21 +44,20 @@ def answer(chat: Chat, line: str) -> str:
 def test_also_and_not_in_a_chat(scripted):
     chat, teacher = scripted
     assert answer(chat, "/also what?") == "nothing was corrected yet"
-    assert "4: learnt" not in answer(chat, "/teach sun? => hot")
-    shown = answer(chat, "/teach sea? => wet")
-    also = answer(chat, "/also is the sea?")
-    assert also.startswith("received as correction 6, another way to ask 4: is the sea?\n6: learnt")
-    assert answer(chat, "is the sea?") == "wet"
-    kept = answer(chat, "/not 2: see?")
-    assert kept.startswith("received as correction 8, which keeps its answer from before 2: see?\n8: ")
-    record = teacher.learner.journal.records[4]
-    label, text = labelled(4, record["paraphrases"], record["contrasts"])[len(record["paraphrases"])]
-    assert f"kept as before: {label} {text}" in shown
-    labelled_ = answer(chat, f"/not {label}")
-    assert labelled_.startswith(f"received as correction 10, which keeps its answer from before 4: {text}\n10: ")
+    answer(chat, "/teach sun? => hot")
+    shown = answer(chat, "/teach sea? => wet").splitlines()
+    assert shown[3:5] == ["also asked as: 4a one more?", "kept as before: 4b near? | 4c nearer?"]
+    assert answer(chat, "/also is the sea?").startswith(
+        "received as correction 6, another way to ask 4: is the sea?\n6: "
+    )
+    kept = "received as correction {}, which keeps its answer from before {}: {}\n"
+    assert answer(chat, "/not 2: see?").startswith(kept.format(8, 2, "see?"))
+    assert answer(chat, "/not 4a").startswith(kept.format(10, 4, "one more?"))
+    assert answer(chat, "/also 4c").startswith("received as correction 12, another way to ask 4: nearer?\n")
     history = answer(chat, "/history").splitlines()
     assert [line.split(" =>")[0].split(" (")[0] for line in history] == [
-        "2: sun?", "  8: not see?", "4: sea?", "  6: also is the sea?", f"  10: not {text}",
+        "2: sun?", "  8: not see?", "4: sea?", "  6: also is the sea?", "  10: not one more?",
+        "  12: also nearer?",
     ]  # fmt: skip
     failures = chat.failures
     assert "nothing is labelled 4z" in answer(chat, "/not 4z") and "as 12: 4z" in answer(chat, "/not 4z")
@@ -99,10 +103,8 @@ def test_an_outcome_lists_some_of_what_it_took_along_and_protected_with_labels()
 
 @pytest.fixture
 def model(tmp_path, monkeypatch):
-    """A model of random weights in a folder of its own, and a recipe that such a model can learn with."""
+    """A model of random weights in a folder of its own."""
     monkeypatch.chdir(tmp_path)
-    quick = vars(CONFIG) | {"steps": 200}
-    monkeypatch.setattr("rwkv_train.feedback.learner.FeedbackConfig", lambda **k: FeedbackConfig(**(quick | k)))
     save_model(small_model(), "model.pth")
     TextFormat(BYTES, Template()).save(tmp_path)
     return "model.pth"
@@ -120,11 +122,17 @@ def test_a_file_says_what_else_and_what_not_and_what_came_before(model, tmp_path
     (tmp_path / "c.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     code, out, err = feedback(model, "--file=c.jsonl", capsys=capsys)
     assert code == 0 and "4 of 4 learnt" in out, out + err
-    assert "also is the sea? => wet\n" in out and "not sun? => hot (its answer is that of correction 2)\n" in out
+    assert (
+        "  also is the sea? => " in out and "  not sun? => " in out and "(its answer is that of correction 2)\n" in out
+    )
     (journal,) = (tmp_path / "home").rglob("journal.jsonl")
     folder = journal.parent
     with Learner(small_model(), BYTES, folder) as learner:
-        context = learner.learnt()[0]["context"]
+        learnt = learner.learnt()
+        assert [(r["question"], r["answer"]) for r in learnt] == [
+            ("sun?", "hot"), ("sea?", "wet"), ("is the sea?", "wet"), ("sun?", "hot"),
+        ]  # fmt: skip
+        context = learnt[0]["context"]
         assert BYTES.decode(context) == "User: so?\n\nAssistant: no\n\n"
         learner.export("out.jsonl")
         dialogues = [taught_by("", line, {}) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
@@ -133,7 +141,7 @@ def test_a_file_says_what_else_and_what_not_and_what_came_before(model, tmp_path
 
 
 def test_the_corrections_of_another_models_profile_are_learnt_anew(model, tmp_path, capsys):
-    with open_learner(tmp_path, replace(CONFIG, steps=200), seed=3) as other:
+    with open_learner(tmp_path, seed=3) as other:
         assert other.learn(replace(QUICK[2], context=(3, 4))).accepted
         assert other.also("is the sea?").accepted
         assert other.learn(QUICK[0]).accepted and other.undo()
@@ -145,7 +153,10 @@ def test_the_corrections_of_another_models_profile_are_learnt_anew(model, tmp_pa
     assert "Corrections of this one are kept in" in err and "the dialogues before 1 of its corrections" in err
     (ours,) = (tmp_path / "home" / "profiles").glob(f"{tmp_path.name}-*")
     with Learner(small_model(), BYTES, ours) as learner:
-        assert learner.answer("sea?") == learner.answer("is the sea?") == "wet"
+        assert [(r["question"], r["of"], r["context"]) for r in learner.learnt()] == [
+            ("sea?", None, []),
+            ("is the sea?", 2, []),
+        ]
     code, _, err = feedback(model, f"--file={ours}", capsys=capsys)
     assert code == 1 and "is what is to learn from it; name another --profile" in err and "kept in" not in err
     with pytest.raises(ValueError, match="is no profile: it holds no journal"):

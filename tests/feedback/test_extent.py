@@ -7,17 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from feedback_toys import BYTES, CONFIG, QUICK, old_model, open_learner, rehearsal_set, small_model
+from feedback_toys import BYTES, CONFIG, QUICK, be_careless, old_model, open_learner, rehearsal_set, small_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import rwkv_train.feedback.decode as decode_module
-import rwkv_train.feedback.learner as learner_module
 from rwkv_train.data.prepare import PrepareConfig, prepare
 from rwkv_train.feedback import Correction, Learner, Reading
-from rwkv_train.feedback.correction import example_of
-from rwkv_train.feedback.gate import Verdict
-from rwkv_train.feedback.lesson import Lesson
 
 OLD = Path(__file__).parent / "old_profile"
 MODEL = small_model()
@@ -42,18 +37,10 @@ def taught(tmp_path):
 
 @contextmanager
 def careless(folder):
-    """Learning an answer and the earlier ones in two steps, all of which is accepted; replies of four tokens."""
-
-    def lesson(received, earlier, *rest):
-        new, *replayed = (example_of(it.item, REHEARSAL.form) for it in (received, *earlier))
-        return Lesson([new], replayed, reply=[1])
-
+    """A learner that accepts whatever two steps come to."""
     with pytest.MonkeyPatch.context() as patched:
-        accepted = lambda item, before, whole, answer, *rest: Verdict(True, whole, 1.0, 0.0, "", answer)  # noqa: E731
-        patched.setattr(learner_module, "gate", accepted)
-        patched.setattr(learner_module, "lesson_of", lesson)
-        patched.setattr(decode_module, "MAX_REPLY", 4)
-        with Learner(MODEL, BYTES, folder, config=replace(CONFIG, steps=2), rehearsal=REHEARSAL) as learner:
+        be_careless(patched)
+        with Learner(MODEL, BYTES, folder, rehearsal=REHEARSAL) as learner:
             yield learner
 
 

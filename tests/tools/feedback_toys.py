@@ -1,12 +1,21 @@
 """Small models to correct, with a rehearsal set of three dialogues."""
 
+from dataclasses import replace
+
 import torch
 from helpers import random_model
+from pytest import MonkeyPatch
 
+import rwkv_train.feedback.decode as decode_module
+import rwkv_train.feedback.learner as learner_module
 from rwkv_train.feedback import Correction, FeedbackConfig, Learner
+from rwkv_train.feedback.correction import example_of
 from rwkv_train.feedback.curvature import Curvature
 from rwkv_train.feedback.decode import Form
+from rwkv_train.feedback.gate import Verdict
+from rwkv_train.feedback.lesson import Lesson
 from rwkv_train.feedback.rehearsal import RehearsalSet
+from rwkv_train.feedback.steps import take_steps
 from rwkv_train.feedback.trainable import localised_names, upper_names
 from rwkv_train.tokenizer import load_tokenizer
 
@@ -49,6 +58,32 @@ def rehearsal_set(model) -> RehearsalSet:
 def open_learner(folder, config=CONFIG, seed=0, generation="rwkv4") -> Learner:
     model = small_model(seed, generation)
     return Learner(model, BYTES, folder / "profile", config=config, rehearsal=rehearsal_set(model))
+
+
+def be_careless(patched: MonkeyPatch) -> None:
+    """Let answers be learnt, with the earlier ones, in two steps, and all be accepted; replies have four tokens.
+
+    What was taken along and protected is always the same.
+    """
+
+    def lesson(received, earlier, committed, model, rehearsal):
+        new, *replayed = (example_of(it.item, rehearsal.form) for it in (received, *earlier))
+        return Lesson([new], replayed, paraphrases=["one more?"], contrasts=["near?", "nearer?"], reply=[1])
+
+    def accepted(item, before, whole, answer, *rest):
+        return Verdict(True, whole, 1.0, 0.0, "", answer)
+
+    patched.setattr(learner_module, "lesson_of", lesson)
+    patched.setattr(
+        learner_module,
+        "take_steps",
+        lambda model, lesson, _, config, tick: take_steps(
+            model, lesson, None, replace(config, trainable="localised", steps=2), tick
+        ),
+    )
+    patched.setattr(learner_module, "gate", accepted)
+    patched.setattr(decode_module, "MAX_REPLY", 4)
+    patched.setattr(RehearsalSet, "kept", lambda path, base, form: rehearsal_set(base))
 
 
 def old_model():
