@@ -299,7 +299,7 @@ class Learner:
     def _keep_snapshot(self) -> None:
         """Keep the weights in use, or say that they are not: they follow from the journal, too."""
         try:
-            self._snapshots.save(self.model, self._sequence(), self._sequence())
+            self._snapshots.save(self.model, self._sequence())
         except OSError as error:
             print(f"{self.folder}: no snapshot was kept: {in_a_line(error)}", file=sys.stderr)
 

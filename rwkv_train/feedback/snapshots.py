@@ -26,17 +26,19 @@ class Snapshots:
     def __init__(self, folder: Path, base: RWKV):
         self.folder, self.base = folder, base
 
-    def save(self, model: RWKV, sequence: list[dict], live: list[dict]) -> None:
-        """Keep the model after a sequence.
+    def save(self, model: RWKV, sequence: list[dict], live: list[dict] | None = None) -> None:
+        """Keep the model after a sequence. live: the one in use, if that is another one.
 
         Of the others stay the newest, the milestones of this sequence, and what an undo or a crash would need of it and
-        of the one in use, `live`: the last, and those before and after the last sleep.
+        of the one in use: the last, and those before and after the last sleep.
         """
         self.folder.mkdir(exist_ok=True)
         weights, names = changed(model, self.base), _names(sequence)
         path = self.folder / f"{names[-1]}-{weights_hash(weights)[:16]}.safetensors"
         replace_file(path, lambda temporary: write_safetensors(weights, temporary))
-        stay = {*names[:: _apart(len(sequence))], *_needed(sequence), *_needed(live)}
+        stay = {*names[:: _apart(len(sequence))], *_needed(sequence, names)}
+        if live is not None:
+            stay |= _needed(live, _names(live))
         for old in self._files()[:-NEWEST]:
             if _named(old) not in stay:
                 old.unlink()
@@ -75,8 +77,7 @@ def _apart(count: int) -> int:
     return apart
 
 
-def _needed(sequence: list[dict]) -> set[str]:
-    names = _names(sequence)
+def _needed(sequence: list[dict], names: list[str]) -> set[str]:
     asleep = [n for n, record in enumerate(sequence) if record["kind"] == "slept"][-1:]
     return {names[-1], *(name for n in asleep for name in names[n : n + 2])}
 

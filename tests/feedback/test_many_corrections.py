@@ -98,7 +98,7 @@ def test_the_newest_snapshots_are_kept_and_milestones_that_get_fewer(tmp_path, m
     sequence, own, files = [{"id": n, "kind": "received"} for n in range(1, 15)], dict(base.named_parameters()), {}
     for count in range(1, 15):
         after = with_weights(kept.base, {n: own[n] + count for n in localised_names(base)})
-        kept.save(after, sequence[:count], sequence[:count])
+        kept.save(after, sequence[:count])
         files |= {file: count for file in tmp_path.iterdir() if file not in files}
         for file in tmp_path.iterdir():  # as if a second passed
             os.utime(file, (file.stat().st_mtime - 1,) * 2)
