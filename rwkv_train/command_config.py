@@ -153,14 +153,17 @@ class ChatConfig:
 
 @dataclass
 class FeedbackFileConfig:
-    """Learn a file of corrections, one after another."""
+    """Learn a file of corrections, one after another, or all that a profile has together."""
 
     model: str
     """checkpoint, runs/NAME, or a folder with model.pth"""
 
-    file: str
+    file: str | None = None
     """jsonl with one correction a line, as {"question": "...", "answer": "..."}; or another profile's folder, to
     learn its corrections anew"""
+
+    sleep: bool = False
+    """then learn all corrections of the profile together, and keep that if it is better"""
 
     tokenizer: str | None = None
     """world, bytes or a tokenizer JSON; known where tokenizer.json lies with the model"""

@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from rwkv_train.chat.corrections_read import Taught, of_profile, taught_by
 from rwkv_train.chat.opening import data_folder, open_profile
+from rwkv_train.chat.sleeping import told_slept
 from rwkv_train.checkpoints.opener import open_model
 from rwkv_train.command_config import FeedbackFileConfig
 from rwkv_train.feedback import Correction, Learner, Reading
@@ -18,11 +19,14 @@ from rwkv_train.files import counted, read_lines
 
 
 def feedback(config: FeedbackFileConfig) -> int:
-    """Learn a file of corrections, one after another, and print what became of each."""
-    taught = _read(Path(config.file).expanduser())
+    """Learn a file of corrections, one after another, and print what became of each; or all corrections together."""
+    if not (config.file or config.sleep):
+        raise ValueError("there is nothing to do; give --file to learn corrections, or --sleep to learn all together")
+    file = Path(config.file).expanduser() if config.file else None
+    taught = _read(file) if file else []
     opened = open_model(config.model, config.tokenizer, config.template, config.dtype, config.device)
     with open_profile(*opened, data_folder(config.folder), config.profile, config.model) as learner:
-        if Path(config.file).expanduser().resolve() in (learner.folder.resolve(), learner.journal.path.resolve()):
+        if file and file.resolve() in (learner.folder.resolve(), learner.journal.path.resolve()):
             raise ValueError(f"{config.file} is what is to learn from it; name another --profile")
         corrections = [_checked(one, learner) for one in taught]  # all of them, before any is learnt
         left = [record["id"] for record in learner.waiting()]  # by a crash, or by a chat that was killed
@@ -31,10 +35,13 @@ def feedback(config: FeedbackFileConfig) -> int:
         rows = [_learnt(learner, number) for number in left]
         for one, item in zip(tqdm(taught, "feedback", unit="correction", leave=False), corrections, strict=True):
             rows += [_learnt(learner, number) for number in _received(one, item, learner)]
-    print(f"{'':>4}  {'loss':>15}  {'steps':>5}  {'s':>5}  {'drift':>7}  answer")
-    print("\n".join(row for _, row in rows))
-    learned = sum(accepted for accepted, _ in rows)
-    print(f"\n{learned} of {len(rows)} learnt; kept in {learner.folder}")
+        learned = sum(accepted for accepted, _ in rows)
+        if rows:
+            print(f"{'':>4}  {'loss':>15}  {'steps':>5}  {'s':>5}  {'drift':>7}  answer")
+            print("\n".join(row for _, row in rows))
+            print(f"\n{learned} of {len(rows)} learnt; kept in {learner.folder}")
+        if config.sleep:
+            print(told_slept(learner.sleep()))
     return 0 if learned == len(rows) else 1
 
 

@@ -180,7 +180,8 @@ class Teacher:
             raise ValueError(f"there are {known} corrections to undo, not {count}")
 
         def undo() -> str:
-            forgotten = list(map(str, self.learner.undo(count)))
+            kinds = {record["id"]: record["kind"] for record in self.learner.journal.records}
+            forgotten = [f"{n} (a sleep)" if kinds[n] == "slept" else str(n) for n in self.learner.undo(count)]
             theirs = f", and with that {', '.join(forgotten[count:])}" if forgotten[count:] else ""
             return f"forgot {', '.join(forgotten[:count])}{theirs}; the weights are as before"
 

@@ -6,7 +6,7 @@ gradient steps, gate.py accepts as much of the change as shows and leaves all el
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -33,12 +33,13 @@ from rwkv_train.feedback.gate import Verdict, gate
 from rwkv_train.feedback.journal import Journal
 from rwkv_train.feedback.lesson import Lesson, lesson_of, text_lesson
 from rwkv_train.feedback.rehearsal import RehearsalSet
+from rwkv_train.feedback.replay import Replay
 from rwkv_train.feedback.settings import FeedbackConfig, renamed
 from rwkv_train.feedback.sleep import Sleep, Slept, judged
 from rwkv_train.feedback.snapshots import Snapshots, weights_hash
 from rwkv_train.feedback.steps import Diverged, Tick, dynamic_evaluation, take_steps
 from rwkv_train.feedback.texts import answer_loss
-from rwkv_train.feedback.trainable import between, changed
+from rwkv_train.feedback.trainable import changed
 from rwkv_train.models.base import RWKV
 from rwkv_train.models.finite import NotFinite
 from rwkv_train.ops.products import as_wide
@@ -89,7 +90,6 @@ class Learner:
         self.folder, self.config, self._rehearsal = Path(folder), config or FeedbackConfig(), rehearsal
         self.watch: Watch = on_standard_error
         self._asleep: tuple[object, Sleep] | None = None  # one that was left, and what it is of
-        self._received: dict[int, Received] = {}  # what the journal says was learnt, as far as it was read
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(self.folder / "lock")
         try:
@@ -98,9 +98,10 @@ class Learner:
             raise ValueError(f"{self.folder} is in use by another process; close it, or use another profile") from None
         try:
             self.journal = Journal(self.folder / "journal.jsonl")
-            self._snapshots = Snapshots(self.folder / "snapshots", self.base)
             self._check_base()
-            self.model = self._rebuilt(self._sequence())
+            snapshots = Snapshots(self.folder / "snapshots", self.base)
+            self._replay = Replay(self.journal, snapshots, self._learnt_whole, self._sleep_on, self._watched)
+            self.model = self._replay.model_after(self._replay.sequence())
             if recover:
                 self._recover()
         except BaseException:
@@ -184,7 +185,7 @@ class Learner:
             raise ValueError(f"no correction with the number {number} waits to be learnt; see the history")
         kept = {}
         try:
-            received, note = settled(received_of(record), self._sequence(), self._rebuilt, self.form)
+            received, note = settled(received_of(record), self._replay.sequence(), self._replay.model_after, self.form)
             if record.get("keeps"):
                 kept = {"kept": {"answer": received.item.answer, "context": received.item.context}}
             outcome, model = self._judge(received, tick)
@@ -195,7 +196,7 @@ class Learner:
         self.journal.append("committed", of=number, **kept, **{k: v for k, v in asdict(outcome).items() if k != "id"})
         self.model = model
         if outcome.accepted:
-            self._keep_snapshot()
+            self._replay.keep(self.model)
         return outcome
 
     def sleep(self, stop: Callable[[], bool] = lambda: False) -> Slept | None:
@@ -204,12 +205,13 @@ class Learner:
         None if stop(), asked now and then, said to leave it, or a correction came: nothing is changed, and the next
         sleep goes on there if nothing else was learnt. Raises ValueError if there is nothing to learn together.
         """
-        sequence = self._sequence()
+        sequence = self._replay.sequence()
         if len(self.learnt()) < 2 or sequence[-1]["kind"] == "slept":
             raise ValueError("there is nothing to sleep on: fewer than two corrections, or none since the last sleep")
         of = ([record["id"] for record in sequence], self.config)
         left, self._asleep = self._asleep, None
-        sleep = left[1] if left and left[0] == of else self._sleep_on(sequence, self.config)
+        again = left is not None and left[0] == of
+        sleep = left[1] if again else self._sleep_on(self._replay.received(sequence), self.config)
         if not sleep.go_on(lambda: stop() or bool(self.waiting())):
             self._asleep = of, sleep
             return None
@@ -217,12 +219,12 @@ class Learner:
         self.journal.append("slept", **asdict(slept), config=asdict(self.config))
         if slept.accepted:
             self.model = sleep.model
-            self._keep_snapshot()
+            self._replay.keep(self.model)
         return slept
 
     def undo(self, count: int = 1) -> list[int]:
         """Take back the last `count` corrections or sleeps; returns their ids. The weights before them are exact."""
-        known = self._sequence()
+        known = self._replay.sequence()
         if not 1 <= count <= len(known):
             raise ValueError(f"there are {len(known)} corrections to undo, not {count}")
         return self.forget([record["id"] for record in known[-count:]])
@@ -233,11 +235,11 @@ class Learner:
         Corrections that were learnt together in a sleep with one that is taken back are learnt together without it.
         Returns the numbers of all, those of what belongs to the others last.
         """
-        known = self._sequence()
+        known = self._replay.sequence()
         if unknown := set(ids) - {record["id"] for record in known}:
             raise ValueError(f"no active correction has the number {min(unknown)}; see the history")
         ids = [*ids, *belonging(self.active(), ids)]
-        model = self._rebuilt([record for record in known if record["id"] not in ids])
+        model = self._replay.model_after([record for record in known if record["id"] not in ids])
         self.journal.append("undone", of=ids)
         self.model = model
         return ids
@@ -248,7 +250,7 @@ class Learner:
 
     def learnt(self) -> list[dict]:
         """Records of the corrections that were learnt and not undone."""
-        return [record for record in self._sequence() if record["kind"] == "received"]
+        return [record for record in self._replay.sequence() if record["kind"] == "received"]
 
     def waiting(self) -> list[dict]:
         """Records of the corrections that were received and not tried yet."""
@@ -259,55 +261,9 @@ class Learner:
 
         Corrections that were received but not committed, as after a crash, are learnt and committed.
         """
-        self.model = self._rebuilt(self._sequence())
+        self.model = self._replay.model_after(self._replay.sequence())
         self._recover()
         return self.weights
-
-    def _sequence(self) -> list[dict]:
-        """Records of what the weights follow from, in that order: corrections, and sleeps on all before them."""
-        return list(self.journal.ledger.sequence.values())
-
-    def _rebuilt(self, sequence: list[dict]) -> RWKV:
-        """The model that follows from corrections and sleeps in this order; told if any is learnt again."""
-        done, model = self._snapshots.nearest(sequence)
-        asleep = max((n for n, r in enumerate(sequence) if r["kind"] == "slept"), default=-1)
-        begin = max(done, asleep)  # a sleep is from the base, so that what lies before it need not be done
-        if done < len(sequence):
-            again = sum(r["kind"] == "received" for r in sequence[0 if begin == asleep else begin :])
-            print(f"{self.folder}: {again} corrections are learnt again", file=sys.stderr)
-        for n in self.watch("learnt again", range(begin, len(sequence))):
-            model = self._again(model, sequence[:n], sequence[n])
-            self._snapshots.save(model, sequence[: n + 1], self._sequence())
-        return model
-
-    def _again(self, model: RWKV, earlier: list[dict], record: dict) -> RWKV:
-        """The model after a record of the journal that comes after earlier ones."""
-        if record["kind"] == "slept":
-            sleep = self._sleep_on(earlier, FeedbackConfig(**record["config"]))
-            sleep.go_on()
-            return sleep.model
-        received, how = self._read(record), self.journal.ledger.committed[record["id"]]
-        if "kept" in how and not how["steps"]:  # it was answered so already
-            return model
-        after, _ = self._learn(model, received, self._lesson(model, received, earlier))
-        return between(model, after, how["share"])
-
-    def _sleep_on(self, sequence: list[dict], config: FeedbackConfig) -> Sleep:
-        received = [self._read(record) for record in sequence if record["kind"] == "received"]
-        return Sleep(self.rehearsal, received, config, lambda what, items: self.watch(what, items))
-
-    def _keep_snapshot(self) -> None:
-        """Keep the weights in use, or say that they are not: they follow from the journal, too."""
-        try:
-            self._snapshots.save(self.model, self._sequence())
-        except OSError as error:
-            print(f"{self.folder}: no snapshot was kept: {in_a_line(error)}", file=sys.stderr)
-
-    def _read(self, record: dict) -> Received:
-        """What the record of a learnt correction says, read once."""
-        if record["id"] not in self._received:
-            self._received[record["id"]] = received_of(record)
-        return self._received[record["id"]]
 
     def _recover(self) -> None:
         """Learn what waits. What cannot be learnt is told, and in the way of nothing else."""
@@ -349,7 +305,7 @@ class Learner:
         if kept:
             lesson = Lesson([example_of(item, self.form)], reply=self.form.answer(item.answer))
         else:
-            lesson = self._lesson(before, received, self._sequence())
+            lesson = self._lesson(before, received, self._replay.received(self._replay.sequence()))
         answer_before = self.form.shown(lesson.reply)
         try:
             whole, steps = (before, 0) if kept else self._learn(before, received, lesson, tick)
@@ -379,13 +335,12 @@ class Learner:
         )
         return outcome, verdict.model
 
-    def _lesson(self, model: RWKV, received: Received, earlier: list[dict]) -> Lesson:
+    def _lesson(self, model: RWKV, received: Received, earlier: list[Received]) -> Lesson:
         """What a correction trains and keeps, after earlier ones."""
         if isinstance(received.item, Reading):
             return text_lesson(received.item, self.form)
-        before = [self._read(record) for record in earlier if record["kind"] == "received"]
-        replaced = {self.journal.ledger.committed[it.id]["answer_before"] for it in before}
-        return lesson_of(received, before, replaced, model, self.rehearsal)
+        replaced = {self.journal.ledger.committed[it.id]["answer_before"] for it in earlier}
+        return lesson_of(received, earlier, replaced, model, self.rehearsal)
 
     def _learn(
         self, model: RWKV, received: Received, lesson: Lesson, tick: Tick = lambda step, loss: None
@@ -396,6 +351,15 @@ class Learner:
             if isinstance(received.item, Reading):
                 return dynamic_evaluation(model, lesson.new[0].ids, curvature, config, tick)
             return take_steps(model, lesson, curvature, config, tick)
+
+    def _learnt_whole(self, model: RWKV, received: Received, earlier: list[Received]) -> RWKV:
+        return self._learn(model, received, self._lesson(model, received, earlier))[0]
+
+    def _sleep_on(self, received: list[Received], config: FeedbackConfig) -> Sleep:
+        return Sleep(self.rehearsal, received, config, self._watched)
+
+    def _watched(self, what: str, items: Sequence) -> Iterable:
+        return self.watch(what, items)  # whatever that is by now
 
     def _check_base(self) -> None:
         """A journal belongs to the model it was begun with, and says what its settings are."""

@@ -4,11 +4,15 @@ import threading
 from dataclasses import asdict
 
 import pytest
-from feedback_toys import open_learner
+from feedback_toys import BYTES, open_learner, small_model
+from helpers import run
 from test_teacher import answer, chat_with
 
+from rwkv_train import save_model
 from rwkv_train.chat.sleeping import told_slept
-from rwkv_train.feedback import Slept
+from rwkv_train.data.templates import Template
+from rwkv_train.data.text_format import TextFormat
+from rwkv_train.feedback import Learner, Slept
 
 SLEPT = Slept(True, "better", [2, 4, 6], 3, 1, 2, [4], 0.25, 0.125, 5, 12.25, "0" * 64)
 
@@ -64,11 +68,27 @@ def test_what_a_sleep_came_to_is_told(dreaming, tmp_path, monkeypatch):
             "2: slept on 3 corrections",
             "3: slept on 3 corrections (not kept: better)",
         ]
+        monkeypatch.setattr(learner, "undo", lambda count: [2])
+        ledger = {2: learner.journal.records[1]}
+        monkeypatch.setattr(learner.journal.ledger, "sequence", ledger)
+        assert answer(chat, "/undo") == "forgot 2 (a sleep); the weights are as before"
     assert told == told_slept(SLEPT) == (
         "3 corrections were learnt together (5 epochs, 12.2 s)\n"
         "right answers 1 -> 2 of 3, drift elsewhere 0.2500 -> 0.1250 nats a token\n"
         "no longer right: 4"
     )  # fmt: skip
+
+
+def test_the_corrections_of_a_profile_are_learnt_together_from_the_command_line(tmp_path, monkeypatch, capsys):
+    save_model(small_model(), tmp_path / "model.pth")
+    TextFormat(BYTES, Template()).save(tmp_path)
+    argv = ["feedback", f"--model={tmp_path / 'model.pth'}", f"--folder={tmp_path / 'home'}"]
+    code, _, err = run(*argv, capsys=capsys)
+    assert code == 1 and "nothing to do; give --file to learn corrections, or --sleep to learn all together" in err
+    code, _, err = run(*argv, "--sleep", capsys=capsys)
+    assert code == 1 and "nothing to sleep on: fewer than two corrections" in err
+    monkeypatch.setattr(Learner, "sleep", lambda self: SLEPT)
+    assert run(*argv, "--sleep", capsys=capsys) == (0, told_slept(SLEPT) + "\n", "")
 
 
 def test_it_sleeps_by_itself_when_idle_for_as_long_as_the_profile_says_and_only_if_there_is_something_new(

@@ -118,7 +118,7 @@ def test_without_one_of_them_the_others_are_learnt_together(slept, monkeypatch):
         known = learner.learnt()
         learnt = steps_of_a_stream(monkeypatch)
         learner.forget([known[1]["id"]])
-        others = [learner._read(record) for record in (known[0], known[2])]
+        others = learner._replay.received([known[0], known[2]])
         alone = Sleep(learner.rehearsal, others, learner.config, lambda what, items: items)
         assert alone.go_on() and learner.weights == learner.weights_of(alone.model) and learnt == []
         learner.forget([known[0]["id"], known[2]["id"]])
