@@ -33,7 +33,9 @@ def feedback(config: FeedbackFileConfig) -> int:
         if left:
             print(f"received before and not learnt yet, so learnt first: {', '.join(map(str, left))}", file=sys.stderr)
         rows = [_learnt(learner, number) for number in left]
-        for one, item in zip(tqdm(taught, "feedback", unit="correction", leave=False), corrections, strict=True):
+        for one, item in zip(
+            tqdm(taught, "feedback", unit="correction", leave=False, disable=not taught), corrections, strict=True
+        ):
             rows += [_learnt(learner, number) for number in _received(one, item, learner)]
         learned = sum(accepted for accepted, _ in rows)
         if rows:
