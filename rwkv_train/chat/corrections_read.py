@@ -63,7 +63,8 @@ def of_profile(folder: Path) -> tuple[str, list[Taught]]:
     if not path.is_file():
         raise ValueError(f"{folder} is no profile: it holds no journal.jsonl; name a file of corrections, or a profile")
     ledger = Ledger(read(path))
-    active, roots, dialogues = [*ledger.sequence.values(), *ledger.waiting.values()], {}, 0
+    active = [r for r in (*ledger.sequence.values(), *ledger.waiting.values()) if r["kind"] == "received"]
+    roots, dialogues = {}, 0
     for record in active:
         item = item_of(record)
         if isinstance(item, Reading):

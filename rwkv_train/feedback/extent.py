@@ -87,8 +87,10 @@ def _meant(journal: Journal, of: int | None) -> dict:
     if of not in received:
         raise ValueError(f"no active correction has the number {of}; see the history")
     number = received[of].get("of") or of
-    if why := ledger.refused().get(number):
-        raise ValueError(f"correction {number} was not learnt ({why}); say which other one is meant, by its number")
+    how = ledger.committed.get(number)
+    if how and not how["accepted"]:
+        why = f"correction {number} was not learnt ({how['why']})"
+        raise ValueError(f"{why}; say which other one is meant, by its number")
     if "question" not in received[number]:
         raise ValueError(f"{number} is a text that was read; only a correction can be asked otherwise")
     return received[number]

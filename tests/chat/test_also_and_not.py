@@ -145,17 +145,20 @@ def test_the_corrections_of_another_models_profile_are_learnt_anew(model, tmp_pa
         assert other.learn(replace(QUICK[2], context=(3, 4))).accepted
         assert other.also("is the sea?").accepted
         assert other.learn(QUICK[0]).accepted and other.undo()
+        other.receive(Correction("sun?", None, rejected="hot"))
+        other.journal.append("slept", accepted=True, of=[2, 4])
     shutil.copytree(tmp_path / "profile", tmp_path / "home" / "profiles" / tmp_path.name)
     code, _, err = feedback(model, "--file=profile", "--profile", tmp_path.name, capsys=capsys)
     assert code == 1 and "was begun with another model" in err and "--file" in err and "--profile NEW" in err
     code, out, err = feedback(model, "--file=profile/journal.jsonl", capsys=capsys)
-    assert code == 0 and "2 of 2 learnt" in out, out + err
+    assert code == 0 and "3 of 3 learnt" in out, out + err
     assert "Corrections of this one are kept in" in err and "the dialogues before 1 of its corrections" in err
     (ours,) = (tmp_path / "home" / "profiles").glob(f"{tmp_path.name}-*")
     with Learner(small_model(), BYTES, ours) as learner:
         assert [(r["question"], r["of"], r["context"]) for r in learner.learnt()] == [
             ("sea?", None, []),
             ("is the sea?", 2, []),
+            ("sun?", None, []),
         ]
     code, _, err = feedback(model, f"--file={ours}", capsys=capsys)
     assert code == 1 and "is what is to learn from it; name another --profile" in err and "kept in" not in err
