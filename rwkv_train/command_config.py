@@ -150,6 +150,10 @@ class ChatConfig:
     dtype: Literal["fp32", "fp16", "bf16", "int8"] = "fp32"
     """number format of the weights in memory; those that corrections train are fp32 in any case. int8 needs torchao"""
 
+    memory: float | None = None
+    """GB that a correction may take, the model counted (2^30 bytes); most of the device's if not given. A new profile
+    trains as much of the model as fits into that"""
+
 
 @dataclass
 class FeedbackFileConfig:
@@ -182,6 +186,10 @@ class FeedbackFileConfig:
 
     dtype: Literal["fp32", "fp16", "bf16", "int8"] = "fp32"
     """number format of the weights in memory; those that corrections train are fp32 in any case. int8 needs torchao"""
+
+    memory: float | None = None
+    """GB that a correction may take, the model counted (2^30 bytes); most of the device's if not given. A new profile
+    trains as much of the model as fits into that"""
 
 
 @dataclass

@@ -13,7 +13,7 @@ from rwkv_train.chat.opening import data_folder, open_profile
 from rwkv_train.chat.room import Room
 from rwkv_train.chat.session import Chat
 from rwkv_train.chat.terminal import in_plain, in_room, in_terminal
-from rwkv_train.checkpoints.opener import open_model
+from rwkv_train.checkpoints.opener import Opened, open_model
 from rwkv_train.command_config import ChatConfig
 from rwkv_train.feedback.settings import RENAMED
 from rwkv_train.generate import Sampling
@@ -78,7 +78,7 @@ def open_chat(config: ChatConfig) -> Chat:
 def open_teacher(chat: Chat, config: ChatConfig, wait: bool) -> Teacher:
     """What corrects the chat's model, until the chat ends; wait: see `Teacher`."""
     dialogue, model = chat.dialogue, config.model or program.STARTER
-    opened = dialogue.model, dialogue.tokenizer, dialogue.template
-    learner = open_profile(*opened, chat.folder, config.profile, model)
+    opened = Opened(dialogue.model, dialogue.tokenizer, dialogue.template)
+    learner = open_profile(opened, chat.folder, config.profile, model, config.memory)
     chat.closing.callback(learner.close)
     return chat.closing.enter_context(Teacher(chat, learner, wait))

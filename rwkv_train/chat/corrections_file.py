@@ -25,7 +25,8 @@ def feedback(config: FeedbackFileConfig) -> int:
     file = Path(config.file).expanduser() if config.file else None
     taught = _read(file) if file else []
     opened = open_model(config.model, config.tokenizer, config.template, config.dtype, config.device)
-    with open_profile(*opened, data_folder(config.folder), config.profile, config.model) as learner:
+    folder = data_folder(config.folder)
+    with open_profile(opened, folder, config.profile, config.model, config.memory) as learner:
         if file and file.resolve() in (learner.folder.resolve(), learner.journal.path.resolve()):
             raise ValueError(f"{config.file} is what is to learn from it; name another --profile")
         corrections = [_checked(one, learner) for one in taught]  # all of them, before any is learnt

@@ -7,11 +7,9 @@ from pathlib import Path
 
 import platformdirs
 
-from rwkv_train.data.templates import Template
+from rwkv_train.checkpoints.opener import Opened
 from rwkv_train.feedback import Learner
 from rwkv_train.feedback.learner import OtherModel
-from rwkv_train.models.base import RWKV
-from rwkv_train.tokenizer import Tokenizer
 
 
 def data_folder(given: str | None) -> Path:
@@ -29,22 +27,22 @@ def data_folder(given: str | None) -> Path:
         ) from None
 
 
-def open_profile(
-    model: RWKV, tokenizer: Tokenizer, template: Template, folder: Path, profile: str | None, name: str | Path
-) -> Learner:
-    """A profile in a folder: of that name, or else of the model's. name: what the model was opened as.
+def open_profile(opened: Opened, folder: Path, profile: str | None, name: str | Path, memory: float | None) -> Learner:
+    """A profile in a folder: of that name, or else of the model's.
 
+    name: what the model was opened as. memory: GB (2^30 bytes) that corrections may take, None as many as there are.
     Where the profile of the model's name belongs to another model, one beside it is opened, and that is said. Raises
     ValueError if it was named. What was received and not learnt waits.
     """
-    path = Path(name).expanduser().resolve()
+    model, tokenizer, template = opened
+    most, path = None if memory is None else int(memory * 2**30), Path(name).expanduser().resolve()
     usual = folder / "profiles" / (profile or (path.parent.name if path.stem == "model" else path.stem))
     try:
-        return Learner(model, tokenizer, usual, template, recover=False)
+        return Learner(model, tokenizer, usual, template, recover=False, memory=most)
     except OtherModel as error:
         if profile:
             raise
         ours = usual.with_name(f"{usual.name}-{error.base[:8]}")
         if not ours.exists():
             print(f"{error}. Corrections of this one are kept in {ours}", file=sys.stderr)
-    return Learner(model, tokenizer, ours, template, recover=False)
+    return Learner(model, tokenizer, ours, template, recover=False, memory=most)

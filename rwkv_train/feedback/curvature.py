@@ -16,6 +16,7 @@ from rwkv_train.ops.products import as_wide
 
 DAMPING = 0.03  # of the mean eigenvalue: trust in a curvature that was measured on little text
 LANES = 32  # rows measured at once
+LOGITS = 1 << 26  # numbers that these may predict, or fewer of them are
 
 
 class Curvature:
@@ -38,8 +39,9 @@ class Curvature:
         sizes |= {(name, "out"): layers[name].weight.shape[0] for name in both}
         factors = {key: torch.zeros(size, size, device=model.device) for key, size in sizes.items()}
         rows, count = sorted(rows, key=len), 0
-        for i in range(0, len(rows), LANES):
-            tokens, real = pad(rows[i : i + LANES])
+        lanes = max(1, min(LANES, LOGITS // (len(rows[-1]) * model.config.vocab_size)))
+        for i in range(0, len(rows), lanes):
+            tokens, real = pad(rows[i : i + lanes])
             tokens, real = tokens.to(model.device), real.to(model.device)[:, 1:]
             with torch.enable_grad():
                 logits = reader(tokens[:, :-1])[0].float()
@@ -50,7 +52,8 @@ class Curvature:
                 factor += part.t() @ part
             count += int(real.sum())
         tensors = {}
-        for (name, side), factor in factors.items():
+        for name, side in list(factors):  # of a large model not all of them and all inverses at once
+            factor = factors.pop((name, side))
             factor /= count
             tensors[f"{name}.{side}.diagonal"] = factor.diagonal().clone()
             factor /= factor.diagonal().mean().clamp(min=1e-12)

@@ -16,6 +16,7 @@ from rwkv_train.models.state import State
 from rwkv_train.tokenizer import Tokenizer
 
 MAX_NEW_TOKENS = 48  # of a reply, unless told otherwise
+STATES = 1 << 28  # bytes of the states of lanes that are decoded side by side
 MAX_REPLY = 200  # tokens of a reply that is decoded to see what was learnt
 
 
@@ -106,6 +107,8 @@ def decode(
     else:
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         groups = [list(rows) for _, rows in groupby(order, key=lambda i: len(prompts[i]))]
+    together = lanes_at_once(model)
+    groups = [rows[i : i + together] for rows in groups for i in range(0, len(rows), together)]
     for rows in groups:
         width = max(len(prompts[r]) for r in rows)
         tokens = torch.tensor([[tokenizer.eod] * (width - len(prompts[r])) + prompts[r] for r in rows])
@@ -127,6 +130,11 @@ def decode(
                 break
             rows, lanes, tokens = [rows[place] for place in going], lanes.select(going), best[going][:, None]
     return written
+
+
+def lanes_at_once(model: RWKV) -> int:
+    """How many texts of a model are decoded side by side."""
+    return max(1, STATES // sum(part.nbytes for part in model.zero_state(1)))
 
 
 def sampled(logits: Tensor, rng: torch.Generator) -> Tensor:

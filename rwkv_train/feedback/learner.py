@@ -32,6 +32,7 @@ from rwkv_train.feedback.extent import another_wording, belonging, is_kept, kept
 from rwkv_train.feedback.gate import Verdict, gate
 from rwkv_train.feedback.journal import Journal
 from rwkv_train.feedback.lesson import Lesson, lesson_of, text_lesson
+from rwkv_train.feedback.memory import fitting, memory_of, told_of
 from rwkv_train.feedback.rehearsal import RehearsalSet
 from rwkv_train.feedback.replay import Replay
 from rwkv_train.feedback.settings import FeedbackConfig, renamed
@@ -39,7 +40,7 @@ from rwkv_train.feedback.sleep import Sleep, Slept, judged
 from rwkv_train.feedback.snapshots import Snapshots, weights_hash
 from rwkv_train.feedback.steps import Diverged, Tick, dynamic_evaluation, take_steps
 from rwkv_train.feedback.texts import answer_loss
-from rwkv_train.feedback.trainable import changed
+from rwkv_train.feedback.trainable import changed, curved_names
 from rwkv_train.models.base import RWKV
 from rwkv_train.models.finite import NotFinite
 from rwkv_train.ops.products import as_wide
@@ -79,13 +80,18 @@ class Learner:
         config: FeedbackConfig | None = None,
         rehearsal: RehearsalSet | None = None,
         recover: bool = True,
+        memory: int | None = None,
     ):
         """base: keeps its number format; the matrices that are trained get copies in float32. config: of a profile that
         is new. rehearsal: None lets the model make it when it is first needed. recover: learn what was received and not
-        tried, as after a crash; False leaves it to `commit`.
+        tried, as after a crash; False leaves it to `commit`. memory: bytes that corrections may take, the model
+        counted; None is most of the device's. Where the settings of a new profile would take more, others are chosen,
+        and told; an old one keeps its own.
 
-        Raises ValueError for a folder that is in use, damaged, or of another model.
+        Raises ValueError for a folder that is in use, damaged, or of another model, and for a memory of nothing.
         """
+        if memory is not None and memory <= 0:
+            raise ValueError(f"memory must be above 0, found {memory}; leave it out for most of the device's")
         self.base, self.form = base.eval().requires_grad_(False), Form(tokenizer, template or Template())
         self.folder, self.config, self._rehearsal = Path(folder), config or FeedbackConfig(), rehearsal
         self.watch: Watch = on_standard_error
@@ -98,7 +104,7 @@ class Learner:
             raise ValueError(f"{self.folder} is in use by another process; close it, or use another profile") from None
         try:
             self.journal = Journal(self.folder / "journal.jsonl")
-            self._check_base()
+            self._check_base(memory_of(self.base.device) if memory is None else memory)
             snapshots = Snapshots(self.folder / "snapshots", self.base)
             self._replay = Replay(self.journal, snapshots, self._learnt_whole, self._sleep_on, self._watched)
             self.model = self._replay.model_after(self._replay.sequence())
@@ -116,7 +122,8 @@ class Learner:
             if old.is_file():
                 old.replace(path)
             with half_the_threads():
-                self._rehearsal = RehearsalSet.kept(path, self.base, self.form)
+                first = self._begun_with
+                self._rehearsal = RehearsalSet.kept(path, self.base, self.form, first.trainable, first.layers)
         return self._rehearsal
 
     @property
@@ -276,6 +283,10 @@ class Learner:
     def configure(self, **changes) -> None:
         """Change settings for the corrections to come; they are kept. Raises ValueError, changing nothing."""
         config = replace(self.config, **renamed(changes))
+        known = curved_names(self.base, self._begun_with.trainable, self._begun_with.layers)[0]
+        if set(curved_names(self.base, config.trainable, config.layers or len(self.base.blocks))[0]) - set(known):
+            begun = f"trainable {self._begun_with.trainable} and layers {self._begun_with.layers}"
+            raise ValueError(f"{self.folder} was begun with {begun}, and knows no more; begin another profile for more")
         self.journal.append("settings", config=asdict(config))
         self.config = config
 
@@ -361,16 +372,19 @@ class Learner:
     def _watched(self, what: str, items: Sequence) -> Iterable:
         return self.watch(what, items)  # whatever that is by now
 
-    def _check_base(self) -> None:
+    def _check_base(self, memory: int) -> None:
         """A journal belongs to the model it was begun with, and says what its settings are."""
         base, dtype = weights_hash(self.base.state_dict()), dtype_of(self.base)
         if not self.journal.records:
+            self.config = fitting(self.base, self.config, memory)
             self.journal.append("base", base=base, dtype=dtype, config=asdict(self.config))
         first = self.journal.records[0]
         if first.get("base") != base:
             raise OtherModel(self.folder, base, dtype, first.get("dtype", "fp32"))
         chosen = [r["config"] for r in self.journal.records if r["kind"] in ("base", "settings")]
-        self.config = FeedbackConfig(**chosen[-1])
+        self.config, self._begun_with = FeedbackConfig(**chosen[-1]), FeedbackConfig(**first["config"])
+        if self.config.layers:
+            print(told_of(self.base, self.config, memory), file=sys.stderr)
 
 
 def _moved(base: Tensor, weight: Tensor) -> float:

@@ -7,6 +7,7 @@ file is of no use they are made anew.
 
 import json
 import sys
+import weakref
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
@@ -16,10 +17,10 @@ from torch import Tensor
 
 from rwkv_train.checkpoints.weightfile import read_weights, write_safetensors
 from rwkv_train.feedback.curvature import Curvature
-from rwkv_train.feedback.decode import Form, decode, sampled
+from rwkv_train.feedback.decode import Form, decode, lanes_at_once, sampled
 from rwkv_train.feedback.subjects import rarity_of, subjects_of
-from rwkv_train.feedback.texts import divergence, log_probs
-from rwkv_train.feedback.trainable import localised_names, upper_names
+from rwkv_train.feedback.texts import divergence, is_large, log_probs
+from rwkv_train.feedback.trainable import Trainable, curved_names
 from rwkv_train.files import replace_file
 from rwkv_train.models.base import RWKV
 from rwkv_train.models.finite import finite
@@ -56,11 +57,13 @@ class RehearsalSet:
         self.base, self.form, self.curvature = base, form, curvature
         self.rows, self.asked, self.free_running = rows, asked, free_running
         self.rarity = rarity_of(rows, base.config.vocab_size)
-        self._log_probs: list[tuple[RWKV, Tensor]] = []  # by the base, and by the last two models
+        self._log_probs: list[tuple[weakref.ref[RWKV], Tensor]] = []  # by the base, and by the last two models
 
     @classmethod
-    def of_model(cls, base: RWKV, form: Form, count: int = 512) -> "RehearsalSet":
-        """`count` dialogues of one turn, and the curvature of the upper matrices. Always the same.
+    def of_model(
+        cls, base: RWKV, form: Form, count: int = 512, trainable: Trainable = "upper", layers: int = 0
+    ) -> "RehearsalSet":
+        """`count` dialogues of one turn, and the curvature of the matrices that are trained. Always the same.
 
         For a model that does not end its questions, what it writes stands instead.
         """
@@ -83,7 +86,7 @@ class RehearsalSet:
             grown = _with_a_message(base, form, role, longer, rng)
             longer = [row for row in grown if _ended(form, role, row)] or longer
         samples = free_running(base, form, rng)
-        curvature = Curvature.measure(base, upper_names(base), localised_names(base), rows + longer + samples)
+        curvature = Curvature.measure(base, *curved_names(base, trainable, layers), rows + longer + samples)
         rehearsal = cls(base, form, rows, [], samples, curvature)
         questions = list(dict.fromkeys(questions))
         for i in range(0, len(questions), TOGETHER):
@@ -93,14 +96,16 @@ class RehearsalSet:
         return rehearsal
 
     @classmethod
-    def kept(cls, path: Path, base: RWKV, form: Form) -> "RehearsalSet":
+    def kept(
+        cls, path: Path, base: RWKV, form: Form, trainable: Trainable = "upper", layers: int = 0
+    ) -> "RehearsalSet":
         """The one in a file; made and written there if there is none, and told if there is one of no use."""
         if path.is_file():
             try:
                 return cls.load(path, base, form)
             except ValueError as error:
                 print(f"{path} is made anew: {error}. A replay may give other weights than before", file=sys.stderr)
-        cls.of_model(base, form).save(path)
+        cls.of_model(base, form, trainable=trainable, layers=layers).save(path)
         return cls.load(path, base, form)
 
     def save(self, path: Path) -> None:
@@ -118,7 +123,8 @@ class RehearsalSet:
         if content.get("version") != VERSION:
             raise ValueError("it holds no rehearsal set of this version")
         asked = [tuple(pair) for pair in content["asked"]]
-        return cls(base, form, content["rows"], asked, content["talks"], Curvature(tensors))
+        curvature = Curvature({name: tensor.to(base.device) for name, tensor in tensors.items()})
+        return cls(base, form, content["rows"], asked, content["talks"], curvature)
 
     def near(self, ids: list[int], count: int, seed: int, replaced: Iterable[list[int]] = ()) -> list[list[int]]:
         """Up to `count` rows: a third of them share most of their tokens with `ids`, the others are drawn by seed.
@@ -136,12 +142,12 @@ class RehearsalSet:
 
     def drift(self, before: RWKV, after: RWKV) -> float:
         """KL of one model from another on some of the rows, in nats a token."""
-        models = (self.base, before, after)
-        known = {id(model): it for model, it in self._log_probs}
+        models = (before, after) if is_large(self.base) else (self.base, before, after)
+        known = {id(model()): it for model, it in self._log_probs if model() is not None}
         for model in (before, after):
             if id(model) not in known:
                 known[id(model)] = self.log_probs(model)
-        self._log_probs = [(m, known[id(m)]) for m in models if id(m) in known]
+        self._log_probs = [(weakref.ref(m), known[id(m)]) for m in models if id(m) in known]
         return float(divergence(known[id(before)], known[id(after)]))
 
     def log_probs(self, model: RWKV) -> Tensor:
@@ -168,16 +174,17 @@ def _with_a_message(base: RWKV, form: Form, role: str, rows: list[list[int]], rn
 @torch.no_grad()
 def free_running(base: RWKV, form: Form, rng: torch.Generator) -> list[list[int]]:
     """SAMPLES texts of SAMPLE tokens that begin as a user's message and may not end."""
-    opening = [form.tokenizer.eod, *form.opening()]
-    tokens, state = torch.tensor([opening] * SAMPLES), None
-    written = [tokens]
-    for _ in range(SAMPLE - len(opening)):
-        x, state = base.hidden(tokens.to(base.device), state)
-        logits = finite(base.head(x[:, -1]), base).float() / TEMPERATURE
-        logits[:, form.tokenizer.eod] = -torch.inf
-        tokens = sampled(logits, rng)[:, None]
-        written.append(tokens.cpu())
-    return torch.cat(written, 1).tolist()
+    opening, texts = [form.tokenizer.eod, *form.opening()], []
+    for tokens in torch.tensor([opening] * SAMPLES).split(lanes_at_once(base)):
+        state, written = None, [tokens]
+        for _ in range(SAMPLE - len(opening)):
+            x, state = base.hidden(tokens.to(base.device), state)
+            logits = finite(base.head(x[:, -1]), base).float() / TEMPERATURE
+            logits[:, form.tokenizer.eod] = -torch.inf
+            tokens = sampled(logits, rng)[:, None]
+            written.append(tokens.cpu())
+        texts += torch.cat(written, 1).tolist()
+    return texts
 
 
 def _ended(form: Form, role: str, row: list[int]) -> bool:

@@ -85,6 +85,9 @@ class FeedbackConfig:
     learn_decay: float = 1e-3
     """of /learn: share of the way back to the weights before it that every step goes"""
 
+    layers: int = 0
+    """uppermost layers that upper, localised and lora train; 0 is the upper half of them, which is the most"""
+
     sleep_after: float = 0.0
     """minutes without a line typed after which all corrections are learnt together, as by /sleep; 0 is never"""
 

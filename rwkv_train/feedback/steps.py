@@ -40,7 +40,7 @@ def take_steps(
     curvature: of the matrices that trainable upper and localised mean. tick(step, loss) is called after every step.
     Raises Diverged.
     """
-    twin, parameters = trained_twin(model, config.trainable)
+    twin, parameters = trained_twin(model, config.trainable, config.layers)
     new = batches(twin, lesson.new, config.trainable, config.truncation)
     replayed = batches(twin, lesson.replayed, config.trainable, config.truncation)
     anchors = kl_anchors(twin, model, lesson.anchored, config.trainable) if config.kl_weight else []
@@ -99,7 +99,7 @@ def dynamic_evaluation(
     A step for each chunk, the state carried on and detached: gradients over their root mean square on the rehearsal
     set, and a decay towards the weights before the text. ids: a document. Raises Diverged.
     """
-    twin, parameters = trained_twin(model, "localised")
+    twin, parameters = trained_twin(model, "localised", config.layers)
     start = {name: as_wide(p) for name, p in model.named_parameters() if name in parameters}
     state = None
     for step, i in enumerate(range(0, len(ids) - 1, READ_TOKENS), 1):

@@ -19,6 +19,8 @@ from rwkv_train.models.loss import IGNORE_INDEX
 from rwkv_train.models.state import State
 
 CHUNK = 512  # tokens of a correction whose activations are in memory at once
+LARGE = 1 << 15  # channels of all layers from which on activations inside the blocks are computed again
+ROWS = 256  # of predictions that are compared at once
 WIDTHS = range(1, 5)  # of lanes, in lengths of the longest text: the one that wastes least is taken
 
 
@@ -96,7 +98,8 @@ class Batch:
 
     def loss(self) -> Tensor:
         """Mean loss in nats a token; of an answer to be avoided, minus the log probability of any other."""
-        total, count, _ = chunked_loss(self.model, self.tokens, self.targets, self.state, self.reset, CHUNK)
+        inputs, large = (self.tokens, self.targets, self.state, self.reset), is_large(self.model)
+        total, count, _ = chunked_loss(self.model, *inputs, CHUNK, checkpoint_blocks=large)
         return -torch.log(-torch.expm1(-total - 1e-4)) if self.negative else total / count
 
     @torch.no_grad()
@@ -187,7 +190,7 @@ def log_probs(model: RWKV, documents: list[list[int]], last: list[int] | None = 
 
 
 def _log_probs(model: RWKV, tokens: Tensor, packed: Packed, state: State) -> Tensor:
-    logits = model.head(packed.real(model.hidden(tokens, state, packed.reset)[0]))
+    logits = model.head(packed.real(model.hidden(tokens, state, packed.reset, is_large(model))[0]))
     return logits.log_softmax(-1, torch.promote_types(logits.dtype, torch.float32))
 
 
@@ -199,7 +202,13 @@ def bf16_autocast(device: torch.device) -> torch.autocast:
 
 def divergence(before: Tensor, now: Tensor) -> Tensor:
     """Mean KL(before || now) of log probabilities [N,V], in nats a token."""
-    return (before.exp() * (before - now)).sum(-1).mean()
+    pairs = zip(before.split(ROWS), now.split(ROWS), strict=True)
+    return torch.cat([(b.exp() * (b - n)).sum(-1) for b, n in pairs]).mean()
+
+
+def is_large(model: RWKV) -> bool:
+    """Whether memory is dearer than time."""
+    return model.config.n_layer * model.config.n_embd >= LARGE
 
 
 @torch.no_grad()
@@ -249,6 +258,7 @@ class _Entered(nn.Module):
 
     def __init__(self, block: nn.Module, x: Tensor, carry: Tensor | None):
         super().__init__()
+        self.training = False
         self.block, self.x = block, x.flatten(0, 1)
         self.carry = None if carry is None else carry.flatten(0, 1)
 
@@ -262,6 +272,7 @@ class _Begun(nn.Module):
 
     def __init__(self, block: nn.Module, x: Tensor, carry: Tensor | None, state: State, reset: Tensor):
         super().__init__()
+        self.training = False
         self.value, probe = block.ffn.value, _Probe(x.shape[-1])
         block = with_children(block, ffn=with_children(block.ffn, value=probe))
         with torch.enable_grad():

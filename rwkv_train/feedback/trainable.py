@@ -15,29 +15,43 @@ RANK = 8  # of the factors of trainable lora
 Trainable = Literal["upper", "full", "localised", "lora", "state"]
 
 
-def localised_names(model: RWKV) -> list[str]:
+def localised_names(model: RWKV, layers: int = 0) -> list[str]:
     """The matrices that trainable localised means: late channel mixes' values."""
-    half = len(model.blocks) // 2
-    return [f"blocks.{i}.ffn.value.weight" for i in range(half, len(model.blocks))]
+    return [f"blocks.{i}.ffn.value.weight" for i in range(_first(model, layers), len(model.blocks))]
 
 
-def upper_names(model: RWKV) -> list[str]:
-    """The matrices that trainable upper means: those of the upper half of the layers, and the head."""
-    below = tuple(f"blocks.{i}." for i in range(len(model.blocks) // 2))
+def upper_names(model: RWKV, layers: int = 0) -> list[str]:
+    """The matrices that trainable upper means: those of the upper layers, and the head."""
+    below = tuple(f"blocks.{i}." for i in range(_first(model, layers)))
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     return [f"{name}.weight" for name in linear if not name.startswith(below)]
 
 
-def trained_twin(model: RWKV, trainable: Trainable) -> tuple[RWKV, dict[str, nn.Parameter]]:
+def curved_names(model: RWKV, trainable: Trainable, layers: int = 0) -> tuple[list[str], list[str]]:
+    """(the matrices whose inputs' curvature a profile has, those of them that have the outputs' as well).
+
+    Unless it was begun with fewer layers than usual, it has what any setting of `trainable` asks for.
+    """
+    both = localised_names(model, layers)
+    return upper_names(model, layers) if trainable == "upper" or not layers else both, both
+
+
+def _first(model: RWKV, layers: int) -> int:
+    """The first layer that may be trained: of so many, but of the upper half at most; 0 is all of that."""
+    half = len(model.blocks) // 2
+    return max(half, len(model.blocks) - layers) if layers else half
+
+
+def trained_twin(model: RWKV, trainable: Trainable, layers: int = 0) -> tuple[RWKV, dict[str, nn.Parameter]]:
     """(a twin of a model, what of it is trained by name, in float32 at least). `finished` ends the training."""
-    names, own = localised_names(model), dict(model.named_parameters())
+    names, own = localised_names(model, layers), dict(model.named_parameters())
     if trainable == "state":
         names = ["initial_shift", "initial_wkv"]
         own = dict(zip(names, model.trainable_state(), strict=True)) | own
     elif trainable == "full":
         names = list(own)
     elif trainable == "upper":
-        names = upper_names(model)
+        names = upper_names(model, layers)
     twin = with_weights(model, {name: own[name].detach() for name in names})
     if trainable == "lora":
         rng = torch.Generator().manual_seed(0)
@@ -52,8 +66,8 @@ def trained_twin(model: RWKV, trainable: Trainable) -> tuple[RWKV, dict[str, nn.
 def finished(twin: RWKV, trainable: Trainable) -> RWKV:
     """A trained twin as a model like any other: low-rank changes are added to their matrices."""
     if trainable == "lora":
-        for name in localised_names(twin):
-            parametrize.remove_parametrizations(twin.get_submodule(name.removesuffix(".weight")), "weight")
+        for module in filter(parametrize.is_parametrized, list(twin.modules())):
+            parametrize.remove_parametrizations(module, "weight")
     return twin.requires_grad_(False)
 
 
@@ -91,6 +105,7 @@ def with_weights(model: RWKV, weights: dict[str, Tensor]) -> RWKV:
         module, _, leaf = name.rpartition(".")
         wide = as_wide(weight)
         wide = wide.clone() if wide is weight else wide
+        wide = wide.to(model.device)  # a snapshot comes from a file
         setattr(twin.get_submodule(module), leaf, nn.Parameter(wide, requires_grad=False))
     return twin.requires_grad_(False)
 
