@@ -30,7 +30,7 @@ def test_a_rehearsal_set_is_kept_in_a_file_and_knows_the_nearest_dialogues(tmp_p
 def test_a_file_of_no_use_is_made_anew_and_told(tmp_path, monkeypatch, capsys, content):
     """It is only a cache of the model."""
     made = rehearsal_set(small_model())
-    monkeypatch.setattr(RehearsalSet, "of_model", classmethod(lambda cls, base, form: made))
+    monkeypatch.setattr(RehearsalSet, "of_model", classmethod(lambda cls, base, form, **settings: made))
     path = tmp_path / "rehearsal.safetensors"
     if content is None:
         path.write_bytes(b"no tensors")
