@@ -83,7 +83,7 @@ def be_careless(patched: MonkeyPatch) -> None:
     )
     patched.setattr(learner_module, "gate", accepted)
     patched.setattr(decode_module, "MAX_REPLY", 4)
-    patched.setattr(RehearsalSet, "kept", lambda path, base, form: rehearsal_set(base))
+    patched.setattr(RehearsalSet, "kept", lambda path, base, form, *settings: rehearsal_set(base))
 
 
 def old_model():
