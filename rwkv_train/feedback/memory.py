@@ -10,8 +10,8 @@ from rwkv_train.feedback.trainable import curved_names, localised_names, upper_n
 from rwkv_train.models.base import RWKV
 from rwkv_train.ops.products import is_quantised
 
-PROGRAM = 400_000_000  # bytes that torch and the program take themselves
-PREDICTED = 5_000  # tokens whose predictions, a number for each of the vocabulary, are in memory at once
+PROGRAM = 500_000_000  # bytes that torch and the program take themselves
+PREDICTED = 6_000  # tokens whose predictions, a number for each of the vocabulary, are in memory at once
 READ = 1_000  # tokens whose activations are
 COPIES = {"upper": 4, "localised": 4, "full": 3, "lora": 3, "state": 1}  # in use, after, gradients, directions
 

@@ -70,14 +70,14 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=8, help="dialogues of the rehearsal set")
     parser.add_argument("--length", type=int, default=40, help="tokens of each")
     argv = parser.parse_args()
-    memory, begun = int(argv.memory * 1e9), time.monotonic()
+    memory, begun = int(argv.memory * 2**30), time.monotonic()
     torch.set_num_threads(1)
     base, form = made_up(argv.generation, argv.layers, argv.channels, argv.dtype), Form(load_tokenizer("world"))
 
     def said(what: str) -> None:
-        print(f"{time.monotonic() - begun:.0f} s: {what}; peak {peak_bytes() / 1e9:.2f} GB", flush=True)
+        print(f"{time.monotonic() - begun:.0f} s: {what}; peak {peak_bytes() / 2**30:.2f} GB", flush=True)
 
-    said(f"a model of {bytes_of(base) / 1e9:.2f} GB")
+    said(f"a model of {bytes_of(base) / 2**30:.2f} GB")
     asked = FeedbackConfig(trainable=argv.trainable, steps=argv.steps, rehearsed=argv.rows)
     config = fitting(base, asked, memory)
     rehearsal = rehearsal_set(base, form, config, argv.rows, argv.length)
@@ -92,7 +92,7 @@ def main() -> None:
         )
         said("learnt" if outcome.accepted else outcome.why)
         learner.close()
-    print(f"trainable {config.trainable}, layers {config.layers}: counted {needed(base, config) / 1e9:.2f} GB")
+    print(f"trainable {config.trainable}, layers {config.layers}: counted {needed(base, config) / 2**30:.2f} GB")
 
 
 if __name__ == "__main__":
