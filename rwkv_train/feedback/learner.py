@@ -104,7 +104,8 @@ class Learner:
             raise ValueError(f"{self.folder} is in use by another process; close it, or use another profile") from None
         try:
             self.journal = Journal(self.folder / "journal.jsonl")
-            self._check_base(memory_of(self.base.device) if memory is None else memory)
+            self._memory = memory_of(self.base.device) if memory is None else memory
+            self._check_base()
             snapshots = Snapshots(self.folder / "snapshots", self.base)
             self._replay = Replay(self.journal, snapshots, self._learnt_whole, self._sleep_on, self._watched)
             self.model = self._replay.model_after(self._replay.sequence())
@@ -288,6 +289,8 @@ class Learner:
             begun = f"trainable {self._begun_with.trainable} and layers {self._begun_with.layers}"
             raise ValueError(f"{self.folder} was begun with {begun}, and knows no more; begin another profile for more")
         self.journal.append("settings", config=asdict(config))
+        if (config.trainable, config.layers) != (self.config.trainable, self.config.layers):
+            self._tell_memory(config)
         self.config = config
 
     def diff(self, model: RWKV | None = None) -> dict[str, float]:
@@ -372,19 +375,22 @@ class Learner:
     def _watched(self, what: str, items: Sequence) -> Iterable:
         return self.watch(what, items)  # whatever that is by now
 
-    def _check_base(self, memory: int) -> None:
+    def _check_base(self) -> None:
         """A journal belongs to the model it was begun with, and says what its settings are."""
         base, dtype = weights_hash(self.base.state_dict()), dtype_of(self.base)
         if not self.journal.records:
-            self.config = fitting(self.base, self.config, memory)
+            self.config = fitting(self.base, self.config, self._memory)
             self.journal.append("base", base=base, dtype=dtype, config=asdict(self.config))
         first = self.journal.records[0]
         if first.get("base") != base:
             raise OtherModel(self.folder, base, dtype, first.get("dtype", "fp32"))
         chosen = [r["config"] for r in self.journal.records if r["kind"] in ("base", "settings")]
         self.config, self._begun_with = FeedbackConfig(**chosen[-1]), FeedbackConfig(**first["config"])
-        if self.config.layers:
-            print(told_of(self.base, self.config, memory), file=sys.stderr)
+        self._tell_memory(self.config)
+
+    def _tell_memory(self, config: FeedbackConfig) -> None:
+        if told := told_of(self.base, config, self._memory):
+            print(told, file=sys.stderr)
 
 
 def _moved(base: Tensor, weight: Tensor) -> float:

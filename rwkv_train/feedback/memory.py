@@ -49,11 +49,14 @@ def fitting(model: RWKV, config: FeedbackConfig, memory: int) -> FeedbackConfig:
 
 
 def told_of(model: RWKV, config: FeedbackConfig, memory: int) -> str:
-    """What people are told where the settings follow from the memory."""
+    """What people are told where fewer layers than usual are trained, or the settings do not fit; "" otherwise."""
     need = needed(model, config)
+    if not config.layers and need <= memory:
+        return ""
     short = "" if need <= memory else ", which is more than there is"
+    where = f" of the upper {config.layers} layers" if config.layers else ""
     return (
-        f"corrections train {config.trainable} of the upper {config.layers} layers (settings trainable and layers): "
+        f"corrections train {config.trainable}{where} (settings trainable and layers): "
         f"about {need / 2**30:.1f} GB of {memory / 2**30:.1f}{short}"
     )
 

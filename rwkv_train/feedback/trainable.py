@@ -131,4 +131,5 @@ def opened(module: nn.Module) -> nn.Module:
     """A module in which layers and weights can be replaced; until then it shares them all, and itself it is new."""
     twin = with_children(module, **{name: opened(child) for name, child in module.named_children()})
     twin._parameters = dict(module._parameters)
+    twin._forward_pre_hooks, twin._forward_hooks = module._forward_pre_hooks.copy(), module._forward_hooks.copy()
     return twin

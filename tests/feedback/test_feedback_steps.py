@@ -104,6 +104,16 @@ def test_a_state_to_begin_with_is_the_empty_one_until_it_is_trained(generation):
     assert torch.equal(again(tokens)[0], trained(tokens)[0])
 
 
+def test_a_twin_is_watched_and_the_model_it_was_made_of_is_not():
+    model, seen = small_model(), []
+    twin = with_weights(model, {})
+    twin.head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs))
+    model(torch.tensor([[0]]))
+    assert not seen
+    twin(torch.tensor([[0]]))
+    assert len(seen) == 1
+
+
 def test_between_goes_all_the_way():
     model = small_model()
     name = localised_names(model)[0]

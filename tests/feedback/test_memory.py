@@ -43,6 +43,8 @@ def test_what_does_not_fit_gives_way_to_the_most_that_does():
         chosen = fitting(model, USUAL, need[layers])
         assert (chosen.trainable, chosen.layers) == ("localised", layers)
     assert "more than there is" not in told_of(model, chosen, need[3])
+    assert told_of(model, USUAL, needed(model, USUAL)) == ""
+    assert "train upper (" in told_of(model, USUAL, 0) and "layers)" in told_of(model, USUAL, 0)
     least = fitting(model, USUAL, 0)
     assert least.layers == 1 and "which is more than there is" in told_of(model, least, 0)
     assert fitting(model, replace(USUAL, trainable="lora"), 0).trainable == "lora"
