@@ -27,6 +27,7 @@ class Curvature:
 
     def __init__(self, tensors: dict[str, Tensor]):
         self.tensors = tensors
+        self._avoided: dict[str, tuple[Tensor, Tensor]] = {}
 
     @classmethod
     def measure(cls, model: RWKV, names: list[str], both: list[str], rows: list[list[int]]) -> "Curvature":
@@ -61,6 +62,22 @@ class Curvature:
             tensors[f"{name}.{side}.inverse"] = torch.cholesky_inverse(torch.linalg.cholesky(factor)).contiguous()
         return cls(tensors)
 
+    @torch.no_grad()
+    def avoiding(self, inputs: dict[str, Tensor], weight: float) -> "Curvature":
+        """The same with some inputs [N,in] of each matrix added to C, weighing `weight` times what C was measured on.
+
+        K^T K is added, of K [N,in]; by Woodbury's identity (C + K^T K)^-1 = C^-1 - A^T (I + A K^T)^-1 A, A = K C^-1.
+        """
+        both = Curvature(self.tensors)
+        for name, given in inputs.items():
+            mean = self.tensors[f"{name}.in.diagonal"].mean().clamp(min=1e-12)
+            k = given.float() * (weight / (len(given) * mean)).sqrt()
+            a = k @ self.tensors[f"{name}.in.inverse"]
+            m = a @ k.t()
+            m.diagonal().add_(1)
+            both._avoided[name] = a.t(), torch.cholesky_solve(a, torch.linalg.cholesky(m))
+        return both
+
     def precondition_kfac(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
         """Gradients as directions in which everything else moves least: A^-1 G C^-1."""
         found = {}
@@ -71,7 +88,10 @@ class Curvature:
 
     def precondition_input(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
         """Gradients as directions that avoid what the inputs have in common: G C^-1, in the gradients' own scale."""
-        return {name: g @ self.tensors[f"{name}.in.inverse"] for name, g in gradients.items()}
+        ways = {name: g @ self.tensors[f"{name}.in.inverse"] for name, g in gradients.items()}
+        for name, (a, rest) in self._avoided.items():
+            ways[name] -= (gradients[name] @ a) @ rest
+        return ways
 
     def precondition_rms(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
         """Gradients over their root mean square, weight by weight, as far as it is above its own mean."""

@@ -353,8 +353,8 @@ class Learner:
         """What a correction trains and keeps, after earlier ones."""
         if isinstance(received.item, Reading):
             return text_lesson(received.item, self.form)
-        replaced = {self.journal.ledger.committed[it.id]["answer_before"] for it in earlier}
-        return lesson_of(received, earlier, replaced, model, self.rehearsal)
+        committed = {it.id: self.journal.ledger.committed[it.id] for it in earlier}
+        return lesson_of(received, earlier, committed, model, self.rehearsal)
 
     def _learn(
         self, model: RWKV, received: Received, lesson: Lesson, tick: Tick = lambda step, loss: None

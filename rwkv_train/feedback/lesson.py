@@ -5,33 +5,39 @@ Kept, by a KL anchor to what a model said before, are contrasts to the question,
 steps are taken from there: steps.py. How much of the change is accepted: gate.py.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from rwkv_train.feedback.background import half_the_threads
-from rwkv_train.feedback.contrasts import Around, around
+from rwkv_train.feedback.contrasts import crossed, substituted
 from rwkv_train.feedback.correction import Correction, Reading, Received, document_of, example_of
 from rwkv_train.feedback.decode import MAX_NEW_TOKENS, MAX_REPLY, Form, greedy
+from rwkv_train.feedback.paraphrases import by_rule, reworded
 from rwkv_train.feedback.rehearsal import RehearsalSet
-from rwkv_train.feedback.texts import Example
+from rwkv_train.feedback.texts import Anchored, Example
+from rwkv_train.generate import prefill
 from rwkv_train.models.base import RWKV
 
-FORMS = 20  # questions of the rehearsal set that are asked of a correction's subject
+CROSSED = 20  # questions of the rehearsal set that are asked of a correction's rarest word
+REWORDED = 12  # rewordings that the model is asked for
+RULES = 3  # paraphrases by rule
+GRID = 3  # contrasts of each paraphrase: each opens a door of its own
+BEGINNING = 4  # tokens of a contrast's answer that are kept: with them the rest follows
+REPLAYED = 3  # contrasts of each earlier correction that are kept along
 
 
 @dataclass(frozen=True)
 class Lesson:
     """What one correction trains and what it keeps.
 
-    new: examples of the correction, the first of them on its own. replayed: of earlier ones. anchored: token ids of
-    texts, each with the model whose predictions on it are kept. paraphrases: the other wordings of the question that
-    are among `new`. contrasts: the questions made up that are among `anchored`. reply: the ids of the model's reply
-    before the lesson.
+    new: examples of the correction, the first of them on its own. replayed: of earlier ones. rehearsed: texts of the
+    rehearsal set that are kept; contrasted: contrasts with the beginning of their answers. paraphrases, contrasts:
+    their questions. reply: the ids of the model's reply before the lesson.
     """
 
     new: list[Example]
     replayed: list[Example] = field(default_factory=list)
-    anchored: list[tuple[list[int], RWKV]] = field(default_factory=list)
+    rehearsed: list[Anchored] = field(default_factory=list)
+    contrasted: list[Anchored] = field(default_factory=list)
     paraphrases: list[str] = field(default_factory=list)
     contrasts: list[str] = field(default_factory=list)
     reply: list[int] = field(default_factory=list)
@@ -46,73 +52,122 @@ def text_lesson(reading: Reading, form: Form) -> Lesson:
 def lesson_of(
     received: Received,
     earlier: list[Received],
-    replaced: Iterable[str],
+    committed: dict[int, dict],
     model: RWKV,
     rehearsal: RehearsalSet,
 ) -> Lesson:
     """The lesson of a correction, on top of `model`. The same arguments give the same lesson.
 
-    earlier: what was learnt before it, in that order. replaced: replies that these did away with.
+    earlier: what was learnt before it, in that order. committed: the journal's records of how, by their numbers.
     """
     correction, config, number, form = received.item, received.config, received.id, rehearsal.form
     alone = example_of(correction, form)
     answer = alone.ids[-alone.answer :]
-    valid = {it.item.question: it.item for it in earlier if isinstance(it.item, Correction)}  # the last word counts
+    before = [form.tokenizer.eod, *correction.context]
+    valid = {it.item.question: it for it in earlier if isinstance(it.item, Correction)}  # the last word counts
     valid.pop(correction.question, None)
 
     # 1. The new answer: to the question alone, in its dialogue, and after talk that has nothing to do with it.
     new = [alone]
     if correction.context:
-        ids = [form.tokenizer.eod, *correction.context, *form.turn(correction.question), *answer]
-        new.append(Example(ids, alone.answer, 1 + len(correction.context), alone.negative))
+        ids = [*before, *form.turn(correction.question), *answer]
+        new.append(Example(ids, alone.answer, len(before), alone.negative))
     for prefix in _in_turn(rehearsal.free_running, config.random_prefixes, number):
         ids = [*prefix, *form.turn(correction.question), *answer]
         new.append(Example(ids, alone.answer, len(prefix), alone.negative))
 
     # 2. Earlier corrections.
-    replayed = [example_of(it, form) for it in _spread(list(valid.values()), config.replay, number)]
+    replay = _spread(list(valid.values()), config.replay, number)
+    replayed = [example_of(it.item, form) for it in replay]
 
-    # 3. Questions around this one: paraphrases learn the answer too, contrasts keep their own.
+    # 3. Paraphrases learn the answer too: those by rule, and those that the model answers as it does the question.
     with half_the_threads():
-        found = around(rehearsal, model, correction.question, config.contrasts, FORMS)
-        reply = found.reply
-        if len(reply) == MAX_NEW_TOKENS:
-            reply = greedy(model, form, [alone.ids[: -alone.answer]], max_new_tokens=MAX_REPLY)[0]
-    taught = {tuple(form.answer(it.answer)) for it in valid.values() if it.answer is not None}
-    alike, anchored = _parted(found, reply, taught, model, rehearsal.base)
-    others = [made.question for made in found.made if (made.question, made.prompt) not in alike]
-    contrasts, anchored = (_spread(of, 2 * config.contrasts) for of in (others, anchored))
-    paraphrases = [] if alone.negative or correction.keeps else _spread(alike, config.paraphrases)
-    new += [Example(prompt + answer, alone.answer) for _, prompt in paraphrases]
+        reply, paraphrases, others = _other_wordings(correction.question, model, rehearsal, config.paraphrases)
+    if alone.negative or correction.keeps:
+        paraphrases = []
+    new += [Example([*form.prompt(text), *answer], alone.answer) for text in paraphrases]
 
-    # 4. Some of what the model says by itself, but no reply that a correction did away with.
-    away = [reply, *(form.answer(text) for text in replaced if text)]
-    anchored += [(ids, rehearsal.base) for ids in rehearsal.near(alone.ids, config.rehearsed, number, away)]
-    anchored += [(ids, rehearsal.base) for ids in _in_turn(rehearsal.free_running, config.free_running, -number)]
-    return Lesson(new, replayed, anchored, [question for question, _ in paraphrases], contrasts, reply)
+    # 4. Contrasts keep the beginning of their answers: of this question, of each paraphrase, of earlier corrections.
+    contrasts = substituted(rehearsal, correction.question, config.contrasts) if config.contrasts else []
+    for text in paraphrases if config.contrasts else []:
+        contrasts += substituted(rehearsal, text, GRID)
+    contrasts += others[: config.contrasts]
+    contrasts = [text for text in dict.fromkeys(contrasts) if text not in {correction.question, *paraphrases, *valid}]
+    theirs = [
+        text for it in replay for text in _in_turn(committed.get(it.id, {}).get("contrasts", []), REPLAYED, number)
+    ]
+    theirs = [text for text in dict.fromkeys(theirs) if text not in {correction.question, *paraphrases, *valid}]
+    taught = {tuple(form.answer(it.item.answer))[:BEGINNING] for it in valid.values() if it.item.answer is not None}
+    with half_the_threads():
+        contrasted = _kept(contrasts, correction.context, taught, model, rehearsal)
+        contrasted += _kept(theirs, (), taught, model, rehearsal)
+
+    # 5. Some of what the model says by itself, but no reply that a correction did away with.
+    away = [reply, *(form.answer(c["answer_before"]) for c in committed.values() if c["answer_before"])]
+    rehearsed = rehearsal.near(alone.ids, config.rehearsed, number, away)
+    rehearsed += _in_turn(rehearsal.free_running, config.free_running, -number)
+    kept = [Anchored(ids, rehearsal.base) for ids in rehearsed]
+    return Lesson(new, replayed, kept, contrasted, paraphrases, contrasts, reply)
 
 
-def _parted(
-    found: Around, reply: list[int], taught: set[tuple[int, ...]], model: RWKV, base: RWKV
-) -> tuple[list[tuple[str, list[int]]], list[tuple[list[int], RWKV]]]:
-    """(paraphrases with their prompts, contrasts with their replies and the model that gives them).
+def _other_wordings(
+    question: str, model: RWKV, rehearsal: RehearsalSet, count: int
+) -> tuple[list[int], list[str], list[str]]:
+    """(the model's reply to a question, up to `count` paraphrases of it, questions with its word that are none)."""
+    form, ruled = rehearsal.form, by_rule(question)[:RULES] if count else []
+    asked_again = reworded(rehearsal.base, form, question, REWORDED if count else 0)
+    about = crossed(rehearsal, question, CROSSED)
+    tried = [text for text in dict.fromkeys(asked_again + about) if text not in (question, *ruled)]
+    prompts = [form.prompt(text) for text in (question, *tried)]
+    reply, *replies = greedy(model, form, prompts)
+    content = [word.text.lower() for word in rehearsal.vocabulary.content(question)]
+    alike = [
+        text
+        for text, its in zip(tried, replies, strict=True)
+        if its == reply and all(word in text.lower() for word in content)
+    ]
+    others = [text for text, its in zip(tried, replies, strict=True) if its != reply and text in about]
+    if len(reply) == MAX_NEW_TOKENS:
+        reply = greedy(model, form, prompts[:1], max_new_tokens=MAX_REPLY)[0]
+    return reply, [*ruled, *_spread(alike, count - len(ruled))], others
 
-    A question about the subject that is answered as the corrected one is a paraphrase. All others are contrasts: they
-    keep the base's reply, unless another one was taught.
+
+def _kept(
+    contrasts: list[str],
+    context: tuple[int, ...],
+    taught: set[tuple[int, ...]],
+    model: RWKV,
+    rehearsal: RehearsalSet,
+) -> list[Anchored]:
+    """Questions with the beginnings of their answers: the base's, unless another one was taught.
+
+    With a context every other one is asked in it, the rest alone.
     """
-    alike, anchored = [], []
-    for question, prompt, now, before in found.made:
-        if now == reply and found.subject in question:
-            alike.append((question, prompt))
-        elif now == before or tuple(now) not in taught:  # where it differs from the base's, that was not meant
-            anchored.append((prompt + before, base))
-        else:
-            anchored.append((prompt + now, model))
-    return alike, anchored
+    form, base = rehearsal.form, rehearsal.base
+    kept: list[Anchored] = []
+    for before, texts in ([[*context], contrasts[1::2]], [[], contrasts[::2]]) if context else ([[], contrasts],):
+        before, turns = [form.tokenizer.eod, *before], [form.turn(text) for text in texts]
+        if not turns:
+            continue
+        replies = [_beginnings(known, form, before, turns) for known in dict.fromkeys((base, model))]
+        for turn, theirs, ours in zip(turns, replies[0], replies[-1], strict=True):
+            known, reply = (model, ours) if ours != theirs and tuple(ours) in taught else (base, theirs)
+            kept.append(
+                Anchored([*before, *turn, *reply], known, 1 + len(reply), len(before) if len(before) > 1 else 0)
+            )
+    return kept
+
+
+def _beginnings(model: RWKV, form: Form, before: list[int], turns: list[list[int]]) -> list[list[int]]:
+    """The beginnings of the model's greedy replies to questions after the same text."""
+    if len(before) > 1:
+        return greedy(model, form, turns, prefill(model, before)[1], BEGINNING)
+    return greedy(model, form, [before + turn for turn in turns], max_new_tokens=BEGINNING)
 
 
 def _spread(items: list, count: int, seed: int = 0) -> list:
     """All of them if few, otherwise some, evenly from begin to end, beginning elsewhere for another seed."""
+    count = max(0, count)
     every = max(1.0, len(items) / max(1, count))
     return [items[int(seed % every + i * every) % len(items)] for i in range(min(count, len(items)))]
 

@@ -18,18 +18,17 @@ from torch import Tensor
 from rwkv_train.checkpoints.weightfile import read_weights, write_safetensors
 from rwkv_train.feedback.curvature import Curvature
 from rwkv_train.feedback.decode import Form, decode, lanes_at_once, sampled
-from rwkv_train.feedback.subjects import rarity_of, subjects_of
 from rwkv_train.feedback.texts import divergence, is_large, log_probs
 from rwkv_train.feedback.trainable import Trainable, curved_names
+from rwkv_train.feedback.words import Vocabulary, Word
 from rwkv_train.files import replace_file
 from rwkv_train.models.base import RWKV
 from rwkv_train.models.finite import finite
 
-VERSION = 2  # of the file
+VERSION = 3  # of the file
 LONGEST = 32  # tokens of a sampled question, and of a sampled answer
 LATER = 4  # of so many dialogues one goes on,
 TURNS = 3  # for so many turns in all
-TOGETHER = 32  # questions whose subjects are looked for at once
 SAMPLES, SAMPLE = 64, 150  # free-running samples, and the tokens of each
 TEMPERATURE = 1.5  # of these: a stranger's talk is not what a model would say by itself
 WATCHED = 32  # dialogues on which drift is measured
@@ -38,8 +37,8 @@ WATCHED = 32  # dialogues on which drift is measured
 class RehearsalSet:
     """What a model says, and how it says it.
 
-    rows: whole dialogues as token ids, the end-of-document token in front. asked: (question, its subject) of those
-    that came to the end of their question. free_running: what the model writes when it is made to go on and on,
+    rows: whole dialogues as token ids, the end-of-document token in front. asked: the questions among them
+    that came to an end. free_running: what the model writes when it is made to go on and on,
     likewise; it may also stand before a question, as a random prefix. curvature: of the upper matrices on all of them.
     """
 
@@ -48,7 +47,7 @@ class RehearsalSet:
         base: RWKV,
         form: Form,
         rows: list[list[int]],
-        asked: list[tuple[str, str]],
+        asked: list[str],
         free_running: list[list[int]],
         curvature: Curvature,
     ):
@@ -56,7 +55,6 @@ class RehearsalSet:
             raise ValueError("the rehearsal set is empty; give some text that the model should go on knowing")
         self.base, self.form, self.curvature = base, form, curvature
         self.rows, self.asked, self.free_running = rows, asked, free_running
-        self.rarity = rarity_of(rows, base.config.vocab_size)
         self._log_probs: list[tuple[weakref.ref[RWKV], Tensor]] = []  # by the base, and by the last two models
 
     @classmethod
@@ -87,13 +85,7 @@ class RehearsalSet:
             longer = [row for row in grown if _ended(form, role, row)] or longer
         samples = free_running(base, form, rng)
         curvature = Curvature.measure(base, *curved_names(base, trainable, layers), rows + longer + samples)
-        rehearsal = cls(base, form, rows, [], samples, curvature)
-        questions = list(dict.fromkeys(questions))
-        for i in range(0, len(questions), TOGETHER):
-            some = questions[i : i + TOGETHER]
-            subjects = subjects_of(base, form, rehearsal.rarity, some)
-            rehearsal.asked += [(text, words[0]) for text, words in zip(some, subjects, strict=True) if words]
-        return rehearsal
+        return cls(base, form, rows, list(dict.fromkeys(questions)), samples, curvature)
 
     @classmethod
     def kept(
@@ -122,9 +114,8 @@ class RehearsalSet:
         content = json.loads(bytes(tensors.pop("text").tolist())) if "text" in tensors else {}
         if content.get("version") != VERSION:
             raise ValueError("it holds no rehearsal set of this version")
-        asked = [tuple(pair) for pair in content["asked"]]
         curvature = Curvature({name: tensor.to(base.device) for name, tensor in tensors.items()})
-        return cls(base, form, content["rows"], asked, content["talks"], curvature)
+        return cls(base, form, content["rows"], content["asked"], content["talks"], curvature)
 
     def near(self, ids: list[int], count: int, seed: int, replaced: Iterable[list[int]] = ()) -> list[list[int]]:
         """Up to `count` rows: a third of them share most of their tokens with `ids`, the others are drawn by seed.
@@ -157,7 +148,18 @@ class RehearsalSet:
     @cached_property
     def tokens_of_asked(self) -> list[set[int]]:
         """The tokens of each question that was asked."""
-        return [set(self.form.begun(text)) for text, _ in self.asked]
+        return [set(self.form.begun(text)) for text in self.asked]
+
+    @cached_property
+    def content_of_asked(self) -> list[list[Word]]:
+        """The content words of each."""
+        return list(map(self.vocabulary.content, self.asked))
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        """The words of the dialogues."""
+        texts = [self.form.tokenizer.decode(row[1:]) for row in self.rows]
+        return Vocabulary(texts, self.base, self.form.tokenizer)
 
     @cached_property
     def _tokens_of_rows(self) -> list[set[int]]:

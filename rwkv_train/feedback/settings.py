@@ -52,7 +52,7 @@ class FeedbackConfig:
     """steps taken after it is learnt"""
 
     paraphrases: int = 6
-    """other wordings of the question that are taught along, as far as the model knows some"""
+    """other wordings of the question that are taught along: by rule, and as far as the model knows some"""
 
     random_prefixes: int = 3
     """times that the question is also taught after dialogues that have nothing to do with it"""
@@ -60,9 +60,8 @@ class FeedbackConfig:
     replay: int = 16
     """earlier corrections trained along"""
 
-    contrasts: int = 5
-    """other subjects of which the question is asked to keep the answers, and as many other questions about its
-    subject"""
+    contrasts: int = 20
+    """questions with another word in the place of one of the question's, whose answers are kept"""
 
     rehearsed: int = 3
     """dialogues of the rehearsal set that are kept, a third of them the nearest to the correction"""
@@ -75,6 +74,9 @@ class FeedbackConfig:
 
     max_kl: float = 0.05
     """largest mean divergence on the rehearsal set, in nats a token, that is accepted"""
+
+    avoidance: float = 10.0
+    """how much a step avoids what contrasts share with the question, beside all other text; for trainable upper"""
 
     truncation: int = 64
     """tokens before an answer that gradients flow through"""

@@ -14,7 +14,7 @@ from rwkv_train.bptt import chunked_loss
 from rwkv_train.feedback.curvature import Curvature
 from rwkv_train.feedback.lesson import Lesson
 from rwkv_train.feedback.settings import FeedbackConfig
-from rwkv_train.feedback.texts import CHUNK, Batch, batches, bf16_autocast, kl_anchors
+from rwkv_train.feedback.texts import CHUNK, Batch, KLAnchor, batches, bf16_autocast, kl_anchors
 from rwkv_train.feedback.trainable import Trainable, finished, trained_twin
 from rwkv_train.models.base import RWKV
 from rwkv_train.ops.products import as_wide
@@ -43,8 +43,10 @@ def take_steps(
     twin, parameters = trained_twin(model, config.trainable, config.layers)
     new = batches(twin, lesson.new, config.trainable, config.truncation)
     replayed = batches(twin, lesson.replayed, config.trainable, config.truncation)
-    anchors = kl_anchors(twin, model, lesson.anchored, config.trainable) if config.kl_weight else []
-    anchored_tokens = sum(len(anchor.before) for anchor in anchors)
+    groups = [lesson.rehearsed, lesson.contrasted] if config.kl_weight else []
+    anchors = [kl_anchors(twin, model, texts, config.trainable) for texts in groups]
+    if curvature is not None and config.trainable == "upper" and anchors and anchors[1] and config.avoidance:
+        curvature = curvature.avoiding(inputs_of(twin, anchors[1], list(parameters)), config.avoidance)
     left = None  # steps still to take once learnt
     for step in range(config.steps + 1):
         # 1. The loss of the new answers and of the earlier ones.
@@ -57,9 +59,10 @@ def take_steps(
         if left == 0 or step == config.steps:
             break
         # 3. The KL anchor. At the first step nothing has moved yet from what `model` says itself.
-        moved = [anchor.divergence() for anchor in anchors if step or not anchor.same]
-        if moved:
-            total = total + config.kl_weight * torch.stack(moved).sum() / anchored_tokens
+        for group in anchors:
+            moved = [anchor.divergence() for anchor in group if step or not anchor.same]
+            if moved:
+                total = total + config.kl_weight * torch.stack(moved).sum() / sum(len(a.before) for a in group)
         # 4. A step in the direction that leaves all else alone, as long as it takes for the loss to vanish.
         gradients = dict(zip(parameters, torch.autograd.grad(total, list(parameters.values())), strict=True))
         ways = _preconditioned(gradients, curvature, config.trainable)
@@ -74,6 +77,24 @@ def take_steps(
                 twin.repair_initial_state()
         tick(step + 1, loss.item())
     return finished(twin, config.trainable), step
+
+
+@torch.no_grad()
+def inputs_of(twin: RWKV, anchors: list[KLAnchor], names: list[str]) -> dict[str, Tensor]:
+    """What the matrices of a twin are given [N,in] at the N positions of some texts whose predictions are kept."""
+    given: dict[str, list[Tensor]] = {name: [] for name in names}
+    hooks = []
+    for name in names:
+        layer = twin.get_submodule(name.removesuffix(".weight"))
+        hooks.append(layer.register_forward_pre_hook(lambda _, args, name=name: given[name].append(args[0])))
+    for anchor in anchors:
+        anchor.divergence()
+        for inputs in given.values():
+            if inputs[-1].ndim == 3:  # the head has those positions only
+                inputs[-1] = anchor.packed.real(inputs[-1])
+    for hook in hooks:
+        hook.remove()
+    return {name: torch.cat(inputs) for name, inputs in given.items()}
 
 
 def _mean(some: list[Batch]) -> Tensor:

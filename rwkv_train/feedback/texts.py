@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from rwkv_train.bptt import chunked_loss
 from rwkv_train.feedback.trainable import Trainable, with_children
 from rwkv_train.generate import prefill
+from rwkv_train.generation.prefill import joined
 from rwkv_train.models.base import RWKV
 from rwkv_train.models.finite import finite
 from rwkv_train.models.loss import IGNORE_INDEX
@@ -38,16 +39,30 @@ class Example:
 
 
 @dataclass(frozen=True)
+class Anchored:
+    """A text as tokens, of which the predictions of a model are kept: after each of its `last` tokens, None for all.
+
+    context: ids at the beginning that no gradient flows through.
+    """
+
+    ids: list[int]
+    model: RWKV
+    last: int | None = None
+    context: int = 0
+
+
+@dataclass(frozen=True)
 class Packed:
     """Texts in lanes: tokens [B,T], reset [B,T] where another text begins, positions [N] of all their tokens in turn.
 
-    firsts: the text that each lane begins with.
+    firsts: the text that each lane begins with. lengths: of the texts.
     """
 
     tokens: Tensor
     reset: Tensor
     positions: Tensor
     firsts: list[int]
+    lengths: list[int]
 
     def real(self, x: Tensor) -> Tensor:
         """What [B,T,...] is at the texts' tokens [N,...], text by text."""
@@ -67,7 +82,15 @@ def pack(texts: list[list[int]], alone: list[bool], device: torch.device) -> Pac
     tokens, reset = torch.zeros(len(lanes), width, dtype=torch.long), torch.zeros(len(lanes), width, dtype=torch.bool)
     tokens.view(-1)[positions] = torch.tensor([token for text in texts for token in text])
     reset.view(-1)[[at for at in begins.values() if at % width]] = True
-    return Packed(tokens.to(device), reset.to(device), positions.to(device), [lane[0] for lane in lanes])
+    return Packed(
+        tokens.to(device), reset.to(device), positions.to(device), [lane[0] for lane in lanes], list(map(len, texts))
+    )
+
+
+def _last(packed: Packed, counts: list[int]) -> Packed:
+    """Of packed texts, only so many last tokens of each."""
+    positions = packed.positions.split(packed.lengths)
+    return replace(packed, positions=torch.cat([p[-n:] for p, n in zip(positions, counts, strict=True)]))
 
 
 def _lanes(texts: list[list[int]], alone: list[bool], width: int) -> list[list[int]]:
@@ -121,10 +144,9 @@ def batch(model: RWKV, examples: list[Example], trainable: Trainable, truncation
     """Examples for a model of which only what `trainable` says will change."""
     cuts = [0 if trainable == "state" else max(e.context, len(e.ids) - e.answer - truncation) for e in examples]
     befores = [tuple(e.ids[:cut]) for e, cut in zip(examples, cuts, strict=True)]
-    states = {before: prefill(model, list(before))[1] if before else model.empty_state(1) for before in befores}
     texts = [e.ids[cut:-1] for e, cut in zip(examples, cuts, strict=True)]
     packed = pack(texts, [bool(before) or model.initial_wkv is not None for before in befores], model.device)
-    state = State(*(torch.cat(parts) for parts in zip(*(states[befores[i]] for i in packed.firsts), strict=True)))
+    state = _states_after(model, befores, packed)
     wanted = [[IGNORE_INDEX] * (len(t) - e.answer) + e.ids[-e.answer :] for t, e in zip(texts, examples, strict=True)]
     targets = torch.full_like(packed.tokens, IGNORE_INDEX)
     targets.view(-1)[packed.positions] = torch.tensor([token for ids in wanted for token in ids], device=model.device)
@@ -137,7 +159,7 @@ def batch(model: RWKV, examples: list[Example], trainable: Trainable, truncation
 
 @dataclass(frozen=True)
 class KLAnchor:
-    """Texts of which the predictions of another model are kept: probabilities [N,V] after each of their N tokens.
+    """Texts of which the predictions of another model are kept: probabilities [N,V] after N of their tokens.
 
     same: they are those of the model as it was before the first step. entropy: their sum, in nats.
     """
@@ -157,23 +179,41 @@ class KLAnchor:
         return -torch.dot(self.before.flatten(), now.flatten()) - self.entropy
 
 
-def kl_anchors(twin: RWKV, start: RWKV, anchored: list[tuple[list[int], RWKV]], trainable: Trainable) -> list[KLAnchor]:
+def kl_anchors(twin: RWKV, start: RWKV, anchored: list[Anchored], trainable: Trainable) -> list[KLAnchor]:
     """Texts by the model whose predictions on them are kept. twin: what is trained, still as `start` is."""
     anchors = []
-    for other in {id(m): m for _, m in anchored}.values():
-        texts = [ids for ids, m in anchored if m is other]
-        packed = pack(texts, [twin.initial_wkv is not None] * len(texts), twin.device)
-        state = twin.empty_state(len(packed.tokens))
+    for other in {id(text.model): text.model for text in anchored}.values():
+        texts = [text for text in anchored if text.model is other]
+        cuts = [0 if trainable == "state" else text.context for text in texts]
+        befores = [tuple(text.ids[:cut]) for text, cut in zip(texts, cuts, strict=True)]
+        counts = [
+            len(text.ids) - cut if text.last is None else text.last for text, cut in zip(texts, cuts, strict=True)
+        ]
+        alone = [bool(before) or twin.initial_wkv is not None for before in befores]
+        packed = _last(pack([t.ids[cut:] for t, cut in zip(texts, cuts, strict=True)], alone, twin.device), counts)
+        state = _states_after(twin, befores, packed)
         entered = _entered(twin, packed, state, trainable)
         upper, tokens, upper_state = _upper(twin, packed, state, trainable, entered)
-        reader = upper if other is start else None
+        reader, its_state = (upper, upper_state) if other is start else (None, None)
         if reader is None and entered is not None and _share_lower(twin, other):
-            reader = _upper(other, packed, state, trainable, entered)[0]
+            reader, _, its_state = _upper(other, packed, _states_after(other, befores, packed), trainable, entered)
         with torch.no_grad(), bf16_autocast(twin.device):
-            before = log_probs(other, texts) if reader is None else _log_probs(reader, tokens, packed, upper_state)
+            if reader is None:
+                before = log_probs(other, [text.ids for text in texts], counts)
+            else:
+                before = _log_probs(reader, tokens, packed, its_state)
         entropy = -float((before.exp() * before).sum(dtype=torch.float64))
         anchors.append(KLAnchor(upper, tokens, packed, upper_state, before.exp_(), entropy, other is start))
     return anchors
+
+
+def _states_after(model: RWKV, befores: list[tuple[int, ...]], packed: Packed) -> State:
+    """The states in which the lanes of packed texts begin, some of which have tokens before them."""
+    firsts = [befores[i] for i in packed.firsts]
+    if not any(firsts):
+        return model.empty_state(len(firsts))
+    states = {ids: prefill(model, list(ids))[1] if ids else model.empty_state(1) for ids in dict.fromkeys(firsts)}
+    return joined([states[ids] for ids in firsts])
 
 
 @torch.no_grad()
@@ -184,8 +224,7 @@ def log_probs(model: RWKV, documents: list[list[int]], last: list[int] | None = 
     """
     packed = pack(documents, [model.initial_wkv is not None] * len(documents), model.device)
     if last is not None:
-        positions = packed.positions.split([len(ids) for ids in documents])
-        packed = replace(packed, positions=torch.cat([p[-n:] for p, n in zip(positions, last, strict=True)]))
+        packed = _last(packed, last)
     return finite(_log_probs(model, packed.tokens, packed, model.empty_state(len(packed.tokens))), model)
 
 

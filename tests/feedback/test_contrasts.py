@@ -1,60 +1,75 @@
-"""Questions made up around one: crossings, what a question is about, and the base's replies."""
+"""Questions made around one: whole words of any script, other words in their places, and other questions with them."""
 
+import pytest
 import torch
-from feedback_toys import FORM, rehearsal_set, small_model
+from feedback_toys import BYTES, FORM, rehearsal_set, small_model
+from hypothesis import given
+from hypothesis import strategies as st
 
-from rwkv_train.feedback import contrasts
-from rwkv_train.feedback.contrasts import around, candidates, replies_of_base
-from rwkv_train.feedback.curvature import Curvature
-from rwkv_train.feedback.decode import greedy
+from rwkv_train.feedback.contrasts import crossed, substituted
 from rwkv_train.feedback.rehearsal import RehearsalSet
-from rwkv_train.feedback.trainable import localised_names, upper_names, with_weights
+from rwkv_train.feedback.words import Vocabulary, kind, words
 
 
-def test_questions_are_crossed_with_those_of_the_rehearsal_set(monkeypatch):
+@pytest.mark.parametrize(
+    "text, found",
+    [
+        ("Don't use the rock-climbing wall!", ["Don't", "use", "the", "rock-climbing", "wall"]),
+        ("At 10:30, 2 cats", ["At", "10:30", "2", "cats"]),
+        ("猫好吗？", ["猫", "猫好", "好", "好吗", "吗"]),
+        ("用Python写", ["用", "Python", "写"]),
+        ("Ünïcode, ещё", ["Ünïcode", "ещё"]),
+        ("?! :)", []),
+    ],
+)
+def test_words_are_whole_in_any_script(text, found):
+    assert [word.text for word in words(text)] == found
+    assert all(text[word.begin : word.end] == word.text for word in words(text))
+
+
+@given(st.text(max_size=20))
+def test_any_text_has_words_that_lie_in_it(text):
+    assert all(word.text and text[word.begin : word.end] == word.text for word in words(text))
+
+
+def vocabulary():
+    texts = ["do you like cats?", "do you like dogs?", "do you like Paris?", "do you like 12?"]
     model = small_model()
-    rehearsal = rehearsal_set(model)
-    monkeypatch.setattr(contrasts, "candidates", lambda rehearsal, question: ["sun"])
-    reply, subject, made = around(rehearsal, model, "why sun?", 2, 9)
-    assert subject == "sun" and reply == greedy(model, FORM, [FORM.prompt("why sun?")])[0]
-    assert [m.question for m in made] == ["why you?", "why a?", "hi sun", "sun?"]
-    other = with_weights(model, {"head.weight": -model.head.weight})
-    for here, there in zip(made, around(rehearsal, other, "why sun?", 2, 9).made, strict=True):
-        assert here.prompt == FORM.prompt(here.question)
-        assert here.now == here.before == there.before == greedy(model, FORM, [here.prompt])[0]
-        assert there.now == greedy(other, FORM, [here.prompt])[0] != there.before
-    same = with_weights(model, {"head.weight": model.head.weight})
-    assert around(rehearsal, same, "why sun?", 2, 9).made == made
-    model.head.weight[0] += 3 * model.head.weight.abs().max()  # replies that the document's end cuts short
-    prompts = [m.prompt for m in made]
-    replies = greedy(model, FORM, prompts)
-    for shown in (replies, [reply[: len(reply) // 2] for reply in replies], [[*reply, 65] for reply in replies]):
-        assert replies_of_base(rehearsal, prompts, shown) == replies
-    assert around(rehearsal, model, "why sun?", 0, 0).made == []
+    with torch.no_grad():  # bytes of one word lie together: "dogs" is the nearest to "cats", whatever else there is
+        model.emb.weight[:] = torch.eye(257, model.config.n_embd)
+        for word in ("cats", "dogs"):
+            model.emb.weight[BYTES.encode(word)] = torch.eye(257, model.config.n_embd)[3]
+    return Vocabulary([*texts, *["do you like it?"] * 20], model, BYTES)
 
 
-def test_a_subject_is_what_the_answer_depends_on(monkeypatch):
-    """Of the words tried, one whose place others can take without another answer is not it."""
-    model = small_model()
-    rehearsal = rehearsal_set(model)
-    replies = {"why sun?": "hot"} | {f"{word} sun?": "hot" for word in ("you", "a", "2")}
-
-    def answer(model, form, prompts):
-        asked = [form.shown(prompt).split("User: ")[1].split("\n")[0] for prompt in prompts]
-        return [form.answer(replies.get(question, "cold")) for question in asked]
-
-    monkeypatch.setattr(contrasts, "greedy", answer)
-    monkeypatch.setattr(contrasts, "candidates", lambda rehearsal, question: ["why", "sun"])
-    found = around(rehearsal, model, "why sun?", 3, 3)
-    assert found.subject == "sun" and found.reply == FORM.answer("hot") and len(found.made) > 3
-    monkeypatch.setattr(contrasts, "candidates", lambda rehearsal, question: ["why"])
-    assert around(rehearsal, model, "why sun?", 3, 3) == (FORM.answer("hot"), "", [])
+def test_content_is_what_few_texts_hold():
+    known = vocabulary()
+    assert [word.text for word in known.content("do you like cats?")] == ["cats"]
+    assert [word.text for word in known.content("do you like snorvels and cats?")][:2] == ["snorvels", "and"]
+    assert known.content("") == known.content("?") == []
 
 
-def test_the_subject_is_a_rare_word_that_could_not_be_foreseen():
-    model = small_model()
-    rows = [FORM.prompt(question) for question in ["my sun?", "my ice?", "my xyz?"] + ["my?"] * 20]
-    curvature = Curvature.measure(model, upper_names(model), localised_names(model), rows)
-    rehearsal = RehearsalSet(model, FORM, rows, [], [], curvature)
-    rehearsal.base = with_weights(model, {"head.weight": torch.zeros_like(model.head.weight)})  # foresees nothing
-    assert candidates(rehearsal, "my xyz?")[0] in "xyz" and candidates(rehearsal, "my ice?")[0] in "ice"
+def test_near_words_are_of_the_same_kind_and_no_form_of_the_word():
+    known = vocabulary()
+    assert known.nearest("cats", 1, {"cats"}) == ["dogs"] and "cats" not in known.nearest("cat", 9, {"cat"})
+    assert known.nearest("Cats", 1, {"cats"}) == ["Dogs"] and known.nearest("cats", 9, {"dogs", "cats"}) == ["Paris"]
+    numbers = known.nearest("12", 5, set())
+    assert len(set(numbers)) == 5 and all(kind(n) == "number" and len(n) == 2 and n != "12" for n in numbers)
+    assert known.nearest("猫", 5, set()) == []
+
+
+def test_each_contrast_has_one_word_replaced(monkeypatch):
+    rehearsal = rehearsal_set(small_model())
+    monkeypatch.setattr(RehearsalSet, "vocabulary", vocabulary())
+    assert substituted(rehearsal, "do you like cats?", 9) == ["do you like dogs?", "do you like Paris?"]
+    assert substituted(rehearsal, "do you like cats?", 1) == ["do you like dogs?"]
+    assert substituted(rehearsal, "?", 5) == []
+
+
+def test_questions_of_the_rehearsal_set_are_asked_of_the_rarest_word():
+    rehearsal = rehearsal_set(small_model())
+    assert rehearsal.asked == ["hi you", "a?", "2?"]
+    made = crossed(rehearsal, "why sun?", 9)
+    assert made and all("why" in text or "sun" in text for text in made)
+    assert crossed(rehearsal, "why sun?", 1) == made[:1] and crossed(rehearsal, "?", 3) == []
+    assert FORM.prompt(made[0])

@@ -11,9 +11,9 @@ from rwkv_train.feedback import FeedbackConfig
 from rwkv_train.feedback.curvature import DAMPING, Curvature
 from rwkv_train.feedback.decode import decode, greedy
 from rwkv_train.feedback.lesson import Lesson
-from rwkv_train.feedback.steps import take_steps
-from rwkv_train.feedback.texts import Example, answer_loss, divergence, log_probs, pack
-from rwkv_train.feedback.trainable import between, changed, localised_names, with_weights
+from rwkv_train.feedback.steps import inputs_of, take_steps
+from rwkv_train.feedback.texts import Anchored, Example, answer_loss, divergence, kl_anchors, log_probs, pack
+from rwkv_train.feedback.trainable import between, changed, localised_names, trained_twin, upper_names, with_weights
 
 
 @pytest.mark.parametrize("trainable", ["upper", "localised"])
@@ -26,7 +26,15 @@ def test_one_step_is_a_plain_gradient_step_on_the_whole_model(trainable, generat
     replayed, kept = [Example([0, *BYTES.encode("ice? cold")], 4)], DIALOGUES[1]
     config = FeedbackConfig(trainable=trainable, steps=1, truncation=9, kl_weight=2.0, step_factor=0.1)
     before = with_weights(model, {"emb.weight": model.emb.weight * 1.1})
-    after, steps = take_steps(model, Lesson(new, replayed, [(kept, before), (kept[:-3], model)]), None, config)
+    groups = (
+        [Anchored(kept, before), Anchored(kept[:-3], model)],
+        [
+            Anchored(kept, before, 4, 6),
+            Anchored(kept[:-1], before, 2),
+            Anchored(kept, model, 3, 9),
+        ],
+    )
+    after, steps = take_steps(model, Lesson(new, replayed, *groups), None, config)
     names = upper_matrices(model, 2) if trainable == "upper" else localised_names(model)
     assert steps == 1 and set(changed(after, model)) == set(names)
 
@@ -41,11 +49,15 @@ def test_one_step_is_a_plain_gradient_step_on_the_whole_model(trainable, generat
         return torch.nn.functional.cross_entropy(logits, torch.tensor(example.ids[-example.answer :]), reduction="sum")
 
     total = sum(map(nll, new)) / 9 + nll(replayed[0]) / 4
-    parts = []
-    for ids, other in ((kept, before), (kept[:-3], model)):
-        p, q = (m(torch.tensor([ids]))[0][0].log_softmax(-1) for m in (other, whole))
-        parts.append((p.exp() * (p - q)).sum(-1))
-    total = total + 2.0 * torch.cat(parts).mean()
+
+    def log_probs_of(model, text):
+        with torch.no_grad():
+            state = model.hidden(torch.tensor([text.ids[: text.context]]))[1] if text.context else None
+        return model(torch.tensor([text.ids[text.context :]]), state)[0][0].log_softmax(-1)[-(text.last or 99) :]
+
+    for group in groups:
+        pairs = [(log_probs_of(text.model, text), log_probs_of(whole, text)) for text in group]
+        total = total + 2.0 * torch.cat([(p.exp() * (p - q)).sum(-1) for p, q in pairs]).mean()
     gradients = torch.autograd.grad(total, list(trained.values()))
     size = config.step_factor * total / sum(g.square().sum() for g in gradients)
     for (name, p), g in zip(trained.items(), gradients, strict=True):
@@ -147,3 +159,35 @@ def test_loss_of_an_answer_does_not_depend_on_where_the_text_is_cut(generation):
     logits = model(torch.tensor([example.ids[:-1]]))[0][0, -5:]
     want = torch.nn.functional.cross_entropy(logits, torch.tensor(example.ids[-5:])).item()
     assert answer_loss(model, example) == pytest.approx(want, rel=1e-5)
+
+
+def test_steps_avoid_what_contrasts_share(generation):
+    """Woodbury's identity gives the inverse of C with their inputs added; the inputs are those of a plain forward."""
+    model = random_model(n_embd=16, n_layer=2, vocab_size=257, generation=generation, head_size=16)
+    names = upper_names(model)
+    curvature = Curvature.measure(model.requires_grad_(False), names, localised_names(model), DIALOGUES)
+    texts = [Anchored(DIALOGUES[0], model, 3), Anchored(DIALOGUES[1], with_weights(model, {}), 2)]
+    twin, parameters = trained_twin(model, "upper")
+    inputs = inputs_of(twin, kl_anchors(twin, model, texts, "upper"), list(parameters))
+    given = {}
+    for text in texts:
+        hooks = [
+            model.get_submodule(name.removesuffix(".weight")).register_forward_pre_hook(
+                lambda _, args, name=name, last=text.last: given.setdefault(name, []).append(args[0][0, -last:])
+            )
+            for name in names
+        ]
+        model(torch.tensor([text.ids]))
+        for hook in hooks:
+            hook.remove()
+    gradients = {
+        name: torch.randn(p.shape, generator=torch.Generator().manual_seed(0)) for name, p in parameters.items()
+    }
+    ways = curvature.avoiding(inputs, 10.0).precondition_input(gradients)
+    for name, parts in given.items():
+        k = torch.cat(parts)
+        assert_close_rel(inputs[name], k, 1e-5)
+        mean = curvature.tensors[f"{name}.in.diagonal"].mean()
+        added = 10 * (k.t() @ k).double() / len(k) / mean
+        c = curvature.tensors[f"{name}.in.inverse"].double().inverse() + added
+        assert_close_rel(ways[name], (gradients[name].double() @ c.inverse()).float(), 1e-3)

@@ -28,12 +28,13 @@ CONFIG = FeedbackConfig(
     target_loss=0.1,
     kl_weight=0.01,
     max_kl=1e9,
+    paraphrases=0,
     contrasts=2,
     rehearsed=2,
 )
 QUICK = [Correction("sun?", "hot"), Correction("ice?", "cold"), Correction("sea?", "wet")]
 ASKED = [("hi you", "hello"), ("a?", "b"), ("2?", "4")]
-SUBJECTS = [("hi you", "you"), ("a?", "a"), ("2?", "2")]
+QUESTIONS = [question for question, _ in ASKED]
 DIALOGUES = [[0, *BYTES.encode(f"User: {q}\n\nAssistant: {a}\n\n")] for q, a in ASKED]
 
 
@@ -52,7 +53,7 @@ def upper_matrices(model, first: int) -> list[str]:
 
 def rehearsal_set(model) -> RehearsalSet:
     curvature = Curvature.measure(model, upper_names(model), localised_names(model), DIALOGUES)
-    return RehearsalSet(model, FORM, DIALOGUES, SUBJECTS, DIALOGUES, curvature)
+    return RehearsalSet(model, FORM, DIALOGUES, QUESTIONS, DIALOGUES, curvature)
 
 
 def open_learner(folder, config=CONFIG, seed=0, generation="rwkv4") -> Learner:
