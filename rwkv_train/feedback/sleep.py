@@ -26,6 +26,7 @@ STEPS = 4  # at most, on one batch
 EPOCHS = 20  # at most
 QUIET = 4  # epochs one after another without a step, as each reads other examples
 SHARE = 4  # of what a correction keeps, so much is read in each epoch, in turn
+KEPT = ("rehearsed", "contrasted")
 ASKED = 64  # questions that are answered at once
 LESSONS = "sleep, lessons"  # what is told while they are made
 
@@ -83,7 +84,7 @@ class Sleep:
         # 2. The lesson of each correction, as if it were the only one.
         lessons, start = [], self.model
         for it in watch(LESSONS, standing(self.received)):
-            lessons.append(lesson_of(it, [], [], start, self.rehearsal))
+            lessons.append(lesson_of(it, [], {}, start, self.rehearsal))
             yield
         lessons = agreeing(lessons)
         # 3. Epochs, until there is nothing to learn.
@@ -111,7 +112,10 @@ def together(lessons: list[Lesson], epoch: int) -> Lesson:
     kept, others in the next epoch."""
     others = [lesson.new[1:] for lesson in lessons]
     new = [lesson.new[0] for lesson in lessons] + [some[epoch % len(some)] for some in others if some]
-    return Lesson(new, anchored=[kept for lesson in lessons for kept in lesson.anchored[epoch % SHARE :: SHARE]])
+    rehearsed, contrasted = (
+        [kept for lesson in lessons for kept in getattr(lesson, name)[epoch % SHARE :: SHARE]] for name in KEPT
+    )
+    return Lesson(new, rehearsed=rehearsed, contrasted=contrasted)
 
 
 def agreeing(lessons: list[Lesson]) -> list[Lesson]:
@@ -126,7 +130,7 @@ def agreeing(lessons: list[Lesson]) -> list[Lesson]:
         replace(
             lesson,
             new=[example for example in lesson.new if agrees(example.ids, n)],
-            anchored=[(ids, model) for ids, model in lesson.anchored if agrees(ids, n)],
+            **{name: [text for text in getattr(lesson, name) if agrees(text.ids, n)] for name in KEPT},
         )
         for n, lesson in enumerate(lessons)
     ]

@@ -10,7 +10,7 @@ from rwkv_train.feedback import Correction, Learner, Reading, gate, sleep
 from rwkv_train.feedback.correction import Received
 from rwkv_train.feedback.lesson import Lesson
 from rwkv_train.feedback.sleep import Sleep, agreeing, standing
-from rwkv_train.feedback.texts import Example
+from rwkv_train.feedback.texts import Anchored, Example
 
 LEARNT = [Reading("to and fro"), Correction("sun?", "hot"), Correction("sea?", "wet")]
 QUICKLY = replace(CONFIG, steps=8, target_loss=3.0, extra=0, contrasts=0)
@@ -196,10 +196,14 @@ def test_the_last_word_on_a_question_is_what_is_slept_on():
 def test_lessons_learnt_together_keep_and_teach_nothing_about_each_others_questions():
     first = Lesson(
         [Example([0, 1, 2, 9], 1), Example([0, 5, 6, 9], 1), Example([0, 7, 9], 1)],
-        anchored=[([0, 5, 6, 3, 3], None), ([0, 5, 4, 3], None)],
+        rehearsed=[Anchored([0, 5, 4, 3], None)],
+        contrasted=[Anchored([0, 5, 6, 3, 3], None, 2)],
     )
-    second = Lesson([Example([0, 5, 6, 8], 1)], anchored=[([0, 1, 2, 3], None), ([0, 5, 6, 3], None)])
+    second = Lesson(
+        [Example([0, 5, 6, 8], 1)],
+        rehearsed=[Anchored([0, 1, 2, 3], None), Anchored([0, 5, 6, 3], None)],
+    )
     one, other = agreeing([first, second])
     assert [example.ids for example in one.new] == [[0, 1, 2, 9], [0, 7, 9]]
-    assert [ids for ids, _ in one.anchored] == [[0, 5, 4, 3]]
-    assert other.new == second.new and [ids for ids, _ in other.anchored] == [[0, 5, 6, 3]]
+    assert one.rehearsed == first.rehearsed and one.contrasted == []
+    assert other.new == second.new and other.rehearsed == second.rehearsed[1:]
