@@ -8,6 +8,7 @@ from rwkv_train.feedback import Outcome, Reading
 from rwkv_train.feedback.correction import item_of
 from rwkv_train.feedback.export import Exported
 from rwkv_train.feedback.journal import Ledger
+from rwkv_train.feedback.lesson import recorded_texts
 
 SHOWN = 6  # questions of a kind that an outcome lists
 
@@ -47,8 +48,7 @@ def question_of(ledger: Ledger, label: str) -> str:
     number, known = int(label.rstrip(ascii_lowercase)), {}
     how = ledger.committed.get(number)
     if how and how["accepted"]:
-        paraphrases = how["wordings"] if "wordings" in how else how["paraphrases"]  # as they were called before
-        known = dict(labelled(number, paraphrases, how.get("contrasts", [])))
+        known = dict(labelled(number, *recorded_texts(how)))
     if label not in known:
         raise ValueError(
             f"nothing is labelled {label}; if that is a question, write the number of the correction before it, "

@@ -353,7 +353,8 @@ class Learner:
         """What a correction trains and keeps, after earlier ones."""
         if isinstance(received.item, Reading):
             return text_lesson(received.item, self.form)
-        committed = {it.id: self.journal.ledger.committed[it.id] for it in earlier}
+        ids = [received.id, *(it.id for it in earlier)]
+        committed = {number: how for number in ids if (how := self.journal.ledger.committed.get(number))}
         return lesson_of(received, earlier, committed, model, self.rehearsal)
 
     def _learn(

@@ -5,7 +5,8 @@ Kept, by a KL anchor to what a model said before, are contrasts to the question,
 steps are taken from there: steps.py. How much of the change is accepted: gate.py.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import chain
 
 from rwkv_train.feedback.background import half_the_threads
 from rwkv_train.feedback.contrasts import crossed, substituted
@@ -13,6 +14,7 @@ from rwkv_train.feedback.correction import Correction, Reading, Received, docume
 from rwkv_train.feedback.decode import MAX_NEW_TOKENS, MAX_REPLY, Form, greedy
 from rwkv_train.feedback.paraphrases import by_rule, reworded
 from rwkv_train.feedback.rehearsal import RehearsalSet
+from rwkv_train.feedback.settings import FeedbackConfig
 from rwkv_train.feedback.texts import Anchored, Example
 from rwkv_train.generate import prefill
 from rwkv_train.models.base import RWKV
@@ -58,7 +60,8 @@ def lesson_of(
 ) -> Lesson:
     """The lesson of a correction, on top of `model`. The same arguments give the same lesson.
 
-    earlier: what was learnt before it, in that order. committed: the journal's records of how, by their numbers.
+    earlier: what was learnt before it, in that order. committed: the journal's records of how these were learnt, by
+    their numbers, and of how this one was, if it is learnt again.
     """
     correction, config, number, form = received.item, received.config, received.id, rehearsal.form
     alone = example_of(correction, form)
@@ -76,38 +79,65 @@ def lesson_of(
         ids = [*prefix, *form.turn(correction.question), *answer]
         new.append(Example(ids, alone.answer, len(prefix), alone.negative))
 
-    # 2. Earlier corrections.
+    # 2. Earlier corrections, those from a dialogue alone and after its end in turn.
     replay = _spread(list(valid.values()), config.replay, number)
-    replayed = [example_of(it.item, form) for it in replay]
+    replayed = [_again(it.item, number + it.id, form, config.truncation) for it in replay]
 
-    # 3. Paraphrases learn the answer too: those by rule, and those that the model answers as it does the question.
+    # 3. Paraphrases learn the answer too, and contrasts keep theirs. A replay takes those that were recorded.
+    recorded = committed.get(number)
     with half_the_threads():
-        reply, paraphrases, others = _other_wordings(correction.question, model, rehearsal, config.paraphrases)
-    if alone.negative or correction.keeps:
-        paraphrases = []
-    new += [Example([*form.prompt(text), *answer], alone.answer) for text in paraphrases]
+        if recorded is None:
+            reply, paraphrases, contrasts = _around(correction, model, rehearsal, config, set(valid))
+        else:
+            reply = form.answer(recorded["answer_before"]) if recorded["answer_before"] else []
+            paraphrases, contrasts = recorded_texts(recorded)
+        new += [Example([*form.prompt(text), *answer], alone.answer) for text in paraphrases]
 
-    # 4. Contrasts keep the beginning of their answers: of this question, of each paraphrase, of earlier corrections.
-    contrasts = substituted(rehearsal, correction.question, config.contrasts) if config.contrasts else []
-    for text in paraphrases if config.contrasts else []:
-        contrasts += substituted(rehearsal, text, GRID)
-    contrasts += others[: config.contrasts]
-    contrasts = [text for text in dict.fromkeys(contrasts) if text not in {correction.question, *paraphrases, *valid}]
-    theirs = [
-        text for it in replay for text in _in_turn(committed.get(it.id, {}).get("contrasts", []), REPLAYED, number)
-    ]
-    theirs = [text for text in dict.fromkeys(theirs) if text not in {correction.question, *paraphrases, *valid}]
-    taught = {tuple(form.answer(it.item.answer))[:BEGINNING] for it in valid.values() if it.item.answer is not None}
-    with half_the_threads():
+        # 4. What is kept of contrasts, and of those of earlier corrections, is the beginning of the answer.
+        away = {correction.question, *paraphrases, *valid}
+        theirs = (_in_turn(recorded_texts(committed[it.id])[1], REPLAYED, number) for it in replay)
+        theirs = [text for text in dict.fromkeys(chain(*theirs)) if text not in away]
+        taught = {tuple(form.answer(it.item.answer))[:BEGINNING] for it in valid.values() if it.item.answer is not None}
         contrasted = _kept(contrasts, correction.context, taught, model, rehearsal)
         contrasted += _kept(theirs, (), taught, model, rehearsal)
 
     # 5. Some of what the model says by itself, but no reply that a correction did away with.
-    away = [reply, *(form.answer(c["answer_before"]) for c in committed.values() if c["answer_before"])]
-    rehearsed = rehearsal.near(alone.ids, config.rehearsed, number, away)
+    replaced = [reply, *(form.answer(how["answer_before"]) for how in committed.values() if how["answer_before"])]
+    rehearsed = rehearsal.near(alone.ids, config.rehearsed, number, replaced)
     rehearsed += _in_turn(rehearsal.free_running, config.free_running, -number)
     kept = [Anchored(ids, rehearsal.base) for ids in rehearsed]
     return Lesson(new, replayed, kept, contrasted, paraphrases, contrasts, reply)
+
+
+def recorded_texts(committed: dict) -> tuple[list[str], list[str]]:
+    """(paraphrases, contrasts) of a correction by the journal's record of how it was learnt."""
+    paraphrases = committed["wordings"] if "wordings" in committed else committed["paraphrases"]
+    return paraphrases, committed.get("contrasts", [])
+
+
+def _again(correction: Correction, number: int, form: Form, most: int) -> Example:
+    """An earlier correction, of every other number after the last `most` tokens of its dialogue."""
+    alone = example_of(correction, form)
+    if not correction.context or number % 2:
+        return alone
+    before = [form.tokenizer.eod, *correction.context[-most:]]
+    return replace(alone, ids=[*before, *alone.ids[1:]], context=len(before))
+
+
+def _around(
+    correction: Correction, model: RWKV, rehearsal: RehearsalSet, config: FeedbackConfig, known: set[str]
+) -> tuple[list[int], list[str], list[str]]:
+    """(the model's reply to a question, other ways to ask it, near questions that are none of them nor known)."""
+    question = correction.question
+    reply, paraphrases, others = _other_wordings(question, model, rehearsal, config.paraphrases)
+    if correction.answer is None or correction.keeps:
+        paraphrases = []
+    contrasts: list[str] = []
+    if config.contrasts:
+        contrasts = substituted(rehearsal, question, config.contrasts) + others[: config.contrasts]
+        contrasts += [text for other in paraphrases for text in substituted(rehearsal, other, GRID)]
+    away = {question, *paraphrases, *known}
+    return reply, paraphrases, [text for text in dict.fromkeys(contrasts) if text not in away]
 
 
 def _other_wordings(

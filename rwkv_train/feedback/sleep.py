@@ -57,12 +57,20 @@ class Slept:
 class Sleep:
     """Corrections that are learnt together, in pieces between which it can be left and gone on with.
 
-    received: what was learnt, in that order; the last word on a question counts. `model` at the end follows from the
+    received: what was learnt, in that order; the last word on a question counts. committed: how, as the journal
+    records it; what is not there is made anew. `model` at the end follows from the
     arguments alone.
     """
 
-    def __init__(self, rehearsal: RehearsalSet, received: list[Received], config: FeedbackConfig, watch: Watch):
-        self.rehearsal, self.received, self.config = rehearsal, received, config
+    def __init__(
+        self,
+        rehearsal: RehearsalSet,
+        received: list[Received],
+        config: FeedbackConfig,
+        watch: Watch,
+        committed: dict[int, dict] | None = None,
+    ):
+        self.rehearsal, self.received, self.config, self._committed = rehearsal, received, config, committed or {}
         self.model, self.epochs, self.seconds = rehearsal.base, 0, 0.0
         self._pieces = self._run(watch)
 
@@ -84,7 +92,8 @@ class Sleep:
         # 2. The lesson of each correction, as if it were the only one.
         lessons, start = [], self.model
         for it in watch(LESSONS, standing(self.received)):
-            lessons.append(lesson_of(it, [], {}, start, self.rehearsal))
+            how = {it.id: self._committed[it.id]} if it.id in self._committed else {}
+            lessons.append(lesson_of(it, [], how, start, self.rehearsal))
             yield
         lessons = agreeing(lessons)
         # 3. Epochs, until there is nothing to learn.
