@@ -371,7 +371,7 @@ class Learner:
         return self._learn(model, received, self._lesson(model, received, earlier))[0]
 
     def _sleep_on(self, received: list[Received], config: FeedbackConfig) -> Sleep:
-        return Sleep(self.rehearsal, received, config, self._watched)
+        return Sleep(self.rehearsal, received, config, self._watched, self.journal.ledger.committed)
 
     def _watched(self, what: str, items: Sequence) -> Iterable:
         return self.watch(what, items)  # whatever that is by now

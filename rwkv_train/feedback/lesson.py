@@ -130,8 +130,8 @@ def _around(
     """(the model's reply to a question, other ways to ask it, near questions that are none of them nor known)."""
     question = correction.question
     reply, paraphrases, others = _other_wordings(question, model, rehearsal, config.paraphrases)
-    if correction.answer is None or correction.keeps:
-        paraphrases = []
+    none = correction.answer is None or correction.keeps
+    paraphrases = [] if none else [text for text in paraphrases if text not in known]
     contrasts: list[str] = []
     if config.contrasts:
         contrasts = substituted(rehearsal, question, config.contrasts) + others[: config.contrasts]

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from feedback_toys import BYTES, CONFIG, DIALOGUES, FORM, QUICK, SUBJECTS, small_model
+from feedback_toys import BYTES, CONFIG, DIALOGUES, FORM, QUICK, QUESTIONS, small_model
 from helpers import assert_close_rel, random_model
 
 from rwkv_train.checkpoints.modelfile import _NoInit
@@ -29,7 +29,7 @@ def open_learner(folder, memory: int, config=CONFIG) -> Learner:
     base = deep_model()
     chosen = fitting(base, config, memory)
     measured = Curvature.measure(base, *curved_names(base, chosen.trainable, chosen.layers), DIALOGUES)
-    made = RehearsalSet(base, FORM, DIALOGUES, SUBJECTS, DIALOGUES, measured)
+    made = RehearsalSet(base, FORM, DIALOGUES, QUESTIONS, DIALOGUES, measured)
     return Learner(base, BYTES, folder / "profile", config=config, rehearsal=made, memory=memory)
 
 
