@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from feedback_toys import BYTES, CONFIG, DIALOGUES, FORM, QUICK, QUESTIONS, small_model
+from feedback_toys import BYTES, CONFIG, DIALOGUES, FORM, QUESTIONS, QUICK, small_model
 from helpers import assert_close_rel, random_model
 
 from rwkv_train.checkpoints.modelfile import _NoInit
@@ -14,7 +14,7 @@ from rwkv_train.feedback.lesson import Lesson
 from rwkv_train.feedback.memory import bytes_of, fitting, needed, told_of
 from rwkv_train.feedback.rehearsal import RehearsalSet, free_running
 from rwkv_train.feedback.steps import take_steps
-from rwkv_train.feedback.texts import Example, divergence
+from rwkv_train.feedback.texts import Anchored, Example, divergence
 from rwkv_train.feedback.trainable import changed, curved_names, localised_names, upper_names, with_weights
 from rwkv_train.models.rwkv4 import RWKV4, RWKV4Config
 
@@ -86,7 +86,7 @@ def test_fewer_layers_are_the_uppermost_and_never_more_than_half():
 def test_activations_that_are_computed_again_change_nothing(trainable, generation, monkeypatch):
     model = small_model(generation=generation)
     before = with_weights(model, {"head.weight": model.head.weight * 1.1})
-    lesson = Lesson([Example(DIALOGUES[0], 4), Example(DIALOGUES[1], 3)], anchored=[(DIALOGUES[2], before)])
+    lesson = Lesson([Example(DIALOGUES[0], 4), Example(DIALOGUES[1], 3)], rehearsed=[Anchored(DIALOGUES[2], before)])
     config = replace(USUAL, trainable=trainable, steps=2, layers=1)
     plain, _ = take_steps(model, lesson, None, config)
     monkeypatch.setattr(texts, "LARGE", 0)
