@@ -58,7 +58,7 @@ class Sleep:
     """Corrections that are learnt together, in pieces between which it can be left and gone on with.
 
     received: what was learnt, in that order; the last word on a question counts. committed: how, as the journal
-    records it; what is not there is made anew. `model` at the end follows from the
+    records it; paraphrases and contrasts that are not there are looked for. `model` at the end follows from the
     arguments alone.
     """
 
@@ -92,8 +92,9 @@ class Sleep:
         # 2. The lesson of each correction, as if it were the only one.
         lessons, start = [], self.model
         for it in watch(LESSONS, standing(self.received)):
-            how = {it.id: self._committed[it.id]} if it.id in self._committed else {}
-            lessons.append(lesson_of(it, [], how, start, self.rehearsal))
+            how = self._committed.get(it.id, {})
+            known = {it.id: how} if "contrasts" in how else {}
+            lessons.append(lesson_of(it, [], known, start, self.rehearsal))
             yield
         lessons = agreeing(lessons)
         # 3. Epochs, until there is nothing to learn.

@@ -44,9 +44,6 @@ def take_steps(
     new = batches(twin, lesson.new, config.trainable, config.truncation)
     replayed = batches(twin, lesson.replayed, config.trainable, config.truncation)
     groups = [lesson.rehearsed, lesson.contrasted] if config.kl_weight else []
-    anchors = [kl_anchors(twin, model, texts, config.trainable) for texts in groups]
-    if curvature is not None and config.trainable == "upper" and anchors and anchors[1] and config.avoidance:
-        curvature = curvature.avoiding(inputs_of(twin, anchors[1], list(parameters)), config.avoidance)
     left = None  # steps still to take once learnt
     for step in range(config.steps + 1):
         # 1. The loss of the new answers and of the earlier ones.
@@ -59,6 +56,10 @@ def take_steps(
         if left == 0 or step == config.steps:
             break
         # 3. The KL anchor. At the first step nothing has moved yet from what `model` says itself.
+        if step == 0:  # not before it is known that there is one
+            anchors = [kl_anchors(twin, model, texts, config.trainable) for texts in groups]
+            if curvature is not None and config.trainable == "upper" and anchors and anchors[1] and config.avoidance:
+                curvature = curvature.avoiding(inputs_of(twin, anchors[1], list(parameters)), config.avoidance)
         for group in anchors:
             moved = [anchor.divergence() for anchor in group if step or not anchor.same]
             if moved:
