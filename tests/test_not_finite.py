@@ -58,7 +58,7 @@ def test_a_chat_says_so_for_every_line_and_comes_to_its_end(models, capsys, monk
         monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
         code, out, _ = run("chat", f"--model={name}.pth", "--folder=kept", f"--dtype={dtype}", capsys=capsys)
         blocks = out.split("\n\n")[:-1]
-        assert code == 0 and len(blocks) == lines.count("\n") and message in blocks[0] and message in blocks[-1]
+        assert code == 1 and len(blocks) == lines.count("\n") and message in blocks[0] and message in blocks[-1]
         if dtype == "fp32":
             assert f"2: a? => b (not learnt: {NAN}" in blocks[2]
 

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from rwkv_train.ops.arguments import wide_dtype
 from rwkv_train.ops.elementwise import IGNORE_INDEX, cross_entropy_, products_dtype
@@ -71,10 +72,10 @@ class _HeadLoss(torch.autograd.Function):
         w = multiplied if multiplied is not None else weight.to(dtype) if cast else weight
         with torch.autocast(x.device.type, enabled=False):
             for xs, ts in _slices(x.to(dtype), targets, weight):
-                logits = product(xs, w)
+                logits = F.linear(xs, w) if xs.dtype == w.dtype else product(xs, w)
                 total += cross_entropy_(logits, ts, z_loss).sum(dtype=torch.float64)
                 if ctx.needs_input_grad[0]:
-                    dx.append(product(logits, w, turned=True))
+                    dx.append(logits @ w if logits.dtype == w.dtype else product(logits, w, turned=True))
                 if ctx.needs_input_grad[1]:
                     dw = _plus_product(dw, logits.t(), xs.to(logits.dtype))
                 del logits  # before the next slice's are made
