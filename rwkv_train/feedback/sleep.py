@@ -8,6 +8,7 @@ learn. What that comes to is kept only if it is at least as good as what was the
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import cycle, islice
 
 import torch
 
@@ -19,14 +20,16 @@ from rwkv_train.feedback.lesson import Lesson, lesson_of, text_lesson
 from rwkv_train.feedback.rehearsal import RehearsalSet
 from rwkv_train.feedback.settings import FeedbackConfig
 from rwkv_train.feedback.steps import dynamic_evaluation, take_steps
+from rwkv_train.feedback.texts import Anchored
 from rwkv_train.models.base import RWKV
 
-TOGETHER = 16  # corrections of one batch
+TOGETHER = 32  # corrections of one batch
 STEPS = 4  # at most, on one batch
 EPOCHS = 20  # at most
 QUIET = 4  # epochs one after another without a step, as each reads other examples
-SHARE = 4  # of what a correction keeps, so much is read in each epoch, in turn
-KEPT = ("rehearsed", "contrasted")
+WAIT = 3  # epochs that may do no better than one in which all answers were right
+TURNS = 8  # epochs in which all contrasts of a correction are read once
+ROWS = 48  # dialogues of the rehearsal set that are kept along with one batch
 ASKED = 64  # questions that are answered at once
 LESSONS = "sleep, lessons"  # what is told while they are made
 
@@ -96,19 +99,28 @@ class Sleep:
             known = {it.id: how} if "contrasts" in how else {}
             lessons.append(lesson_of(it, [], known, start, self.rehearsal))
             yield
-        lessons = agreeing(lessons)
-        # 3. Epochs, until there is nothing to learn.
+        lessons, rows = agreeing(lessons, self.rehearsal.rows)
+        # 3. Epochs, until there is nothing to learn; the best of them counts.
         rng, config, quiet = torch.Generator().manual_seed(0), replace(self.config, steps=STEPS, extra=0), 0
-        for epoch in range(EPOCHS if lessons else 0):
-            batches, taken = torch.randperm(len(lessons), generator=rng).split(TOGETHER), 0
-            for some in watch(f"sleep, epoch {epoch + 1}", batches):
-                lesson = together([lessons[i] for i in some], epoch)
-                self.model, steps = take_steps(self.model, lesson, self.rehearsal.curvature, config)
+        rows = cycle([rows[i] for i in torch.randperm(len(rows), generator=rng)])
+        talk = cycle(self.rehearsal.free_running)
+        best, model = None, start
+        for epoch in range(1, EPOCHS + 1 if lessons else 0):
+            taken = 0
+            for some in watch(f"sleep, epoch {epoch}", torch.randperm(len(lessons), generator=rng).split(TOGETHER)):
+                kept = [Anchored(ids, self.rehearsal.base) for ids in [*islice(rows, ROWS), *islice(talk, 1)]]
+                lesson = together([lessons[i] for i in some], kept, epoch)
+                model, steps = take_steps(model, lesson, self.rehearsal.curvature, config)
                 taken += steps
                 yield
-            self.epochs, quiet = epoch + 1, 0 if taken else quiet + 1
-            if quiet == QUIET:
+            answers = right(model, self.rehearsal, standing(self.received))
+            figures = sum(answers), -self.rehearsal.drift(self.rehearsal.base, model)
+            if best is None or figures > best:
+                best, self.model, self.epochs = figures, model, epoch
+            quiet = 0 if taken else quiet + 1
+            if quiet == QUIET or (best[0] == len(answers) and epoch - self.epochs == WAIT):
                 break
+            yield
 
 
 def standing(received: list[Received]) -> list[Received]:
@@ -117,45 +129,48 @@ def standing(received: list[Received]) -> list[Received]:
     return [it for it in received if isinstance(it.item, Correction) and last[it.item.question] is it]
 
 
-def together(lessons: list[Lesson], epoch: int) -> Lesson:
-    """What one epoch reads of some lessons: each question alone, one of its other examples and a share of what is
-    kept, others in the next epoch."""
+def together(lessons: list[Lesson], rehearsed: list[Anchored], epoch: int) -> Lesson:
+    """What one epoch reads of some lessons: each question alone, one of its other examples, some of its contrasts.
+
+    The next ones follow in the next epoch, and each lesson begins elsewhere: a batch has some of every kind.
+    """
     others = [lesson.new[1:] for lesson in lessons]
-    new = [lesson.new[0] for lesson in lessons] + [some[epoch % len(some)] for some in others if some]
-    rehearsed, contrasted = (
-        [kept for lesson in lessons for kept in getattr(lesson, name)[epoch % SHARE :: SHARE]] for name in KEPT
-    )
-    return Lesson(new, rehearsed=rehearsed, contrasted=contrasted)
+    others = [some[(epoch + n) % len(some)] for n, some in enumerate(others) if some]
+    contrasted = [text for n, lesson in enumerate(lessons) for text in lesson.contrasted[(epoch + n) % TURNS :: TURNS]]
+    return Lesson([lesson.new[0] for lesson in lessons] + others, rehearsed=rehearsed, contrasted=contrasted)
 
 
-def agreeing(lessons: list[Lesson]) -> list[Lesson]:
-    """The lessons without what is about another one's question: that teaches what they would keep."""
+def agreeing(lessons: list[Lesson], rows: list[list[int]]) -> tuple[list[Lesson], list[list[int]]]:
+    """Lessons and rows of the rehearsal set without what is about another lesson's question: it has another answer."""
     asked = [tuple(lesson.new[0].ids[: -lesson.new[0].answer]) for lesson in lessons]
     whose, lengths = {prompt: n for n, prompt in enumerate(asked)}, {len(prompt) for prompt in asked}
 
-    def agrees(ids: list[int], n: int) -> bool:
+    def agrees(ids: list[int], n: int | None = None) -> bool:
         return all(whose.get(tuple(ids[:length]), n) == n for length in lengths)
 
-    return [
+    alike = [
         replace(
             lesson,
             new=[example for example in lesson.new if agrees(example.ids, n)],
-            **{name: [text for text in getattr(lesson, name) if agrees(text.ids, n)] for name in KEPT},
+            contrasted=[text for text in lesson.contrasted if agrees(text.ids, n)],
         )
         for n, lesson in enumerate(lessons)
     ]
+    return alike, [ids for ids in rows if agrees(ids)]
 
 
 def right(model: RWKV, rehearsal: RehearsalSet, corrections: list[Received]) -> list[bool]:
-    """Of each correction whether the model gives its answer, as decoded, or not the wrong one."""
-    form, found = rehearsal.form, {}
-    asked = sorted(((form.prompt(it.item.question), it) for it in corrections), key=lambda pair: len(pair[0]))
+    """Of each correction whether the model gives its answer, as decoded, or not the wrong one, also in its dialogue."""
+    form, wrong = rehearsal.form, set()
+    asked = [(context, it) for it in corrections for context in dict.fromkeys([(), it.item.context])]
+    prompts = [[form.tokenizer.eod, *context, *form.turn(it.item.question)] for context, it in asked]
+    order = sorted(range(len(asked)), key=lambda i: len(prompts[i]))
     with half_the_threads():
-        for i in range(0, len(asked), ASKED):
-            some = asked[i : i + ASKED]
-            replies = greedy(model, form, [prompt for prompt, _ in some], max_new_tokens=MAX_REPLY)
-            found |= {it.id: shows(it.item, form.shown(ids), form) for (_, it), ids in zip(some, replies, strict=True)}
-    return [found[it.id] for it in corrections]
+        for some in (order[i : i + ASKED] for i in range(0, len(order), ASKED)):
+            replies = greedy(model, form, [prompts[i] for i in some], max_new_tokens=MAX_REPLY)
+            shown = [shows(asked[i][1].item, form.shown(ids), form) for i, ids in zip(some, replies, strict=True)]
+            wrong |= {asked[i][1].id for i, is_right in zip(some, shown, strict=True) if not is_right}
+    return [it.id not in wrong for it in corrections]
 
 
 def judged(sleep: Sleep, before: RWKV, weights: str) -> Slept:

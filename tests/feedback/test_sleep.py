@@ -9,7 +9,7 @@ from feedback_toys import CONFIG, QUICK, open_learner, rehearsal_set, small_mode
 from rwkv_train.feedback import Correction, Learner, Reading, gate, sleep
 from rwkv_train.feedback.correction import Received
 from rwkv_train.feedback.lesson import Lesson
-from rwkv_train.feedback.sleep import Sleep, agreeing, standing
+from rwkv_train.feedback.sleep import Sleep, agreeing, standing, together
 from rwkv_train.feedback.texts import Anchored, Example
 
 LEARNT = [Reading("to and fro"), Correction("sun?", "hot"), Correction("sea?", "wet")]
@@ -134,7 +134,7 @@ def test_a_sleep_that_is_left_changes_nothing_and_goes_on_to_the_same_weights(pr
         assert learner.journal.records == records and learner.weights == before_sleep[1]
         asked = []
         together = learner.sleep(lambda: bool(asked.append(1))).weights
-        assert len(asked) == len(LEARNT) + 2 - 4  # texts, lessons and a batch of each epoch; four were done
+        assert len(asked) == len(LEARNT) + 2 * 2 - 4  # texts, lessons and two of each epoch; four were done
         learner.undo()
         assert learner.sleep().weights == together
         learner.undo()
@@ -160,12 +160,11 @@ def test_a_sleep_that_is_killed_leaves_the_profile_as_it_was(profile, before_sle
         assert again.weights == before_sleep[1] and again.sleep().accepted
 
 
-@pytest.mark.parametrize(("right", "why"), [([[True, True], [True, False]], "fewer right"), (None, "drift further")])
+@pytest.mark.parametrize(("right", "why"), [(True, "fewer right"), (False, "drift further")])
 def test_what_is_no_better_is_not_kept_and_not_tried_again_by_itself(profile, before_sleep, monkeypatch, right, why):
     with open_learner(profile) as learner:
         if right:
-            answers = iter(right)
-            monkeypatch.setattr(sleep, "right", lambda *args: next(answers))
+            monkeypatch.setattr(sleep, "right", lambda model, *rest: [True, model is learner.model])
         else:
             monkeypatch.setattr(learner.rehearsal, "drift", lambda base, model: float(model is not learner.model))
         assert learner.journal.ledger.tired
@@ -196,14 +195,37 @@ def test_the_last_word_on_a_question_is_what_is_slept_on():
 def test_lessons_learnt_together_keep_and_teach_nothing_about_each_others_questions():
     first = Lesson(
         [Example([0, 1, 2, 9], 1), Example([0, 5, 6, 9], 1), Example([0, 7, 9], 1)],
-        rehearsed=[Anchored([0, 5, 4, 3], None)],
-        contrasted=[Anchored([0, 5, 6, 3, 3], None, 2)],
+        contrasted=[Anchored([0, 5, 6, 3, 3], None, 2), Anchored([0, 5, 4, 3], None)],
     )
-    second = Lesson(
-        [Example([0, 5, 6, 8], 1)],
-        rehearsed=[Anchored([0, 1, 2, 3], None), Anchored([0, 5, 6, 3], None)],
-    )
-    one, other = agreeing([first, second])
+    second = Lesson([Example([0, 5, 6, 8], 1)], contrasted=[Anchored([0, 1, 2, 3], None), Anchored([0, 5, 6, 3], None)])
+    (one, other), rows = agreeing([first, second], [[0, 1, 2, 4], [0, 1, 3], [0, 5, 6]])
     assert [example.ids for example in one.new] == [[0, 1, 2, 9], [0, 7, 9]]
-    assert one.rehearsed == first.rehearsed and one.contrasted == []
-    assert other.new == second.new and other.rehearsed == second.rehearsed[1:]
+    assert one.contrasted == first.contrasted[1:] and rows == [[0, 1, 3]]
+    assert other.new == second.new and other.contrasted == second.contrasted[1:]
+
+
+def test_epoch_by_epoch_everything_is_read():
+    lessons = [
+        Lesson([Example([n, m], 1) for m in range(4)], contrasted=[Anchored([n, m], None) for m in range(11)])
+        for n in range(3)
+    ]
+    read = [together(lessons, [], epoch) for epoch in range(sleep.TURNS)]
+    assert all(lesson.new[:3] == [some.new[0] for some in lessons] for lesson in read)
+    others = [example for lesson in read[:3] for example in lesson.new[3:]]
+    assert sorted(e.ids for e in others) == sorted(e.ids for some in lessons for e in some.new[1:])
+    kept = [text.ids for lesson in read for text in lesson.contrasted]
+    assert sorted(kept) == sorted(text.ids for some in lessons for text in some.contrasted)
+
+
+def test_the_best_epoch_counts(profile, monkeypatch):
+    monkeypatch.setattr(sleep, "EPOCHS", 5)
+    answers, seen = iter([[True, False], [True, True], [False, True], [True, True], [True, True]]), []
+    with open_learner(profile) as learner:
+        monkeypatch.setattr(sleep, "right", lambda model, *rest: (seen.append(model), next(answers))[1])
+        monkeypatch.setattr(
+            learner.rehearsal, "drift", lambda base, model: {1: 0.5, 2: 0.2, 4: 0.3}.get(len(seen), 0.1)
+        )
+        slept = Sleep(
+            learner.rehearsal, learner._replay.received(learner.learnt()), learner.config, lambda _, some: some
+        )
+        assert slept.go_on() and slept.model is seen[slept.epochs - 1] and (slept.epochs, len(seen)) == (5, 5)
