@@ -95,11 +95,14 @@ def decode(
     state: State | None = None,
     max_new_tokens: int = MAX_NEW_TOKENS,
     rng: torch.Generator | None = None,
+    temperature: float = 1.0,
 ) -> list[list[int]]:
     """What a model writes after each prompt, through the text `end`, before the document's end, at most max_new_tokens.
 
     prompts: token ids, at least one each. state: of one lane, from which every prompt goes on; None is empty.
-    rng: sample from it; None takes the likeliest. Raises NotFinite, a ValueError, if the model gives no finite number.
+    rng: samples at a temperature; None takes the likeliest.
+
+    Raises NotFinite, a ValueError, if the model gives no finite number.
     """
     written: list[list[int]] = [[] for _ in prompts]
     if state is None and model.initial_wkv is None:
@@ -118,7 +121,7 @@ def decode(
         for _ in range(max_new_tokens):
             x, lanes = model.hidden(tokens.to(model.device), lanes, None if reset is None else reset.to(model.device))
             logits, reset = finite(model.head(x[:, -1]), model), None
-            best = argmax(logits) if rng is None else sampled(logits, rng)
+            best = argmax(logits) if rng is None else sampled(logits / temperature, rng)
             going = []
             for place, (r, token) in enumerate(zip(rows, best.tolist(), strict=True)):
                 if token == tokenizer.eod:

@@ -11,6 +11,7 @@ import os
 import sys
 import threading
 from collections.abc import Iterable
+from itertools import dropwhile
 from pathlib import Path
 
 
@@ -64,7 +65,8 @@ class Ledger:
     By number: sequence, what the weights follow from, in that order: records of the corrections that were learnt and
     not undone, one that keeps an answer with the answer that was found then, and of sleeps; waiting: records of the
     corrections that were received and not tried yet; committed: what became of those that were tried. undone: numbers
-    of what was taken back. tired: something was learnt since a sleep was last tried.
+    of what was taken back. unlike: of what was learnt on top of something that was taken back since, so that other
+    weights than the recorded ones follow. tired: something was learnt since a sleep was last tried.
     """
 
     def __init__(self, records: Iterable[dict] = ()):
@@ -72,6 +74,7 @@ class Ledger:
         self.waiting: dict[int, dict] = {}
         self.committed: dict[int, dict] = {}
         self.undone: set[int] = set()
+        self.unlike: set[int] = set()
         self.tired = False
         for record in records:
             self.add(record)
@@ -90,6 +93,7 @@ class Ledger:
             if record["accepted"]:
                 self.sequence[record["id"]] = record
         elif record["kind"] == "undone":
+            self.unlike |= {*dropwhile(lambda number: number not in record["of"], self.sequence)}
             for number in record["of"]:
                 self.undone.add(number)
                 self.sequence.pop(number, None)

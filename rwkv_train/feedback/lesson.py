@@ -1,8 +1,8 @@
 """The recipe: what one correction trains, and what it keeps.
 
 Trained are the new answer, alone and after other talk, to paraphrases of its question too, and earlier corrections.
-Kept, by a KL anchor to what a model said before, are contrasts to the question, and some of the rehearsal set. How the
-steps are taken from there: steps.py. How much of the change is accepted: gate.py.
+Kept are contrasts to the question, whose inputs the steps avoid, and, by a KL anchor to what the base says, some of the
+rehearsal set. How the steps are taken from there: steps.py. How much of the change is accepted: gate.py.
 """
 
 from dataclasses import dataclass, field, replace
@@ -11,19 +11,21 @@ from itertools import chain
 from rwkv_train.feedback.background import half_the_threads
 from rwkv_train.feedback.contrasts import crossed, substituted
 from rwkv_train.feedback.correction import Correction, Reading, Received, document_of, example_of
-from rwkv_train.feedback.decode import MAX_NEW_TOKENS, MAX_REPLY, Form, greedy
-from rwkv_train.feedback.paraphrases import by_rule, reworded
+from rwkv_train.feedback.decode import MAX_REPLY, Form, greedy
+from rwkv_train.feedback.paraphrases import by_rule, reworded, understood
 from rwkv_train.feedback.rehearsal import RehearsalSet
 from rwkv_train.feedback.settings import FeedbackConfig
 from rwkv_train.feedback.texts import Anchored, Example
 from rwkv_train.generate import prefill
 from rwkv_train.models.base import RWKV
 
-CROSSED = 20  # questions of the rehearsal set that are asked of a correction's rarest word
+CROSSED = 8  # questions of the rehearsal set that are asked of a correction's rarest word
 REWORDED = 12  # rewordings that the model is asked for
+TESTED = 8  # contrasts that show whether a reply tells how a question is understood
 RULES = 3  # paraphrases by rule
-GRID = 3  # contrasts of each paraphrase: each opens a door of its own
+GRID = 1  # contrasts of each paraphrase: each opens a door of its own
 BEGINNING = 4  # tokens of a contrast's answer that are kept: with them the rest follows
+TALK = 50  # tokens of a free-running sample that are kept
 REPLAYED = 3  # contrasts of each earlier correction that are kept along
 
 
@@ -97,14 +99,12 @@ def lesson_of(
         away = {correction.question, *paraphrases, *valid}
         theirs = (_in_turn(recorded_texts(committed[it.id])[1], REPLAYED, number) for it in replay)
         theirs = [text for text in dict.fromkeys(chain(*theirs)) if text not in away]
-        taught = {tuple(form.answer(it.item.answer))[:BEGINNING] for it in valid.values() if it.item.answer is not None}
-        contrasted = _kept(contrasts, correction.context, taught, model, rehearsal)
-        contrasted += _kept(theirs, (), taught, model, rehearsal)
+        contrasted = _kept(contrasts, correction.context, model, form) + _kept(theirs, (), model, form)
 
     # 5. Some of what the model says by itself, but no reply that a correction did away with.
     replaced = [reply, *(form.answer(how["answer_before"]) for how in committed.values() if how["answer_before"])]
     rehearsed = rehearsal.near(alone.ids, config.rehearsed, number, replaced)
-    rehearsed += _in_turn(rehearsal.free_running, config.free_running, -number)
+    rehearsed += [ids[:TALK] for ids in _in_turn(rehearsal.free_running, config.free_running, -number)]
     kept = [Anchored(ids, rehearsal.base) for ids in rehearsed]
     return Lesson(new, replayed, kept, contrasted, paraphrases, contrasts, reply)
 
@@ -128,71 +128,35 @@ def _around(
     correction: Correction, model: RWKV, rehearsal: RehearsalSet, config: FeedbackConfig, known: set[str]
 ) -> tuple[list[int], list[str], list[str]]:
     """(the model's reply to a question, other ways to ask it, near questions that are none of them nor known)."""
-    question = correction.question
-    reply, paraphrases, others = _other_wordings(question, model, rehearsal, config.paraphrases)
-    none = correction.answer is None or correction.keeps
-    paraphrases = [] if none else [text for text in paraphrases if text not in known]
-    contrasts: list[str] = []
+    question, form = correction.question, rehearsal.form
+    reply = greedy(model, form, [form.prompt(question)], max_new_tokens=MAX_REPLY)[0]
+    contrasts = substituted(rehearsal, question, config.contrasts)
+    about = crossed(rehearsal, question, min(CROSSED, config.contrasts))
+    paraphrases: list[str] = []
+    if config.paraphrases and correction.answer is not None and not correction.keeps:
+        ruled = by_rule(question)[:RULES]
+        tried = [*reworded(rehearsal.base, form, question, REWORDED), *about]
+        tried = [text for text in tried if text not in (question, *ruled)]
+        alike = understood(question, reply, tried, contrasts[:TESTED], model, form, rehearsal.vocabulary)
+        paraphrases = [*ruled, *_spread(alike, config.paraphrases - len(ruled))]
+        paraphrases = [text for text in paraphrases[: config.paraphrases] if text not in known]
+        contrasts += [text for text in about if text not in alike]
     if config.contrasts:
-        contrasts = substituted(rehearsal, question, config.contrasts) + others[: config.contrasts]
         contrasts += [text for other in paraphrases for text in substituted(rehearsal, other, GRID)]
     away = {question, *paraphrases, *known}
     return reply, paraphrases, [text for text in dict.fromkeys(contrasts) if text not in away]
 
 
-def _other_wordings(
-    question: str, model: RWKV, rehearsal: RehearsalSet, count: int
-) -> tuple[list[int], list[str], list[str]]:
-    """(the model's reply to a question, up to `count` paraphrases of it, questions with its word that are none)."""
-    form, ruled = rehearsal.form, by_rule(question)[:RULES] if count else []
-    asked_again = reworded(rehearsal.base, form, question, REWORDED if count else 0)
-    about = crossed(rehearsal, question, CROSSED)
-    tried = [text for text in dict.fromkeys(asked_again + about) if text not in (question, *ruled)]
-    prompts = [form.prompt(text) for text in (question, *tried)]
-    reply, *replies = greedy(model, form, prompts)
-    content = [word.text.lower() for word in rehearsal.vocabulary.content(question)]
-    alike = [
-        text
-        for text, its in zip(tried, replies, strict=True)
-        if its == reply and all(word in text.lower() for word in content)
-    ]
-    others = [text for text, its in zip(tried, replies, strict=True) if its != reply and text in about]
-    if len(reply) == MAX_NEW_TOKENS:
-        reply = greedy(model, form, prompts[:1], max_new_tokens=MAX_REPLY)[0]
-    return reply, [*ruled, *_spread(alike, count - len(ruled))], others
-
-
-def _kept(
-    contrasts: list[str],
-    context: tuple[int, ...],
-    taught: set[tuple[int, ...]],
-    model: RWKV,
-    rehearsal: RehearsalSet,
-) -> list[Anchored]:
-    """Questions with the beginnings of their answers: the base's, unless another one was taught.
-
-    With a context every other one is asked in it, the rest alone.
-    """
-    form, base = rehearsal.form, rehearsal.base
+def _kept(contrasts: list[str], context: tuple[int, ...], model: RWKV, form: Form) -> list[Anchored]:
+    """Questions with the beginnings of the model's answers. With a context every other one is asked in it."""
     kept: list[Anchored] = []
-    for before, texts in ([[*context], contrasts[1::2]], [[], contrasts[::2]]) if context else ([[], contrasts],):
-        before, turns = [form.tokenizer.eod, *before], [form.turn(text) for text in texts]
-        if not turns:
-            continue
-        replies = [_beginnings(known, form, before, turns) for known in dict.fromkeys((base, model))]
-        for turn, theirs, ours in zip(turns, replies[0], replies[-1], strict=True):
-            known, reply = (model, ours) if ours != theirs and tuple(ours) in taught else (base, theirs)
-            kept.append(
-                Anchored([*before, *turn, *reply], known, 1 + len(reply), len(before) if len(before) > 1 else 0)
-            )
+    for before, texts in (((), contrasts[::2]), (context, contrasts[1::2])) if context else (((), contrasts),):
+        read, turns = [form.tokenizer.eod, *before], [form.turn(text) for text in texts]
+        state = prefill(model, read)[1] if before and turns else None
+        replies = greedy(model, form, turns if before else [read + turn for turn in turns], state, BEGINNING)
+        for turn, reply in zip(turns, replies, strict=True):
+            kept.append(Anchored([*read, *turn, *reply], model, 1 + len(reply), len(read) if before else 0))
     return kept
-
-
-def _beginnings(model: RWKV, form: Form, before: list[int], turns: list[list[int]]) -> list[list[int]]:
-    """The beginnings of the model's greedy replies to questions after the same text."""
-    if len(before) > 1:
-        return greedy(model, form, turns, prefill(model, before)[1], BEGINNING)
-    return greedy(model, form, [before + turn for turn in turns], max_new_tokens=BEGINNING)
 
 
 def _spread(items: list, count: int, seed: int = 0) -> list:

@@ -8,8 +8,8 @@ from rwkv_train.feedback.correction import Received, received_of
 from rwkv_train.feedback.journal import Journal
 from rwkv_train.feedback.settings import FeedbackConfig
 from rwkv_train.feedback.sleep import Sleep
-from rwkv_train.feedback.snapshots import Snapshots
-from rwkv_train.feedback.trainable import between
+from rwkv_train.feedback.snapshots import Snapshots, weights_hash
+from rwkv_train.feedback.trainable import between, changed
 from rwkv_train.models.base import RWKV
 
 
@@ -53,7 +53,22 @@ class Replay:
         for n in self._watch("learnt again", range(begin, len(sequence))):
             model = self._again(model, sequence[:n], sequence[n])
             self._snapshots.save(model, sequence[: n + 1], self.sequence())
+        if begin < len(sequence):
+            self._compare(model, sequence)
         return model
+
+    def _compare(self, model: RWKV, sequence: list[dict]) -> None:
+        """Tell if what was learnt again comes to other weights than it did at first."""
+        ledger, last = self._journal.ledger, sequence[-1]["id"]
+        first = ledger.committed.get(last, sequence[-1])["weights"]
+        as_then = sequence == self.sequence()[: len(sequence)] and last not in ledger.unlike
+        if as_then and first != weights_hash(changed(model, self._snapshots.base)):
+            folder = self._journal.path.parent
+            print(
+                f"{folder}: that gives other weights than before, as another version or another kind of machine "
+                "does; see whether it still answers as it was taught",
+                file=sys.stderr,
+            )
 
     def keep(self, model: RWKV) -> None:
         """Keep a snapshot of the weights in use, or say that there is none: they follow from the journal, too."""

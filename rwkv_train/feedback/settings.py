@@ -75,7 +75,7 @@ class FeedbackConfig:
     max_kl: float = 0.05
     """largest mean divergence on the rehearsal set, in nats a token, that is accepted"""
 
-    avoidance: float = 10.0
+    avoidance: float = 3.0
     """how much a step avoids what contrasts share with the question, beside all other text; for trainable upper"""
 
     truncation: int = 64

@@ -19,6 +19,8 @@ from rwkv_train.feedback.trainable import Trainable, finished, trained_twin
 from rwkv_train.models.base import RWKV
 from rwkv_train.ops.products import as_wide
 
+FEW = 10  # times the target loss, from which on few tokens are left to be learnt
+TURNS = 4  # parts of what is kept: each step looks at one
 READ_TOKENS = 128  # of one step of /learn
 
 Tick = Callable[[int, float], None]
@@ -43,25 +45,35 @@ def take_steps(
     twin, parameters = trained_twin(model, config.trainable, config.layers)
     new = batches(twin, lesson.new, config.trainable, config.truncation)
     replayed = batches(twin, lesson.replayed, config.trainable, config.truncation)
-    groups = [lesson.rehearsed, lesson.contrasted] if config.kl_weight else []
+    avoids = curvature is not None and config.trainable == "upper" and config.avoidance > 0
+    held = (lesson.rehearsed + ([] if avoids else lesson.contrasted)) if config.kl_weight else []
     left = None  # steps still to take once learnt
     for step in range(config.steps + 1):
-        # 1. The loss of the new answers and of the earlier ones.
+        # 1. The loss of the new answers and of the earlier ones; soon that of the tokens which are not sure yet alone.
         with bf16_autocast(model.device):
             loss = _mean(new)
             total = loss + _mean(replayed) if replayed else loss
+            few = loss.item() <= FEW * config.target_loss
+            unsure = [part for batch in new + replayed if (part := batch.unsure())] if few else []
+            if unsure:
+                total = _mean(unsure)
         # 2. Learnt is what greedy decoding would write, too; then `extra` steps more.
-        learnt = loss.item() <= config.target_loss and all(batch.right() for batch in new + replayed)
+        learnt = loss.item() <= config.target_loss and all(batch.right() for batch in unsure)
         left = None if not learnt else config.extra if left is None else left - 1
         if left == 0 or step == config.steps:
             break
-        # 3. The KL anchor. At the first step nothing has moved yet from what `model` says itself.
+        # 3. The KL anchor, of a part of the texts in turn. What shares its inputs with contrasts is avoided.
         if step == 0:  # not before it is known that there is one
-            anchors = [kl_anchors(twin, model, texts, config.trainable) for texts in groups]
-            if curvature is not None and config.trainable == "upper" and anchors and anchors[1] and config.avoidance:
-                curvature = curvature.avoiding(inputs_of(twin, anchors[1], list(parameters)), config.avoidance)
-        for group in anchors:
-            moved = [anchor.divergence() for anchor in group if step or not anchor.same]
+            parts = [held[i::TURNS] for i in range(min(TURNS, len(held)))]
+            anchors = [kl_anchors(twin, model, part, config.trainable) for part in parts]
+            if avoids and lesson.contrasted:
+                theirs = kl_anchors(twin, model, lesson.contrasted, config.trainable)
+                curvature = curvature.avoiding(inputs_of(twin, theirs, list(parameters)), config.avoidance)
+        if anchors:
+            group = anchors[step % len(anchors)]
+            moved = [
+                anchor.divergence() for anchor in group if step or not anchor.same
+            ]  # nothing has at the first step
             if moved:
                 total = total + config.kl_weight * torch.stack(moved).sum() / sum(len(a.before) for a in group)
         # 4. A step in the direction that leaves all else alone, as long as it takes for the loss to vanish.

@@ -16,11 +16,12 @@ from rwkv_train.generate import prefill
 from rwkv_train.generation.prefill import joined
 from rwkv_train.models.base import RWKV
 from rwkv_train.models.finite import finite
-from rwkv_train.models.loss import IGNORE_INDEX
+from rwkv_train.models.loss import IGNORE_INDEX, token_nll
 from rwkv_train.models.state import State
 
 CHUNK = 512  # tokens of a correction whose activations are in memory at once
 LARGE = 1 << 15  # channels of all layers from which on activations inside the blocks are computed again
+SURE = 0.35  # nats that a token costs at most if the model is sure of it: a probability of 0.7
 ROWS = 256  # of predictions that are compared at once
 WIDTHS = range(1, 5)  # of lanes, in lengths of the longest text: the one that wastes least is taken
 
@@ -131,6 +132,17 @@ class Batch:
         trained = self.targets != IGNORE_INDEX
         best = self.model.head(self.model.hidden(self.tokens, self.state, self.reset)[0][trained]).argmax(-1)
         return bool((best == self.targets[trained]).all()) != self.negative
+
+    @torch.no_grad()
+    def unsure(self) -> "Batch | None":
+        """The same with only those tokens of the answers that are not sure yet; None if there are none."""
+        if self.negative:
+            return None if self.right() else self
+        x = self.model.hidden(self.tokens, self.state, self.reset)[0]
+        trained = self.targets != IGNORE_INDEX
+        unsure = token_nll(x, self.model.head.weight, self.targets) > SURE
+        kept = self.targets.masked_fill(~trained.masked_scatter(trained, unsure), IGNORE_INDEX)
+        return replace(self, targets=kept) if unsure.any() else None
 
 
 def batches(model: RWKV, examples: list[Example], trainable: Trainable, truncation: int) -> list[Batch]:

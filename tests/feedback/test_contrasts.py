@@ -49,19 +49,34 @@ def test_content_is_what_few_texts_hold():
     assert known.content("") == known.content("?") == []
 
 
+def test_characters_that_mostly_come_together_are_one_word():
+    known = Vocabulary(["老家在哪", "老家远吗", "我家在海边", "猫在哪", "在海边"], small_model(), BYTES)
+    assert {word.text for word in known.content("老家在海边吗")} >= {"老家", "海边"}
+    assert {len(word.text) for word in known.content("新山")} == {1}
+
+
 def test_near_words_are_of_the_same_kind_and_no_form_of_the_word():
     known = vocabulary()
     assert known.nearest("cats", 1, {"cats"}) == ["dogs"] and "cats" not in known.nearest("cat", 9, {"cat"})
-    assert known.nearest("Cats", 1, {"cats"}) == ["Dogs"] and known.nearest("cats", 9, {"dogs", "cats"}) == ["Paris"]
+    assert known.nearest("Cats", 1, {"cats"}) == ["Dogs"] and known.nearest("cats", 9, {"dogs", "cats"})[-1] == "Paris"
     numbers = known.nearest("12", 5, set())
     assert len(set(numbers)) == 5 and all(kind(n) == "number" and len(n) == 2 and n != "12" for n in numbers)
     assert known.nearest("猫", 5, set()) == []
 
 
+def test_words_of_several_tokens_have_made_up_ones_beside_them():
+    *made, near = vocabulary().nearest("cats", 5, {"cats", "paris"})
+    assert near == "dogs" and len(set(made)) == 2 and "cats" not in made
+    assert all(sum(a != b for a, b in zip(word, "cats", strict=True)) == 1 for word in made)
+    assert made == vocabulary().nearest("cats", 4, {"cats"})[:2]
+
+
 def test_each_contrast_has_one_word_replaced(monkeypatch):
     rehearsal = rehearsal_set(small_model())
     monkeypatch.setattr(RehearsalSet, "vocabulary", vocabulary())
-    assert substituted(rehearsal, "do you like cats?", 9) == ["do you like dogs?", "do you like Paris?"]
+    *made_up, dogs, paris = substituted(rehearsal, "do you like cats?", 9)
+    assert [dogs, paris] == ["do you like dogs?", "do you like Paris?"]
+    assert len(made_up) == 4 and all(text.startswith("do you like ") and text.endswith("?") for text in made_up)
     assert substituted(rehearsal, "do you like cats?", 1) == ["do you like dogs?"]
     assert substituted(rehearsal, "?", 5) == []
 

@@ -11,9 +11,20 @@ from rwkv_train.feedback import FeedbackConfig
 from rwkv_train.feedback.curvature import DAMPING, Curvature
 from rwkv_train.feedback.decode import decode, greedy
 from rwkv_train.feedback.lesson import Lesson
-from rwkv_train.feedback.steps import inputs_of, take_steps
-from rwkv_train.feedback.texts import Anchored, Example, answer_loss, divergence, kl_anchors, log_probs, pack
+from rwkv_train.feedback.steps import TURNS, inputs_of, take_steps
+from rwkv_train.feedback.texts import (
+    SURE,
+    Anchored,
+    Example,
+    answer_loss,
+    batch,
+    divergence,
+    kl_anchors,
+    log_probs,
+    pack,
+)
 from rwkv_train.feedback.trainable import between, changed, localised_names, trained_twin, upper_names, with_weights
+from rwkv_train.models.loss import IGNORE_INDEX
 
 
 @pytest.mark.parametrize("trainable", ["upper", "localised"])
@@ -26,15 +37,9 @@ def test_one_step_is_a_plain_gradient_step_on_the_whole_model(trainable, generat
     replayed, kept = [Example([0, *BYTES.encode("ice? cold")], 4)], DIALOGUES[1]
     config = FeedbackConfig(trainable=trainable, steps=1, truncation=9, kl_weight=2.0, step_factor=0.1)
     before = with_weights(model, {"emb.weight": model.emb.weight * 1.1})
-    groups = (
-        [Anchored(kept, before), Anchored(kept[:-3], model)],
-        [
-            Anchored(kept, before, 4, 6),
-            Anchored(kept[:-1], before, 2),
-            Anchored(kept, model, 3, 9),
-        ],
-    )
-    after, steps = take_steps(model, Lesson(new, replayed, *groups), None, config)
+    rehearsed = [Anchored(kept, before), Anchored(kept[:-3], model), Anchored(kept, before, 4, 6)]
+    contrasted = [Anchored(kept[:-1], before, 2), Anchored(kept, model, 3, 9), Anchored(kept, before, 3, 8)]
+    after, steps = take_steps(model, Lesson(new, replayed, rehearsed, contrasted), None, config)
     names = upper_matrices(model, 2) if trainable == "upper" else localised_names(model)
     assert steps == 1 and set(changed(after, model)) == set(names)
 
@@ -55,9 +60,8 @@ def test_one_step_is_a_plain_gradient_step_on_the_whole_model(trainable, generat
             state = model.hidden(torch.tensor([text.ids[: text.context]]))[1] if text.context else None
         return model(torch.tensor([text.ids[text.context :]]), state)[0][0].log_softmax(-1)[-(text.last or 99) :]
 
-    for group in groups:
-        pairs = [(log_probs_of(text.model, text), log_probs_of(whole, text)) for text in group]
-        total = total + 2.0 * torch.cat([(p.exp() * (p - q)).sum(-1) for p, q in pairs]).mean()
+    pairs = [(log_probs_of(text.model, text), log_probs_of(whole, text)) for text in [*rehearsed, *contrasted][::TURNS]]
+    total = total + 2.0 * torch.cat([(p.exp() * (p - q)).sum(-1) for p, q in pairs]).mean()
     gradients = torch.autograd.grad(total, list(trained.values()))
     size = config.step_factor * total / sum(g.square().sum() for g in gradients)
     for (name, p), g in zip(trained.items(), gradients, strict=True):
@@ -191,3 +195,32 @@ def test_steps_avoid_what_contrasts_share(generation):
         added = 10 * (k.t() @ k).double() / len(k) / mean
         c = curvature.tensors[f"{name}.in.inverse"].double().inverse() + added
         assert_close_rel(ways[name], (gradients[name].double() @ c.inverse()).float(), 1e-3)
+
+
+@pytest.mark.parametrize("trainable", ["upper", "full", "state"])
+def test_what_is_unsure_are_the_tokens_that_cost_much(trainable, generation):
+    model = small_model(generation=generation)
+    with torch.no_grad():
+        model.head.weight *= 1e3
+    prompts = [[0, *BYTES.encode(text)] for text in ("sun?", "a much longer question?", "b?")]
+    replies = greedy(model, FORM, prompts, max_new_tokens=2)
+    ids = [prompt + reply + BYTES.encode("!?") for prompt, reply in zip(prompts, replies, strict=True)]
+    twin, _ = trained_twin(model, trainable)
+    whole = batch(twin, [Example(one, 4) for one in ids], trainable, 64)
+    nll = torch.cat([-log_probs(model, [one[:-1]], [4])[range(4), one[-4:]] for one in ids])
+    assert 0 < (nll > SURE).sum() < len(nll)
+    assert_close_rel(whole.unsure().loss(), nll[nll > SURE].mean(), 1e-4)
+    assert_close_rel(whole.loss(), nll.mean(), 1e-4)
+
+
+def test_nothing_is_unsure_of_what_is_learnt():
+    model, text = small_model(), [0, *BYTES.encode("sun?")]
+    with torch.no_grad():
+        model.head.weight *= 1e4
+    reply = greedy(model, FORM, [text], max_new_tokens=3)[0]
+    learnt, negative = (Example(text + reply, 3, negative=negative) for negative in (False, True))
+    assert batch(model, [learnt], "full", 64).unsure() is None
+    unsure = batch(model, [negative], "full", 64).unsure()
+    assert unsure is not None and (unsure.targets != IGNORE_INDEX).sum() == 3
+    other = Example(text + [token + 1 for token in reply], 3, negative=True)
+    assert batch(model, [other], "full", 64).unsure() is None

@@ -8,7 +8,7 @@ from feedback_toys import CONFIG, QUICK, open_learner, small_model
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rwkv_train.feedback import Correction, Reading, journal, replay, snapshots
+from rwkv_train.feedback import Correction, Reading, journal, replay, snapshots, steps
 from rwkv_train.feedback.journal import Journal, Ledger
 from rwkv_train.feedback.snapshots import Snapshots
 from rwkv_train.feedback.trainable import localised_names, with_weights
@@ -66,7 +66,27 @@ def test_what_is_learnt_again_is_told(tmp_path, capsys):
     for file in (tmp_path / "profile" / "snapshots").iterdir():
         file.unlink()
     open_learner(tmp_path).close()
-    assert "2 corrections are learnt again" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "2 corrections are learnt again" in told and "other weights" not in told
+
+
+def test_what_is_learnt_again_to_other_weights_is_told(tmp_path, capsys, monkeypatch):
+    def reopened():
+        for file in (tmp_path / "profile" / "snapshots").iterdir():
+            file.unlink()
+        open_learner(tmp_path).close()
+        return "other weights than before" in capsys.readouterr().err
+
+    with open_learner(tmp_path) as ours:
+        for text in TEXTS:
+            ours.learn(text)
+    assert not reopened()
+    with monkeypatch.context() as otherwise:
+        otherwise.setattr(steps, "READ_TOKENS", 2)
+        assert reopened()
+    with open_learner(tmp_path) as ours:
+        ours.forget([2])  # what came after it has other weights than were recorded with it, and rightly so
+    assert not reopened()
 
 
 def test_an_undo_that_is_broken_off_leaves_the_snapshot_of_the_weights_in_use(tmp_path, monkeypatch, capsys):

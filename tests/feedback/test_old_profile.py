@@ -45,9 +45,10 @@ def test_it_opens_from_its_snapshot_to_the_bit_and_its_history_is_told(profile):
     ]
 
 
-def test_it_is_replayed_without_its_snapshot_by_the_recipe_of_today(profile):
-    """Which gives other weights; the correction that took all its 60 steps may get in the way of another."""
+def test_it_is_replayed_without_its_snapshot_by_the_recipe_of_today(profile, capsys):
+    """Which gives other weights, and is told; the one that took all its 60 steps may get in the way of another."""
     shutil.rmtree(profile / "snapshots")
     with Learner(old_model(), BYTES, profile) as learner:
         assert [r["id"] for r in learner.learnt()] == [2, 4, 9, 12, 14]
         assert sum(learner.answer(question) == answer for question, answer in ANSWERS.items()) >= len(ANSWERS) - 1
+    assert "that gives other weights than before" in capsys.readouterr().err
