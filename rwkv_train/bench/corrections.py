@@ -44,7 +44,8 @@ class Protocol:
     """One model, its cases and what must not change; `alone` and `stream` measure one recipe.
 
     unrelated: questions. heldout: documents as (text, whether its loss counts). also: the first paraphrase of each
-    case is taught as another way to ask, and not measured.
+    case is taught as another way to ask, and not measured. before: tokens of the dialogue that a case without one of
+    its own is corrected in, at least.
     """
 
     def __init__(
@@ -55,8 +56,9 @@ class Protocol:
         unrelated: list[str],
         heldout: list[Document],
         also: bool = False,
+        before: int = 0,
     ):
-        self.base, self.form, self.cases, self.also = base.eval(), form, cases, also
+        self.base, self.form, self.cases, self.also, self.before = base.eval(), form, cases, also, before
         for case in cases:
             if form.shown(form.answer(case.answer)) != case.answer.strip():
                 raise ValueError(f"a reply cannot be {case.answer!r}: the template ends it before; leave that case out")
@@ -117,12 +119,15 @@ class Protocol:
         ]
 
     def correction(self, case: Case, seed: int) -> Correction:
-        """A case in its dialogue, or, if it has none, in one of three turns with the base model's own replies."""
-        rng = torch.Generator().manual_seed(1000 + seed)
-        order = torch.randperm(len(self.unrelated), generator=rng)[:3]
-        asked = [Asked((), self.unrelated[int(i)]) for i in order]
-        drawn = tuple((a.question, reply) for a, reply in self.answers.of_base(asked).items())
-        return Correction(case.question, case.answer, tuple(self.answers.dialogue(case.before or drawn)))
+        """A case in its dialogue; if it has none, in three turns with the base's replies, or in `before` tokens."""
+        if case.before:
+            return Correction(case.question, case.answer, tuple(self.answers.dialogue(case.before)))
+        rng, turns = torch.Generator().manual_seed(1000 + seed), []
+        while self.unrelated and (not turns or len(self.answers.dialogue(turns)) < self.before):
+            order = torch.randperm(len(self.unrelated), generator=rng)[:3]
+            asked = [Asked((), self.unrelated[int(i)]) for i in order]
+            turns += [(a.question, reply) for a, reply in self.answers.of_base(asked).items()]
+        return Correction(case.question, case.answer, tuple(self.answers.dialogue(turns)))
 
     def _newest(self, learner: Learner, correction: Correction, case: Case) -> Marks:
         """Teach a case, and ask it at once in three states."""

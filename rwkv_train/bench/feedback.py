@@ -33,6 +33,8 @@ PARTS = 10  # of all that must not change, one for each of many single correctio
 
 def feedback(config: FeedbackBench) -> None:
     """Run the protocol on a model and cases, with its controls, and print the tables beside their targets."""
+    if config.before < 0:
+        raise ValueError(f"before must not be negative, found {config.before}")
     found, recipe = case_set(config.cases), chosen_recipe(config.recipe)
     found = replace(found, cases=chosen_cases(found.cases, config.kinds, config.limit))
     counts = _counts(config.counts, found.counts, len(found.cases), "counts")
@@ -40,7 +42,7 @@ def feedback(config: FeedbackBench) -> None:
     unrelated = [text for _, text in read_lines(config.unrelated)] if config.unrelated else small_talk()
     heldout = [[(read_text(config.heldout), True)]] if config.heldout else strangers_talk()
     model, *form = open_model(config.model or STARTER, config.tokenizer, config.template, torch.float32)
-    protocol = Protocol(model, Form(*form), found.cases, unrelated, heldout, config.also)
+    protocol = Protocol(model, Form(*form), found.cases, unrelated, heldout, config.also, config.before)
     if known := protocol.known():
         _tell(f"{len(known)} of {len(found.cases)} cases are answered right before anything is learnt")
     ways = {"": (partial(corrected, protocol, found, recipe), counts)}

@@ -244,6 +244,9 @@ class FeedbackBench:
     also: bool = False
     """the first paraphrase of each case is taught as another way to ask, and only the others are measured"""
 
+    before: int = 0
+    """tokens of small talk before each correction, at least; three questions and answers if not given"""
+
     seeds: int = 3
     """runs of each recipe, with other draws or another order of the cases"""
 

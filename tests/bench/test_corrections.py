@@ -211,6 +211,10 @@ def test_a_correction_stands_in_its_dialogue(protocol):
     own, drawn = (protocol.correction(case, 0) for case in (CASES[3], CASES[0]))
     assert BYTES.decode(list(own.context)) == "User: my cat\n\nAssistant: nice\n\n"
     assert BYTES.decode(list(drawn.context)).count("User: ") == 3
+    longer = Protocol(protocol.base, FORM, CASES, UNRELATED, HELDOUT, before=900)
+    assert longer.correction(CASES[3], 0) == own
+    assert 900 <= len(longer.correction(CASES[0], 0).context) <= 900 + len(drawn.context)
+    assert longer.correction(CASES[0], 0).context[: len(drawn.context)] == drawn.context
     with pytest.raises(ValueError, match=r"a reply cannot be 'a\\n\\nb'"):
         Protocol(protocol.base, FORM, [Case("q?", "a\n\nb")], UNRELATED, HELDOUT)
 

@@ -135,6 +135,8 @@ def test_a_model_can_learn_to_reword_a_question(toy):
         if m["content"] in AGAIN.values()
     ]
     assert len(others) > 50 and len(asked_again) > 40
+    weights = {m["content"] in AGAIN.values(): m.get("weight", 1) for _, chat in toy for m in chat["messages"]}
+    assert weights == {True: 0, False: 1}  # a model learns to reword, not to ask for it
     for messages, at in others:
         first, other, reply = (messages[at + step]["content"] for step in (-1, 1, 2))
         assert first != other and replies.get(first, reply) == reply

@@ -13,14 +13,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from feedback_toys import BYTES, CONFIG, QUICK, open_learner, upper_matrices
+from feedback_toys import BYTES, CONFIG, FORM, QUICK, open_learner, upper_matrices
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rwkv_train.data.prepare import PrepareConfig, prepare
 from rwkv_train.feedback import Correction, FeedbackConfig, Reading
+from rwkv_train.feedback.decode import greedy
 from rwkv_train.feedback.journal import Journal
 from rwkv_train.feedback.trainable import changed, localised_names
+from rwkv_train.generate import prefill
 
 
 def test_corrections_are_learnt_kept_and_undone_exactly(tmp_path, generation):
@@ -72,12 +74,18 @@ def test_base_model_and_serving_model_are_never_written_to(tmp_path):
     learner.close()
 
 
-def test_context_of_the_dialogue_is_trained_too(tmp_path, generation):
-    learner = open_learner(tmp_path, generation=generation)
-    context = tuple(BYTES.encode("User: something long before\n\nAssistant: yes\n\n"))
-    outcome = learner.learn(Correction("sun?", "hot", context))
-    assert outcome.accepted, outcome.why
-    learner.close()
+def test_corrections_in_a_long_dialogue_show_in_it_in_a_new_one_and_after_other_talk(tmp_path, generation):
+    before = BYTES.encode("User: something long before\n\nAssistant: yes\n\n" * 45)
+    assert len(before) > 2000
+    with open_learner(tmp_path, generation=generation) as learner:
+        stranger = [0, *BYTES.encode("all kinds of talk. " * 20)]
+        for correction in QUICK[:2]:
+            outcome = learner.learn(replace(correction, context=tuple(before)))
+            assert outcome.accepted, outcome.why
+            for talk in ([0, *before], [0], stranger):
+                state, turn = prefill(learner.model, talk)[1], FORM.turn(correction.question)
+                assert FORM.shown(greedy(learner.model, FORM, [turn], state)[0]) == correction.answer, len(talk)
+            before += FORM.turn(correction.question) + FORM.answer(correction.answer)
 
 
 @pytest.mark.parametrize(
