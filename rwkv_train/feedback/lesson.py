@@ -5,6 +5,7 @@ Kept are contrasts to the question, whose inputs the steps avoid, and, by a KL a
 rehearsal set. How the steps are taken from there: steps.py. How much of the change is accepted: gate.py.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 
@@ -66,26 +67,27 @@ def lesson_of(
     their numbers, and of how this one was, if it is learnt again.
     """
     correction, config, number, form = received.item, received.config, received.id, rehearsal.form
-    alone = example_of(correction, form)
+    alone, context = example_of(correction, form), correction.context
     answer = alone.ids[-alone.answer :]
-    before = [form.tokenizer.eod, *correction.context]
+
+    def asked(text: str, before: Sequence[int]) -> Example:
+        ids = [form.tokenizer.eod, *before, *form.turn(text), *answer]
+        return Example(ids, alone.answer, 1 + len(before) if before else 0, alone.negative)
+
     valid = {it.item.question: it for it in earlier if isinstance(it.item, Correction)}  # the last word counts
     valid.pop(correction.question, None)
 
     # 1. The new answer: to the question alone, in its dialogue, and after talk that has nothing to do with it.
-    new = [alone]
-    if correction.context:
-        ids = [*before, *form.turn(correction.question), *answer]
-        new.append(Example(ids, alone.answer, len(before), alone.negative))
-    for prefix in _in_turn(rehearsal.free_running, config.random_prefixes, number):
-        ids = [*prefix, *form.turn(correction.question), *answer]
-        new.append(Example(ids, alone.answer, len(prefix), alone.negative))
+    new = [alone, *([asked(correction.question, context)] if context else [])]
+    prefixes = _in_turn(rehearsal.free_running, config.random_prefixes, number)
+    new += [asked(correction.question, prefix[1:]) for prefix in prefixes]
 
     # 2. Earlier corrections, those from a dialogue alone and after its end in turn.
     replay = _spread(list(valid.values()), config.replay, number)
     replayed = [_again(it.item, number + it.id, form, config.truncation) for it in replay]
 
-    # 3. Paraphrases learn the answer too, and contrasts keep theirs. A replay takes those that were recorded.
+    # 3. Paraphrases learn the answer too, alone and in the dialogue in turn, and contrasts keep theirs. A replay takes
+    #    those that were recorded.
     recorded = committed.get(number)
     with half_the_threads():
         if recorded is None:
@@ -93,13 +95,13 @@ def lesson_of(
         else:
             reply = form.answer(recorded["answer_before"]) if recorded["answer_before"] else []
             paraphrases, contrasts = recorded_texts(recorded)
-        new += [Example([*form.prompt(text), *answer], alone.answer) for text in paraphrases]
+        new += [asked(text, context if n % 2 else ()) for n, text in enumerate(paraphrases)]
 
         # 4. What is kept of contrasts, and of those of earlier corrections, is the beginning of the answer.
         away = {correction.question, *paraphrases, *valid}
         theirs = (_in_turn(recorded_texts(committed[it.id])[1], REPLAYED, number) for it in replay)
         theirs = [text for text in dict.fromkeys(chain(*theirs)) if text not in away]
-        contrasted = _kept(contrasts, correction.context, model, form) + _kept(theirs, (), model, form)
+        contrasted = _kept(contrasts, context, model, form) + _kept(theirs, (), model, form)
 
     # 5. Some of what the model says by itself, but no reply that a correction did away with.
     replaced = [reply, *(form.answer(how["answer_before"]) for how in committed.values() if how["answer_before"])]
@@ -132,7 +134,7 @@ def _around(
     reply = greedy(model, form, [form.prompt(question)], max_new_tokens=MAX_REPLY)[0]
     contrasts = substituted(rehearsal, question, config.contrasts)
     about = crossed(rehearsal, question, min(CROSSED, config.contrasts))
-    paraphrases: list[str] = []
+    paraphrases, alike = [], []
     if config.paraphrases and correction.answer is not None and not correction.keeps:
         ruled = by_rule(question)[:RULES]
         tried = [*reworded(rehearsal.base, form, question, REWORDED), *about]
@@ -140,7 +142,7 @@ def _around(
         alike = understood(question, reply, tried, contrasts[:TESTED], model, form, rehearsal.vocabulary)
         paraphrases = [*ruled, *_spread(alike, config.paraphrases - len(ruled))]
         paraphrases = [text for text in paraphrases[: config.paraphrases] if text not in known]
-        contrasts += [text for text in about if text not in alike]
+    contrasts += [text for text in about if text not in alike]
     if config.contrasts:
         contrasts += [text for other in paraphrases for text in substituted(rehearsal, other, GRID)]
     away = {question, *paraphrases, *known}
