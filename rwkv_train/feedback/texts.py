@@ -162,8 +162,9 @@ def batch(model: RWKV, examples: list[Example], trainable: Trainable, truncation
     wanted = [[IGNORE_INDEX] * (len(t) - e.answer) + e.ids[-e.answer :] for t, e in zip(texts, examples, strict=True)]
     targets = torch.full_like(packed.tokens, IGNORE_INDEX)
     targets.view(-1)[packed.positions] = torch.tensor([token for ids in wanted for token in ids], device=model.device)
-    entered = _entered(model, packed, state, trainable)
-    upper, tokens, state = _upper(model, packed, state, trainable, entered)
+    first = _first_trained(model)
+    entered = _entered(model, packed, state, trainable, first)
+    upper, tokens, state = _upper(model, packed, state, trainable, entered, first)
     if trainable == "state":
         state = None  # the one in which the model begins, anew at every step
     return Batch(upper, tokens, targets, packed.reset, state, len(examples), examples[0].negative)
@@ -193,7 +194,7 @@ class KLAnchor:
 
 def kl_anchors(twin: RWKV, start: RWKV, anchored: list[Anchored], trainable: Trainable) -> list[KLAnchor]:
     """Texts by the model whose predictions on them are kept. twin: what is trained, still as `start` is."""
-    anchors = []
+    anchors, first = [], _first_trained(twin)
     for other in {id(text.model): text.model for text in anchored}.values():
         texts = [text for text in anchored if text.model is other]
         cuts = [0 if trainable == "state" else text.context for text in texts]
@@ -204,11 +205,12 @@ def kl_anchors(twin: RWKV, start: RWKV, anchored: list[Anchored], trainable: Tra
         alone = [bool(before) or twin.initial_wkv is not None for before in befores]
         packed = _last(pack([t.ids[cut:] for t, cut in zip(texts, cuts, strict=True)], alone, twin.device), counts)
         state = _states_after(twin, befores, packed)
-        entered = _entered(twin, packed, state, trainable)
-        upper, tokens, upper_state = _upper(twin, packed, state, trainable, entered)
+        entered = _entered(twin, packed, state, trainable, first)
+        upper, tokens, upper_state = _upper(twin, packed, state, trainable, entered, first)
         reader, its_state = (upper, upper_state) if other is start else (None, None)
-        if reader is None and entered is not None and _share_lower(twin, other):
-            reader, _, its_state = _upper(other, packed, _states_after(other, befores, packed), trainable, entered)
+        if reader is None and entered is not None and _share_lower(twin, other, first):
+            its_state = _states_after(other, befores, packed)
+            reader, _, its_state = _upper(other, packed, its_state, trainable, entered, first)
         with torch.no_grad(), bf16_autocast(twin.device):
             if reader is None:
                 before = log_probs(other, [text.ids for text in texts], counts)
@@ -268,33 +270,45 @@ def answer_loss(model: RWKV, example: Example) -> float:
     return float(batch(model, [example], "full", len(example.ids)).loss())
 
 
+def _first_trained(model: RWKV) -> int:
+    """The first block of which something is trained; all that comes before it stays as it is."""
+    trained = [i for i, block in enumerate(model.blocks) if any(p.requires_grad for p in block.parameters())]
+    return min(trained, default=len(model.blocks) - 1)
+
+
 @torch.no_grad()
-def _entered(model: RWKV, packed: Packed, state: State, trainable: Trainable) -> tuple[Tensor, Tensor | None] | None:
-    """What the lower half of a model's blocks makes of texts, x [B,T,C] and carry; None where it is trained."""
+def _entered(
+    model: RWKV, packed: Packed, state: State, trainable: Trainable, first: int
+) -> tuple[Tensor, Tensor | None] | None:
+    """What a model's blocks below the first make of texts, x [B,T,C] and carry; None where these are trained, too."""
     if trainable in ("full", "state"):
         return None
     x, carry = model.enter(packed.tokens)
-    for i, block in enumerate(model.blocks[: len(model.blocks) // 2]):
+    for i, block in enumerate(model.blocks[:first]):
         x, _, _, carry = block(x, state.shift[:, i], state.wkv[:, i], packed.reset, carry)
     return x, carry
 
 
-def _share_lower(a: RWKV, b: RWKV) -> bool:
-    lower = [[m.emb, *m.blocks[: len(m.blocks) // 2]] for m in (a, b)]
+def _share_lower(a: RWKV, b: RWKV, first: int) -> bool:
+    lower = [[m.emb, *m.blocks[:first]] for m in (a, b)]
     pairs = zip(*(nn.ModuleList(modules).parameters() for modules in lower), strict=True)
     return all(p is q for p, q in pairs)
 
 
 def _upper(
-    model: RWKV, packed: Packed, state: State, trainable: Trainable, entered: tuple[Tensor, Tensor | None] | None
+    model: RWKV,
+    packed: Packed,
+    state: State,
+    trainable: Trainable,
+    entered: tuple[Tensor, Tensor | None] | None,
+    first: int,
 ) -> tuple[RWKV, Tensor, State]:
-    """(model, tokens, state) that give what these do, from the first trained matrix on.
+    """(model, tokens, state) that give what these do, from the first trained block on.
 
     The tokens that remain are positions in what comes before it; they pass the embedding as they are.
     """
     if entered is None:
         return model, packed.tokens, state
-    first = len(model.blocks) // 2
     state = State(*(part[:, first:] for part in state))
     if trainable == "upper":
         begins = _Entered(model.blocks[first], *entered)
