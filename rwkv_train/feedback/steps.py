@@ -49,14 +49,14 @@ def take_steps(
     held = (lesson.rehearsed + ([] if avoids else lesson.contrasted)) if config.kl_weight else []
     left = None  # steps still to take once learnt
     for step in range(config.steps + 1):
-        # 1. The loss of the new answers and of the earlier ones; soon that of the tokens which are not sure yet alone.
+        # 1. The loss of the new answers and of the earlier ones; soon once more that of tokens that are not sure yet.
         with bf16_autocast(model.device):
             loss = _mean(new)
             total = loss + _mean(replayed) if replayed else loss
             few = loss.item() <= FEW * config.target_loss
             unsure = [part for batch in new + replayed if (part := batch.unsure())] if few else []
             if unsure:
-                total = _mean(unsure)
+                total = total + _mean(unsure)
         # 2. Learnt is what greedy decoding would write, too; then `extra` steps more.
         learnt = loss.item() <= config.target_loss and all(batch.right() for batch in unsure)
         left = None if not learnt else config.extra if left is None else left - 1

@@ -19,6 +19,8 @@ WEIGHTS = {  # of a hundred turns
     **{"intents": 35, "relations": 25, "facts": 16, "chatter": 5},
     **{"unknown": 3, "told": 9, "untold": 2, "follow_ups": 5},
 }
+OPENED = 0.2  # of the dialogues, how many begin with one of
+USUAL = 20  # the first intents of the file: what people say first
 COUNTRY = ("country",)
 AGAIN = {"en": "Could you say that in other words?", "zh": "你能换个说法吗？"}
 ASKED_AGAIN = 0.12  # of the turns that can be said otherwise, how many come twice, in other words
@@ -86,6 +88,8 @@ def _dialogue(speakers: Sequence["Speaker"], draw: random.Random) -> list[Turn]:
             speaker = draw.choice(speakers)
         kind = draw.choices(*zip(*speaker.weights.items(), strict=True))[0]
         entry = speaker.next(kind)
+        if not turns and not later and draw.random() < OPENED:
+            kind, entry = "intents", speaker.next("usual")
         if told and speaker.depends(kind, entry, told):
             continue
         *before, turn = speaker.turns(kind, entry)
@@ -109,6 +113,7 @@ class Speaker:
         self.draw = random.Random(f"{texts.language} {seed}")
         known = [fact for fact in facts() if fact.relation.language == texts.language]
         self.entries = {name: getattr(texts, name) for name in ("intents", "relations", "told", "follow_ups")}
+        self.entries["usual"] = texts.intents[:USUAL]
         self.entries |= {f"things/{kind}": things for kind, things in texts.things.items()}
         self._asked_back = {bare(wording) for entry in texts.told for wording in entry.ask}
         answered = {bare(wording) for entry in texts.intents for wording in entry.ask + entry.unseen}
