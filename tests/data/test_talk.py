@@ -9,7 +9,7 @@ from starter_report import questions
 
 from rwkv_train.data.corpora.catalogue import corpus_version, read_corpus
 from rwkv_train.data.corpora.facts import facts
-from rwkv_train.data.corpora.talk.chats import AGAIN, UNTOLD, Speaker, chats_of, talk_chats
+from rwkv_train.data.corpora.talk.chats import AGAIN, OPENED, UNTOLD, USUAL, Speaker, chats_of, talk_chats
 from rwkv_train.data.corpora.talk.texts import LANGUAGES, bare, parse, read_texts
 from rwkv_train.data.corpora.talk.wordings import Draw, reworded, unheard, varied
 
@@ -68,6 +68,14 @@ def test_the_same_chats_each_time(toy):
 def test_dialogues_have_two_to_twelve_turns(toy):
     lengths = {len(chat["messages"]) // 2 for where, chat in toy if "dialogue" in where}
     assert min(lengths) == 2 and 12 <= max(lengths) <= 13
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_many_dialogues_begin_with_what_people_say_first(language):
+    usual = {entry.say for entry in read_texts(language).intents[:USUAL]}
+    chats = [chat["messages"] for where, chat in talk_chats([language], 400) if "dialogue" in where]
+    begun = [message["content"] in usual for _, message, *_ in chats]
+    assert OPENED - 0.05 < sum(begun) / len(begun) < OPENED + 0.1
 
 
 def test_everything_written_is_said(toy):
