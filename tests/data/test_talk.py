@@ -75,7 +75,7 @@ def test_many_dialogues_begin_with_what_people_say_first(language):
     usual = {entry.say for entry in read_texts(language).intents[:USUAL]}
     chats = [chat["messages"] for where, chat in talk_chats([language], 400) if "dialogue" in where]
     begun = [message["content"] in usual for _, message, *_ in chats]
-    assert OPENED - 0.05 < sum(begun) / len(begun) < OPENED + 0.1
+    assert OPENED / 2 < sum(begun) / len(begun) < OPENED * 1.5  # 2% without
 
 
 def test_everything_written_is_said(toy):
