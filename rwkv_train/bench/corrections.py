@@ -64,6 +64,8 @@ class Protocol:
                 raise ValueError(f"a reply cannot be {case.answer!r}: the template ends it before; leave that case out")
         taught = {question for case in cases for question in (case.question, *case.paraphrases)}
         self.unrelated = [question for question in unrelated if question not in taught]
+        if before and not self.unrelated:
+            raise ValueError("before needs unrelated questions that no case teaches; give others as unrelated")
         self.rehearsal = RehearsalSet.of_model(base, form)
         self.heldout = Heldout(base, form, heldout)
         self.stranger = self.heldout.opening(STRANGER)

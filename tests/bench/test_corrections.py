@@ -215,6 +215,8 @@ def test_a_correction_stands_in_its_dialogue(protocol):
     assert longer.correction(CASES[3], 0) == own
     assert 900 <= len(longer.correction(CASES[0], 0).context) <= 900 + len(drawn.context)
     assert longer.correction(CASES[0], 0).context[: len(drawn.context)] == drawn.context
+    with pytest.raises(ValueError, match="before needs unrelated questions"):
+        Protocol(protocol.base, FORM, CASES, ["sun?"], HELDOUT, before=900)
     with pytest.raises(ValueError, match=r"a reply cannot be 'a\\n\\nb'"):
         Protocol(protocol.base, FORM, [Case("q?", "a\n\nb")], UNRELATED, HELDOUT)
 

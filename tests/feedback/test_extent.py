@@ -155,10 +155,10 @@ def test_a_profile_of_before_takes_them(tmp_path):
     shutil.copytree(OLD, tmp_path / "profile")
     with Learner(old_model(), BYTES, tmp_path / "profile") as learner:
         before = learner.weights
-        assert learner.also("the sea?", of=14).accepted and learner.keep("ice? ice?", of=14).accepted
+        assert learner.also("is the sea?", of=14).accepted and learner.keep("ice? ice?", of=14).accepted
         weights = learner.weights
     with Learner(old_model(), BYTES, tmp_path / "profile") as learner:
-        assert learner.weights == weights and learner.answer("the sea?") == "wet"
+        assert learner.weights == weights and learner.answer("is the sea?") == "wet"
         assert learner.export(tmp_path / "out.jsonl").also == 1
         assert learner.undo(2) and learner.weights == before
 
