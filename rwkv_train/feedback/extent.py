@@ -48,12 +48,12 @@ def settled(
     Raises ValueError if it belongs to one that is not learnt, or had no answer.
     """
     item, numbers = received.item, [record["id"] for record in known]
-    if isinstance(item, Reading) or item.of is None:
+    if isinstance(item, Reading):
         return received, ""
-    if item.of not in numbers:
+    if item.of not in (None, *numbers):
         raise ValueError(f"correction {item.of}, to which it belongs, is not learnt")
     if not item.keeps:
-        return received, ""
+        return received, _replaced(item, known)
     others = [r for r in known if item.of not in (r["id"], r.get("of")) and r.get("question") == item.question]
     if others and others[-1]["answer"] is not None:
         item = replace(item, answer=others[-1]["answer"], context=())
@@ -66,6 +66,14 @@ def settled(
         raise ValueError("the model had no answer to it that could be kept")
     note = "" if alike else "in the dialogue before the correction it had another answer, which is not kept"
     return replace(received, item=replace(item, answer=answer, context=item.context if alike else ())), note
+
+
+def _replaced(item: Correction, known: list[dict]) -> str:
+    """Which correction of the same question no longer counts, as a note; "" if there is none."""
+    last = next((r for r in reversed(known) if r.get("question") == item.question), None)
+    if last is None or last["answer"] in (None, item.answer):
+        return ""
+    return f"in place of correction {last['id']}: of answers to one question the last counts, in any dialogue"
 
 
 def is_kept(item: Correction, model: RWKV, form: Form) -> bool:

@@ -197,7 +197,7 @@ class Learner:
             if record.get("keeps"):
                 kept = {"kept": {"answer": received.item.answer, "context": received.item.context}}
             outcome, model = self._judge(received, tick)
-            outcome = replace(outcome, note=note)
+            outcome = replace(outcome, note=note if outcome.accepted else "")
         except Exception as error:
             self.journal.append("committed", of=number, accepted=False, why=in_a_line(error))
             raise

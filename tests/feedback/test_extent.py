@@ -75,6 +75,13 @@ def test_a_question_keeps_the_answer_it_had_before_the_correction(taught):
     assert taught.undo(3) == [4, 6, 8] and taught.answer(leaked) == "hot"
 
 
+def test_of_answers_to_one_question_the_last_counts_and_says_which_it_replaces(untaught):
+    assert "in place of correction 4" in untaught.learn(Correction("sea?", "dry")).note
+    assert untaught.learn(Correction("sea?", "dry")).note == ""
+    assert "in place of correction 8" in untaught.learn(Correction("sea?", None, rejected="dry")).note
+    assert untaught.learn(Correction("sea?", "wet")).note == ""  # there was no right answer
+
+
 def test_a_question_that_another_correction_taught_keeps_that(taught):
     outcome = taught.keep("sun?")
     assert outcome.accepted and outcome.answer_after == "hot" and "its answer is that of correction 2" in outcome.note
