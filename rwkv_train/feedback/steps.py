@@ -14,7 +14,7 @@ from rwkv_train.bptt import chunked_loss
 from rwkv_train.feedback.curvature import Curvature
 from rwkv_train.feedback.lesson import Lesson
 from rwkv_train.feedback.settings import FeedbackConfig
-from rwkv_train.feedback.texts import CHUNK, Batch, KLAnchor, batches, bf16_autocast, kl_anchors
+from rwkv_train.feedback.texts import CHUNK, Batch, Read, batches, bf16_autocast, kl_anchors, read
 from rwkv_train.feedback.trainable import Trainable, finished, trained_twin
 from rwkv_train.models.base import RWKV
 from rwkv_train.ops.products import as_wide
@@ -67,7 +67,7 @@ def take_steps(
             parts = [held[i::TURNS] for i in range(min(TURNS, len(held)))]
             anchors = [kl_anchors(twin, model, part, config.trainable) for part in parts]
             if avoids and lesson.contrasted:
-                theirs = kl_anchors(twin, model, lesson.contrasted, config.trainable)
+                theirs, _ = read(twin, lesson.contrasted, config.trainable)
                 curvature = curvature.avoiding(inputs_of(twin, theirs, list(parameters)), config.avoidance)
         if anchors:
             group = anchors[step % len(anchors)]
@@ -93,21 +93,17 @@ def take_steps(
 
 
 @torch.no_grad()
-def inputs_of(twin: RWKV, anchors: list[KLAnchor], names: list[str]) -> dict[str, Tensor]:
-    """What the matrices of a twin are given [N,in] at the N positions of some texts whose predictions are kept."""
-    given: dict[str, list[Tensor]] = {name: [] for name in names}
+def inputs_of(twin: RWKV, texts: Read, names: list[str]) -> dict[str, Tensor]:
+    """What the matrices of a twin are given [N,in] at N tokens of texts that it reads."""
+    given: dict[str, Tensor] = {}
     hooks = []
     for name in names:
         layer = twin.get_submodule(name.removesuffix(".weight"))
-        hooks.append(layer.register_forward_pre_hook(lambda _, args, name=name: given[name].append(args[0])))
-    for anchor in anchors:
-        anchor.divergence()
-        for inputs in given.values():
-            if inputs[-1].ndim == 3:  # the head has those positions only
-                inputs[-1] = anchor.packed.real(inputs[-1])
+        hooks.append(layer.register_forward_pre_hook(lambda _, args, name=name: given.__setitem__(name, args[0])))
+    hidden = texts.last_hidden()
     for hook in hooks:
         hook.remove()
-    return {name: torch.cat(inputs) for name, inputs in given.items()}
+    return {name: texts.packed.real(given[name]) if name in given else hidden for name in names}
 
 
 def _mean(some: list[Batch]) -> Tensor:

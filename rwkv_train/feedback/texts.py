@@ -1,17 +1,18 @@
 """Texts of a correction, as what is trained of a model reads them.
 
-Every step reads the same texts, so whatever no step changes is computed once: text that no gradient reaches, the
-blocks below the first trained matrix, and that one's own inputs. Short texts share lanes, with a reset between them.
+Every step reads the same texts, so whatever no step changes is computed once: text that no gradient reaches, and what
+the lower blocks make of the rest (lower.py).
 """
 
 from dataclasses import dataclass, replace
-from itertools import accumulate
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rwkv_train.bptt import chunked_loss
-from rwkv_train.feedback.trainable import Trainable, with_children
+from rwkv_train.feedback.lower import Lower
+from rwkv_train.feedback.packing import Packed, pack
+from rwkv_train.feedback.trainable import Trainable
 from rwkv_train.generate import prefill
 from rwkv_train.generation.prefill import joined
 from rwkv_train.models.base import RWKV
@@ -23,7 +24,6 @@ CHUNK = 512  # tokens of a correction whose activations are in memory at once
 LARGE = 1 << 15  # channels of all layers from which on activations inside the blocks are computed again
 SURE = 0.35  # nats that a token costs at most if the model is sure of it: a probability of 0.7
 ROWS = 256  # of predictions that are compared at once
-WIDTHS = range(1, 5)  # of lanes, in lengths of the longest text: the one that wastes least is taken
 
 
 @dataclass(frozen=True)
@@ -50,62 +50,6 @@ class Anchored:
     model: RWKV
     last: int | None = None
     context: int = 0
-
-
-@dataclass(frozen=True)
-class Packed:
-    """Texts in lanes: tokens [B,T], reset [B,T] where another text begins, positions [N] of all their tokens in turn.
-
-    firsts: the text that each lane begins with. lengths: of the texts.
-    """
-
-    tokens: Tensor
-    reset: Tensor
-    positions: Tensor
-    firsts: list[int]
-    lengths: list[int]
-
-    def real(self, x: Tensor) -> Tensor:
-        """What [B,T,...] is at the texts' tokens [N,...], text by text."""
-        return x.flatten(0, 1)[self.positions]
-
-
-def pack(texts: list[list[int]], alone: list[bool], device: torch.device) -> Packed:
-    """Put texts into lanes that waste few positions. alone: a text has to be the first of its lane."""
-    longest = max(map(len, texts))
-    tried = [_lanes(texts, alone, times * longest) for times in WIDTHS]
-    lengths = [max(sum(len(texts[i]) for i in lane) for lane in lanes) for lanes in tried]
-    width, lanes = min(zip(lengths, tried, strict=True), key=lambda pair: pair[0] * len(pair[1]))
-    begins = {}
-    for n, lane in enumerate(lanes):
-        begins |= zip(lane, accumulate((len(texts[i]) for i in lane), initial=n * width), strict=False)
-    positions = torch.cat([torch.arange(begins[i], begins[i] + len(text)) for i, text in enumerate(texts)])
-    tokens, reset = torch.zeros(len(lanes), width, dtype=torch.long), torch.zeros(len(lanes), width, dtype=torch.bool)
-    tokens.view(-1)[positions] = torch.tensor([token for text in texts for token in text])
-    reset.view(-1)[[at for at in begins.values() if at % width]] = True
-    return Packed(
-        tokens.to(device), reset.to(device), positions.to(device), [lane[0] for lane in lanes], list(map(len, texts))
-    )
-
-
-def _last(packed: Packed, counts: list[int]) -> Packed:
-    """Of packed texts, only so many last tokens of each."""
-    positions = packed.positions.split(packed.lengths)
-    return replace(packed, positions=torch.cat([p[-n:] for p, n in zip(positions, counts, strict=True)]))
-
-
-def _lanes(texts: list[list[int]], alone: list[bool], width: int) -> list[list[int]]:
-    """Which texts share a lane of at most `width` tokens, the longest first."""
-    lanes: list[list[int]] = []
-    for i in sorted(range(len(texts)), key=lambda i: (not alone[i], -len(texts[i]))):
-        room = width - len(texts[i])
-        fits = (lane for lane in lanes if sum(len(texts[j]) for j in lane) <= room)
-        lane = None if alone[i] else next(fits, None)
-        if lane is None:
-            lanes.append([i])
-        else:
-            lane.append(i)
-    return lanes
 
 
 @dataclass(frozen=True)
@@ -162,12 +106,51 @@ def batch(model: RWKV, examples: list[Example], trainable: Trainable, truncation
     wanted = [[IGNORE_INDEX] * (len(t) - e.answer) + e.ids[-e.answer :] for t, e in zip(texts, examples, strict=True)]
     targets = torch.full_like(packed.tokens, IGNORE_INDEX)
     targets.view(-1)[packed.positions] = torch.tensor([token for ids in wanted for token in ids], device=model.device)
-    first = _first_trained(model)
-    entered = _entered(model, packed, state, trainable, first)
-    upper, tokens, state = _upper(model, packed, state, trainable, entered, first)
+    upper, tokens, state = Lower(model, packed, state, trainable).upper(model, state)
     if trainable == "state":
         state = None  # the one in which the model begins, anew at every step
     return Batch(upper, tokens, targets, packed.reset, state, len(examples), examples[0].negative)
+
+
+@dataclass(frozen=True)
+class Read:
+    """Texts as what is trained of a model reads them; `packed` has N positions, of the tokens that count."""
+
+    model: RWKV
+    tokens: Tensor
+    packed: Packed
+    state: State
+
+    def last_hidden(self) -> Tensor:
+        """What the head is given [N,C]."""
+        x = self.model.hidden(self.tokens, self.state, self.packed.reset, is_large(self.model))[0]
+        return self.packed.real(x)
+
+    def log_probs(self) -> Tensor:
+        """Log probabilities [N,V] of the tokens that follow."""
+        logits = self.model.head(self.last_hidden())
+        return logits.log_softmax(-1, torch.promote_types(logits.dtype, torch.float32))
+
+
+def read(
+    twin: RWKV, texts: list[Anchored], trainable: Trainable, other: RWKV | None = None
+) -> tuple[Read, Read | None]:
+    """Texts as a twin reads them, at those tokens after which predictions are kept, and as `other` does.
+
+    None in its place if it does not share the twin's lower blocks.
+    """
+    befores = [tuple(text.ids[: _cut(text, trainable)]) for text in texts]
+    alone = [bool(before) or twin.initial_wkv is not None for before in befores]
+    packed = pack([text.ids[_cut(text, trainable) :] for text in texts], alone, twin.device)
+    packed = packed.last(_counts(texts, trainable))
+    state = _states_after(twin, befores, packed)
+    lower = Lower(twin, packed, state, trainable)
+    ours, tokens, its_state = lower.upper(twin, state)
+    mine = Read(ours, tokens, packed, its_state)
+    if other is None or not lower.shared_by(other):
+        return mine, None
+    theirs, _, its_state = lower.upper(other, _states_after(other, befores, packed))
+    return mine, Read(theirs, tokens, packed, its_state)
 
 
 @dataclass(frozen=True)
@@ -177,10 +160,7 @@ class KLAnchor:
     same: they are those of the model as it was before the first step. entropy: their sum, in nats.
     """
 
-    model: RWKV
-    tokens: Tensor
-    packed: Packed
-    state: State
+    texts: Read
     before: Tensor
     entropy: float
     same: bool
@@ -188,37 +168,36 @@ class KLAnchor:
     def divergence(self) -> Tensor:
         """KL(before || now) summed over tokens, in nats."""
         with bf16_autocast(self.before.device):
-            now = _log_probs(self.model, self.tokens, self.packed, self.state)
+            now = self.texts.log_probs()
         return -torch.dot(self.before.flatten(), now.flatten()) - self.entropy
 
 
 def kl_anchors(twin: RWKV, start: RWKV, anchored: list[Anchored], trainable: Trainable) -> list[KLAnchor]:
     """Texts by the model whose predictions on them are kept. twin: what is trained, still as `start` is."""
-    anchors, first = [], _first_trained(twin)
+    anchors = []
     for other in {id(text.model): text.model for text in anchored}.values():
         texts = [text for text in anchored if text.model is other]
-        cuts = [0 if trainable == "state" else text.context for text in texts]
-        befores = [tuple(text.ids[:cut]) for text, cut in zip(texts, cuts, strict=True)]
-        counts = [
-            len(text.ids) - cut if text.last is None else text.last for text, cut in zip(texts, cuts, strict=True)
-        ]
-        alone = [bool(before) or twin.initial_wkv is not None for before in befores]
-        packed = _last(pack([t.ids[cut:] for t, cut in zip(texts, cuts, strict=True)], alone, twin.device), counts)
-        state = _states_after(twin, befores, packed)
-        entered = _entered(twin, packed, state, trainable, first)
-        upper, tokens, upper_state = _upper(twin, packed, state, trainable, entered, first)
-        reader, its_state = (upper, upper_state) if other is start else (None, None)
-        if reader is None and entered is not None and _share_lower(twin, other, first):
-            its_state = _states_after(other, befores, packed)
-            reader, _, its_state = _upper(other, packed, its_state, trainable, entered, first)
+        ours, theirs = read(twin, texts, trainable, None if other is start else other)
         with torch.no_grad(), bf16_autocast(twin.device):
-            if reader is None:
-                before = log_probs(other, [text.ids for text in texts], counts)
+            if other is start:
+                before = ours.log_probs()
+            elif theirs is not None:
+                before = theirs.log_probs()
             else:
-                before = _log_probs(reader, tokens, packed, its_state)
+                before = log_probs(other, [text.ids for text in texts], _counts(texts, trainable))
         entropy = -float((before.exp() * before).sum(dtype=torch.float64))
-        anchors.append(KLAnchor(upper, tokens, packed, upper_state, before.exp_(), entropy, other is start))
+        anchors.append(KLAnchor(ours, before.exp_(), entropy, other is start))
     return anchors
+
+
+def _cut(text: Anchored, trainable: Trainable) -> int:
+    """Tokens of a text that no gradient flows through. A state that is trained comes before all of them."""
+    return 0 if trainable == "state" else text.context
+
+
+def _counts(texts: list[Anchored], trainable: Trainable) -> list[int]:
+    """After how many tokens of each text predictions are kept."""
+    return [len(text.ids) - _cut(text, trainable) if text.last is None else text.last for text in texts]
 
 
 def _states_after(model: RWKV, befores: list[tuple[int, ...]], packed: Packed) -> State:
@@ -238,13 +217,9 @@ def log_probs(model: RWKV, documents: list[list[int]], last: list[int] | None = 
     """
     packed = pack(documents, [model.initial_wkv is not None] * len(documents), model.device)
     if last is not None:
-        packed = _last(packed, last)
-    return finite(_log_probs(model, packed.tokens, packed, model.empty_state(len(packed.tokens))), model)
-
-
-def _log_probs(model: RWKV, tokens: Tensor, packed: Packed, state: State) -> Tensor:
-    logits = model.head(packed.real(model.hidden(tokens, state, packed.reset, is_large(model))[0]))
-    return logits.log_softmax(-1, torch.promote_types(logits.dtype, torch.float32))
+        packed = packed.last(last)
+    state = model.empty_state(len(packed.tokens))
+    return finite(Read(model, packed.tokens, packed, state).log_probs(), model)
 
 
 def bf16_autocast(device: torch.device) -> torch.autocast:
@@ -268,97 +243,3 @@ def is_large(model: RWKV) -> bool:
 def answer_loss(model: RWKV, example: Example) -> float:
     """An example's loss as it is trained, in nats a token."""
     return float(batch(model, [example], "full", len(example.ids)).loss())
-
-
-def _first_trained(model: RWKV) -> int:
-    """The first block of which something is trained; all that comes before it stays as it is."""
-    trained = [i for i, block in enumerate(model.blocks) if any(p.requires_grad for p in block.parameters())]
-    return min(trained, default=len(model.blocks) - 1)
-
-
-@torch.no_grad()
-def _entered(
-    model: RWKV, packed: Packed, state: State, trainable: Trainable, first: int
-) -> tuple[Tensor, Tensor | None] | None:
-    """What a model's blocks below the first make of texts, x [B,T,C] and carry; None where these are trained, too."""
-    if trainable in ("full", "state"):
-        return None
-    x, carry = model.enter(packed.tokens)
-    for i, block in enumerate(model.blocks[:first]):
-        x, _, _, carry = block(x, state.shift[:, i], state.wkv[:, i], packed.reset, carry)
-    return x, carry
-
-
-def _share_lower(a: RWKV, b: RWKV, first: int) -> bool:
-    lower = [[m.emb, *m.blocks[:first]] for m in (a, b)]
-    pairs = zip(*(nn.ModuleList(modules).parameters() for modules in lower), strict=True)
-    return all(p is q for p, q in pairs)
-
-
-def _upper(
-    model: RWKV,
-    packed: Packed,
-    state: State,
-    trainable: Trainable,
-    entered: tuple[Tensor, Tensor | None] | None,
-    first: int,
-) -> tuple[RWKV, Tensor, State]:
-    """(model, tokens, state) that give what these do, from the first trained block on.
-
-    The tokens that remain are positions in what comes before it; they pass the embedding as they are.
-    """
-    if entered is None:
-        return model, packed.tokens, state
-    state = State(*(part[:, first:] for part in state))
-    if trainable == "upper":
-        begins = _Entered(model.blocks[first], *entered)
-    else:
-        begins = _Begun(model.blocks[first], *entered, state, packed.reset)
-    upper = with_children(model, emb=nn.Identity(), blocks=nn.ModuleList([begins, *model.blocks[first + 1 :]]))
-    return upper, torch.arange(packed.tokens.numel(), device=model.device).view_as(packed.tokens), state
-
-
-class _Entered(nn.Module):
-    """A block that is given positions [B,T] of known texts instead of what comes into it there."""
-
-    def __init__(self, block: nn.Module, x: Tensor, carry: Tensor | None):
-        super().__init__()
-        self.training = False
-        self.block, self.x = block, x.flatten(0, 1)
-        self.carry = None if carry is None else carry.flatten(0, 1)
-
-    def forward(self, positions: Tensor, shift: Tensor, wkv: Tensor, reset: Tensor | None, carry: None):
-        carry = None if self.carry is None else self.carry[positions]
-        return self.block(self.x[positions], shift, wkv, reset, carry)
-
-
-class _Begun(nn.Module):
-    """A block of which only the channel mix's value matrix is left to do: at positions [B,T] of known texts."""
-
-    def __init__(self, block: nn.Module, x: Tensor, carry: Tensor | None, state: State, reset: Tensor):
-        super().__init__()
-        self.training = False
-        self.value, probe = block.ffn.value, _Probe(x.shape[-1])
-        block = with_children(block, ffn=with_children(block.ffn, value=probe))
-        with torch.enable_grad():
-            x, _, _, carry = block(x, state.shift[:, 0], state.wkv[:, 0], reset, carry)
-        # Whatever a generation does with the matrix's output, it is linear: the slope is all there is to know.
-        (gate,) = torch.autograd.grad(x.sum(), probe.output)
-        self.x, self.gate, self.hidden = (part.detach().flatten(0, 1) for part in (x, gate, probe.hidden))
-        self.carry = None if carry is None else carry.detach().flatten(0, 1)
-
-    def forward(self, positions: Tensor, shift: Tensor, wkv: Tensor, reset: Tensor | None, carry: None):
-        carry = None if self.carry is None else self.carry[positions]
-        return self.x[positions] + self.gate[positions] * self.value(self.hidden[positions]), shift, wkv, carry
-
-
-class _Probe(nn.Module):
-    """Gives zeros for a matrix's output, and remembers its input."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.width = width
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        self.hidden, self.output = hidden, hidden.new_zeros(*hidden.shape[:-1], self.width, requires_grad=True)
-        return self.output

@@ -11,6 +11,7 @@ from rwkv_train.feedback import FeedbackConfig
 from rwkv_train.feedback.curvature import DAMPING, Curvature
 from rwkv_train.feedback.decode import decode, greedy
 from rwkv_train.feedback.lesson import Lesson
+from rwkv_train.feedback.packing import pack
 from rwkv_train.feedback.steps import TURNS, inputs_of, take_steps
 from rwkv_train.feedback.texts import (
     SURE,
@@ -19,9 +20,8 @@ from rwkv_train.feedback.texts import (
     answer_loss,
     batch,
     divergence,
-    kl_anchors,
     log_probs,
-    pack,
+    read,
 )
 from rwkv_train.feedback.trainable import between, changed, localised_names, trained_twin, upper_names, with_weights
 from rwkv_train.models.loss import IGNORE_INDEX
@@ -172,7 +172,7 @@ def test_steps_avoid_what_contrasts_share(generation):
     curvature = Curvature.measure(model.requires_grad_(False), names, localised_names(model), DIALOGUES)
     texts = [Anchored(DIALOGUES[0], model, 3), Anchored(DIALOGUES[1], with_weights(model, {}), 2)]
     twin, parameters = trained_twin(model, "upper")
-    inputs = inputs_of(twin, kl_anchors(twin, model, texts, "upper"), list(parameters))
+    inputs = inputs_of(twin, read(twin, texts, "upper")[0], list(parameters))
     given = {}
     for text in texts:
         hooks = [
