@@ -14,7 +14,7 @@ from rwkv_train.bptt import chunked_loss
 from rwkv_train.feedback.curvature import Curvature
 from rwkv_train.feedback.lesson import Lesson
 from rwkv_train.feedback.settings import FeedbackConfig
-from rwkv_train.feedback.texts import CHUNK, Batch, Read, batches, bf16_autocast, kl_anchors, read
+from rwkv_train.feedback.texts import CHUNK, Answers, Read, batches, bf16_autocast, kl_anchors, read
 from rwkv_train.feedback.trainable import Trainable, finished, trained_twin
 from rwkv_train.models.base import RWKV
 from rwkv_train.ops.products import as_wide
@@ -51,14 +51,15 @@ def take_steps(
     for step in range(config.steps + 1):
         # 1. The loss of the new answers and of the earlier ones; soon once more that of tokens that are not sure yet.
         with bf16_autocast(model.device):
-            loss = _mean(new)
-            total = loss + _mean(replayed) if replayed else loss
+            answers, earlier = [b.read() for b in new], [b.read() for b in replayed]
+            loss = _mean(answers)
+            total = loss + _mean(earlier) if earlier else loss
             few = loss.item() <= FEW * config.target_loss
-            unsure = [part for batch in new + replayed if (part := batch.unsure())] if few else []
+            unsure = [part for a in answers + earlier if (part := a.unsure())] if few else []
             if unsure:
                 total = total + _mean(unsure)
         # 2. Learnt is what greedy decoding would write, too; then `extra` steps more.
-        learnt = loss.item() <= config.target_loss and all(batch.right() for batch in unsure)
+        learnt = loss.item() <= config.target_loss and all(part.right() for part in unsure)
         left = None if not learnt else config.extra if left is None else left - 1
         if left == 0 or step == config.steps:
             break
@@ -106,8 +107,8 @@ def inputs_of(twin: RWKV, texts: Read, names: list[str]) -> dict[str, Tensor]:
     return {name: texts.packed.real(given[name]) if name in given else hidden for name in names}
 
 
-def _mean(some: list[Batch]) -> Tensor:
-    return torch.stack([b.examples * b.loss() for b in some]).sum() / sum(b.examples for b in some)
+def _mean(some: list[Answers]) -> Tensor:
+    return torch.stack([a.batch.examples * a.loss() for a in some]).sum() / sum(a.batch.examples for a in some)
 
 
 def _preconditioned(

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from rwkv_train.bptt import chunked_loss
 from rwkv_train.feedback.lower import Lower
 from rwkv_train.feedback.packing import Packed, pack
 from rwkv_train.feedback.trainable import Trainable
@@ -17,7 +17,7 @@ from rwkv_train.generate import prefill
 from rwkv_train.generation.prefill import joined
 from rwkv_train.models.base import RWKV
 from rwkv_train.models.finite import finite
-from rwkv_train.models.loss import IGNORE_INDEX, token_nll
+from rwkv_train.models.loss import IGNORE_INDEX, head_loss, token_nll
 from rwkv_train.models.state import State
 
 CHUNK = 512  # tokens of a correction whose activations are in memory at once
@@ -64,29 +64,45 @@ class Batch:
     examples: int
     negative: bool
 
+    def read(self) -> "Answers":
+        """The answers as the model predicts them by now. Activations of one chunk are in memory at a time."""
+        large, state = is_large(self.model), self.state
+        state, parts = self.model.empty_state(len(self.tokens)) if state is None else state, []
+        for i in range(0, self.tokens.shape[1], CHUNK):
+            cut = self.tokens[:, i : i + CHUNK], State(*state), self.reset[:, i : i + CHUNK], large
+            whole = self.tokens.shape[1] <= CHUNK
+            x, state = self.model.hidden(*cut) if whole else checkpoint(self.model.hidden, *cut, use_reentrant=False)
+            parts.append(x)
+        trained = self.targets != IGNORE_INDEX
+        return Answers(torch.cat(parts, 1)[trained], self.targets[trained], self.model.head.weight, self)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a model makes of a batch's answers: before the head x [N,C], and the N tokens that are to come."""
+
+    x: Tensor
+    targets: Tensor
+    head: Tensor
+    batch: Batch
+
     def loss(self) -> Tensor:
         """Mean loss in nats a token; of an answer to be avoided, minus the log probability of any other."""
-        inputs, large = (self.tokens, self.targets, self.state, self.reset), is_large(self.model)
-        total, count, _ = chunked_loss(self.model, *inputs, CHUNK, checkpoint_blocks=large)
-        return -torch.log(-torch.expm1(-total - 1e-4)) if self.negative else total / count
+        total = head_loss(self.x, self.head, self.targets)
+        return -torch.log(-torch.expm1(-total - 1e-4)) if self.batch.negative else total / len(self.targets)
 
     @torch.no_grad()
     def right(self) -> bool:
         """Whether greedy decoding would write every answer, or not write the one to be avoided."""
-        trained = self.targets != IGNORE_INDEX
-        best = self.model.head(self.model.hidden(self.tokens, self.state, self.reset)[0][trained]).argmax(-1)
-        return bool((best == self.targets[trained]).all()) != self.negative
+        best = self.batch.model.head(self.x).argmax(-1)
+        return bool((best == self.targets).all()) != self.batch.negative
 
-    @torch.no_grad()
-    def unsure(self) -> "Batch | None":
+    def unsure(self) -> "Answers | None":
         """The same with only those tokens of the answers that are not sure yet; None if there are none."""
-        if self.negative:
+        if self.batch.negative:
             return None if self.right() else self
-        x = self.model.hidden(self.tokens, self.state, self.reset)[0]
-        trained = self.targets != IGNORE_INDEX
-        unsure = token_nll(x, self.model.head.weight, self.targets) > SURE
-        kept = self.targets.masked_fill(~trained.masked_scatter(trained, unsure), IGNORE_INDEX)
-        return replace(self, targets=kept) if unsure.any() else None
+        unsure = token_nll(self.x, self.head, self.targets) > SURE
+        return replace(self, x=self.x[unsure], targets=self.targets[unsure]) if unsure.any() else None
 
 
 def batches(model: RWKV, examples: list[Example], trainable: Trainable, truncation: int) -> list[Batch]:
@@ -242,4 +258,4 @@ def is_large(model: RWKV) -> bool:
 @torch.no_grad()
 def answer_loss(model: RWKV, example: Example) -> float:
     """An example's loss as it is trained, in nats a token."""
-    return float(batch(model, [example], "full", len(example.ids)).loss())
+    return float(batch(model, [example], "full", len(example.ids)).read().loss())

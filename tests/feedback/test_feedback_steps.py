@@ -7,13 +7,14 @@ from helpers import assert_close_rel, random_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rwkv_train.feedback import FeedbackConfig
+from rwkv_train.feedback import FeedbackConfig, texts
 from rwkv_train.feedback.curvature import DAMPING, Curvature
 from rwkv_train.feedback.decode import decode, greedy
 from rwkv_train.feedback.lesson import Lesson
 from rwkv_train.feedback.packing import pack
 from rwkv_train.feedback.steps import TURNS, inputs_of, take_steps
 from rwkv_train.feedback.texts import (
+    CHUNK,
     SURE,
     Anchored,
     Example,
@@ -24,12 +25,12 @@ from rwkv_train.feedback.texts import (
     read,
 )
 from rwkv_train.feedback.trainable import between, changed, localised_names, trained_twin, upper_names, with_weights
-from rwkv_train.models.loss import IGNORE_INDEX
 
 
-@pytest.mark.parametrize("trainable", ["upper", "localised"])
-def test_one_step_is_a_plain_gradient_step_on_the_whole_model(trainable, generation):
-    """Blocks left out, text read beforehand, texts padded together: none of it changes the gradient."""
+@pytest.mark.parametrize(("trainable", "chunk"), [("upper", CHUNK), ("upper", 5), ("localised", CHUNK)])
+def test_one_step_is_a_plain_gradient_step_on_the_whole_model(trainable, chunk, generation, monkeypatch):
+    """Blocks left out, text read beforehand, texts padded together, read in chunks: none of it changes the gradient."""
+    monkeypatch.setattr(texts, "CHUNK", chunk)
     model = random_model(n_embd=8, n_layer=4, vocab_size=257, dtype=torch.float64, generation=generation)
     model.requires_grad_(False)
     new = [Example([0, *BYTES.encode("a long way before: hot")], 3), Example([0, *BYTES.encode("sun? hot")], 3)]
@@ -209,8 +210,8 @@ def test_what_is_unsure_are_the_tokens_that_cost_much(trainable, generation):
     whole = batch(twin, [Example(one, 4) for one in ids], trainable, 64)
     nll = torch.cat([-log_probs(model, [one[:-1]], [4])[range(4), one[-4:]] for one in ids])
     assert 0 < (nll > SURE).sum() < len(nll)
-    assert_close_rel(whole.unsure().loss(), nll[nll > SURE].mean(), 1e-4)
-    assert_close_rel(whole.loss(), nll.mean(), 1e-4)
+    assert_close_rel(whole.read().unsure().loss(), nll[nll > SURE].mean(), 1e-4)
+    assert_close_rel(whole.read().loss(), nll.mean(), 1e-4)
 
 
 def test_nothing_is_unsure_of_what_is_learnt():
@@ -219,8 +220,8 @@ def test_nothing_is_unsure_of_what_is_learnt():
         model.head.weight *= 1e4
     reply = greedy(model, FORM, [text], max_new_tokens=3)[0]
     learnt, negative = (Example(text + reply, 3, negative=negative) for negative in (False, True))
-    assert batch(model, [learnt], "full", 64).unsure() is None
-    unsure = batch(model, [negative], "full", 64).unsure()
-    assert unsure is not None and (unsure.targets != IGNORE_INDEX).sum() == 3
+    assert batch(model, [learnt], "full", 64).read().unsure() is None
+    unsure = batch(model, [negative], "full", 64).read().unsure()
+    assert unsure is not None and len(unsure.targets) == 3
     other = Example(text + [token + 1 for token in reply], 3, negative=True)
-    assert batch(model, [other], "full", 64).unsure() is None
+    assert batch(model, [other], "full", 64).read().unsure() is None
