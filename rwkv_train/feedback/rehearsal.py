@@ -63,12 +63,12 @@ class RehearsalSet:
     ) -> "RehearsalSet":
         """`count` dialogues of one turn, and the curvature of the matrices that are trained. Always the same.
 
-        For a model that does not end its questions, what it writes stands instead.
+        A question that comes to no end is cut: a model that knows no dialogues has to keep what it says there, too.
         """
         rng = torch.Generator().manual_seed(0)
         rows, questions, dialogues = [], [], []
         for row in _with_a_message(base, form, "user", [[form.tokenizer.eod]] * count, rng):
-            text = form.shown(row[1 + len(form.opening()) :], "user") if _ended(form, "user", row) else ""
+            text = form.shown(row[1 + len(form.opening()) :], "user")
             if text:
                 questions.append(text)
             else:

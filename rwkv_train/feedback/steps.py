@@ -46,7 +46,7 @@ def take_steps(
     new = batches(twin, lesson.new, config.trainable, config.truncation)
     replayed = batches(twin, lesson.replayed, config.trainable, config.truncation)
     avoids = curvature is not None and config.trainable == "upper" and config.avoidance > 0
-    held = (lesson.rehearsed + ([] if avoids else lesson.contrasted)) if config.kl_weight else []
+    held = lesson.rehearsed + lesson.contrasted if config.kl_weight else []
     left = None  # steps still to take once learnt
     for step in range(config.steps + 1):
         # 1. The loss of the new answers and of the earlier ones; soon once more that of tokens that are not sure yet.

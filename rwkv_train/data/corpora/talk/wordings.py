@@ -33,6 +33,7 @@ CLOSERS = {
     ),
     "zh": ("？谢谢。", "？谢谢你！", "？我很好奇。", "？？", "？！", "?", "，你知道吗？", "？说说看。"),
 }
+MARKS = {"en": (".", "!"), "zh": ("。", "！")}
 CONTRACTIONS = """
 what is/what's who is/who's where is/where's how is/how's when is/when's that is/that's it is/it's there is/there's
 I am/I'm you are/you're do not/don't does not/doesn't did not/didn't is not/isn't are not/aren't can not/can't
@@ -100,7 +101,7 @@ def _misspelt(template: str, draw: Draw) -> str:
 
 
 def _decorated(text: str, language: str, draw: Draw) -> str:
-    """The text with an opener, a closer, in small letters or without its last mark, now and then."""
+    """The text with an opener, a closer, in small letters, without its last mark or with one, now and then."""
     question = text.endswith(("?", "？"))
     if question and draw.random() < 0.2:
         opener = draw.choice(OPENERS[language])
@@ -110,6 +111,8 @@ def _decorated(text: str, language: str, draw: Draw) -> str:
         text = text[:-1] + draw.choice(CLOSERS[language])
     elif draw.random() < 0.2:
         text = text.rstrip("?？.。!！") or text
+    elif not text.endswith((*MARKS["en"], *MARKS["zh"], "?", "？")) and draw.random() < 0.4:
+        text += draw.choice(MARKS[language])
     if language == "en" and draw.random() < 0.15:
         text = "{x}".join(part.lower() for part in text.split("{x}"))
     return text
