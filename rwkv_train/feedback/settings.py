@@ -63,14 +63,14 @@ class FeedbackConfig:
     contrasts: int = 20
     """questions with another word in the place of one of the question's, whose answers are kept"""
 
-    rehearsed: int = 3
+    rehearsed: int = 6
     """dialogues of the rehearsal set that are kept, a third of them the nearest to the correction"""
 
     free_running: int = 1
     """free-running samples, of those that random prefixes are drawn from, that are kept"""
 
-    kl_weight: float = 4.0
-    """weight of what is kept: of its divergence from the model before"""
+    kl_weight: float = 8.0
+    """weight of what is kept: of its divergence from the model before; it grows if that stays large"""
 
     max_kl: float = 0.05
     """largest mean divergence on the rehearsal set, in nats a token, that is accepted"""

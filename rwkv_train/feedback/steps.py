@@ -14,13 +14,16 @@ from rwkv_train.bptt import chunked_loss
 from rwkv_train.feedback.curvature import Curvature
 from rwkv_train.feedback.lesson import Lesson
 from rwkv_train.feedback.settings import FeedbackConfig
-from rwkv_train.feedback.texts import CHUNK, Answers, Read, batches, bf16_autocast, kl_anchors, read
+from rwkv_train.feedback.texts import CHUNK, Anchored, Answers, Read, batches, bf16_autocast, kl_anchors, read
 from rwkv_train.feedback.trainable import Trainable, finished, trained_twin
 from rwkv_train.models.base import RWKV
 from rwkv_train.ops.products import as_wide
 
 FEW = 10  # times the target loss, from which on few tokens are left to be learnt
 TURNS = 4  # parts of what is kept: each step looks at one
+HELD = 0.02  # nats a token that each of these may have moved once all is learnt; until then their weight
+GROWTH = 1.5  # times itself, at most so often
+REPAIRS = 5
 READ_TOKENS = 128  # of one step of /learn
 
 Tick = Callable[[int, float], None]
@@ -46,7 +49,7 @@ def take_steps(
     new = batches(twin, lesson.new, config.trainable, config.truncation)
     replayed = batches(twin, lesson.replayed, config.trainable, config.truncation)
     avoids = curvature is not None and config.trainable == "upper" and config.avoidance > 0
-    held = lesson.rehearsed + lesson.contrasted if config.kl_weight else []
+    kept, weight, repairs = None, config.kl_weight, REPAIRS
     left = None  # steps still to take once learnt
     for step in range(config.steps + 1):
         # 1. The loss of the new answers and of the earlier ones; soon once more that of tokens that are not sure yet.
@@ -58,25 +61,22 @@ def take_steps(
             unsure = [part for a in answers + earlier if (part := a.unsure())] if few else []
             if unsure:
                 total = total + _mean(unsure)
-        # 2. Learnt is what greedy decoding would write, too; then `extra` steps more.
+        # 2. Learnt is what greedy decoding would write, too, and has moved little of what is kept; then `extra` steps.
         learnt = loss.item() <= config.target_loss and all(part.right() for part in unsure)
+        if learnt and repairs and kept and max(kept.drifts) > HELD:
+            learnt, weight, repairs = False, weight * GROWTH, repairs - 1
         left = None if not learnt else config.extra if left is None else left - 1
         if left == 0 or step == config.steps:
             break
         # 3. The KL anchor, of a part of the texts in turn. What shares its inputs with contrasts is avoided.
         if step == 0:  # not before it is known that there is one
-            parts = [held[i::TURNS] for i in range(min(TURNS, len(held)))]
-            anchors = [kl_anchors(twin, model, part, config.trainable) for part in parts]
+            if weight and (texts := lesson.rehearsed + lesson.contrasted):
+                kept = _Kept(twin, model, texts, config.trainable)
             if avoids and lesson.contrasted:
                 theirs, _ = read(twin, lesson.contrasted, config.trainable)
                 curvature = curvature.avoiding(inputs_of(twin, theirs, list(parameters)), config.avoidance)
-        if anchors:
-            group = anchors[step % len(anchors)]
-            moved = [
-                anchor.divergence() for anchor in group if step or not anchor.same
-            ]  # nothing has at the first step
-            if moved:
-                total = total + config.kl_weight * torch.stack(moved).sum() / sum(len(a.before) for a in group)
+        if kept and (drift := kept.drift(step)) is not None:
+            total = total + weight * drift
         # 4. A step in the direction that leaves all else alone, as long as it takes for the loss to vanish.
         gradients = dict(zip(parameters, torch.autograd.grad(total, list(parameters.values())), strict=True))
         ways = _preconditioned(gradients, curvature, config.trainable)
@@ -91,6 +91,25 @@ def take_steps(
                 twin.repair_initial_state()
         tick(step + 1, loss.item())
     return finished(twin, config.trainable), step
+
+
+class _Kept:
+    """The KL anchor, of a part of some texts in turn. drifts: of each when it was last looked at, in nats a token."""
+
+    def __init__(self, twin: RWKV, start: RWKV, texts: list[Anchored], trainable: Trainable):
+        parts = [texts[i::TURNS] for i in range(min(TURNS, len(texts)))]
+        self._parts = [kl_anchors(twin, start, part, trainable) for part in parts]
+        self.drifts = [0.0] * len(parts)
+
+    def drift(self, step: int) -> Tensor | None:
+        """Of the part that it is the turn of, in nats a token; None if nothing of it can have moved yet."""
+        turn = step % len(self._parts)
+        moved = [anchor.divergence() for anchor in self._parts[turn] if step or not anchor.same]
+        if not moved:
+            return None
+        drift = torch.stack(moved).sum() / sum(len(anchor.before) for anchor in self._parts[turn])
+        self.drifts[turn] = drift.item()
+        return drift
 
 
 @torch.no_grad()

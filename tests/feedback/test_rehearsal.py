@@ -62,12 +62,13 @@ def test_talk_before_a_question_goes_on_without_an_end():
     assert samples == free_running(model, FORM, torch.Generator().manual_seed(0))
 
 
-def test_a_model_that_knows_no_dialogues_rehearses_what_it_writes():
+def test_a_model_that_ends_no_question_rehearses_what_it_says_to_what_it_writes():
     model = small_model()
     rehearsal, again = (RehearsalSet.of_model(model, FORM, count=5) for _ in range(2))
     assert len(rehearsal.rows) == 5 and rehearsal.rows == again.rows
-    assert all(row[0] == 0 and BYTES.decode(row[1:]).startswith("User:") for row in rehearsal.rows)
-    assert again.asked == rehearsal.asked == [] == crossed(rehearsal, "sun?", 3)
+    texts = [BYTES.decode(row[1:]) for row in rehearsal.rows]
+    assert all(text.startswith("User:") and "\n\nAssistant:" in text for text in texts)
+    assert again.asked == rehearsal.asked and len(rehearsal.asked) == 5 and crossed(rehearsal, "sun?", 3)
 
 
 def test_a_set_under_its_old_name_is_taken_over(tmp_path):
