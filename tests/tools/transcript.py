@@ -8,13 +8,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 LINES = [
-    "What is the capital of Scotland?",
-    "/fix The capital of Scotland is Edinburgh.",
-    "What is the capital of Scotland?",
-    "Tell me the capital of Scotland.",
-    "What is the capital of South Korea?",
+    "What does snorble mean?",
+    "/fix To snorble is to laugh with a full mouth.",
+    "What does snorble mean?",
+    "Tell me, what does snorble mean?",
+    "What does flimble mean?",
     "/undo",
-    "What is the capital of Scotland?",
+    "What does snorble mean?",
 ]
 
 
