@@ -11,7 +11,7 @@ from rwkv_train.data.corpora.catalogue import corpus_version, read_corpus
 from rwkv_train.data.corpora.facts import facts
 from rwkv_train.data.corpora.talk.chats import AGAIN, OPENED, UNTOLD, USUAL, Speaker, chats_of, talk_chats
 from rwkv_train.data.corpora.talk.texts import LANGUAGES, bare, parse, read_texts
-from rwkv_train.data.corpora.talk.wordings import Draw, reworded, unheard, varied
+from rwkv_train.data.corpora.talk.wordings import MARKS, Draw, reworded, unheard, varied
 
 TOY = """
 intents:
@@ -172,6 +172,12 @@ def test_wordings_keep_what_stands_for_x(language, template):
     assert len(made) > 30 and all(wording.count("{x}") == 1 for wording in made)
     around = {reworded(template, language, draw, edits=False).lower() for _ in range(300)}
     assert all(template.rstrip("?？").lower() in wording for wording in around)
+
+
+@pytest.mark.parametrize(("language", "template"), [("en", "Hello"), ("zh", "你好")])
+def test_what_is_no_question_comes_with_a_mark_and_without(language, template):
+    forms = {reworded(template, language, Draw(seed)) for seed in range(100)}
+    assert {template, *(template + mark for mark in MARKS[language])} <= forms
 
 
 def test_a_rule_does_not_make_a_held_out_wording():
