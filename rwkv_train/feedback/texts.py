@@ -68,13 +68,13 @@ class Batch:
         """The answers as the model predicts them by now. Activations of one chunk are in memory at a time."""
         large, state = is_large(self.model), self.state
         state, parts = self.model.empty_state(len(self.tokens)) if state is None else state, []
+        whole = self.tokens.shape[1] <= CHUNK
         for i in range(0, self.tokens.shape[1], CHUNK):
             cut = self.tokens[:, i : i + CHUNK], State(*state), self.reset[:, i : i + CHUNK], large
-            whole = self.tokens.shape[1] <= CHUNK
             x, state = self.model.hidden(*cut) if whole else checkpoint(self.model.hidden, *cut, use_reentrant=False)
             parts.append(x)
         trained = self.targets != IGNORE_INDEX
-        return Answers(torch.cat(parts, 1)[trained], self.targets[trained], self.model.head.weight, self)
+        return Answers(torch.cat(parts, 1)[trained], self.targets[trained], self)
 
 
 @dataclass(frozen=True)
@@ -83,12 +83,11 @@ class Answers:
 
     x: Tensor
     targets: Tensor
-    head: Tensor
     batch: Batch
 
     def loss(self) -> Tensor:
         """Mean loss in nats a token; of an answer to be avoided, minus the log probability of any other."""
-        total = head_loss(self.x, self.head, self.targets)
+        total = head_loss(self.x, self.batch.model.head.weight, self.targets)
         return -torch.log(-torch.expm1(-total - 1e-4)) if self.batch.negative else total / len(self.targets)
 
     @torch.no_grad()
@@ -101,7 +100,7 @@ class Answers:
         """The same with only those tokens of the answers that are not sure yet; None if there are none."""
         if self.batch.negative:
             return None if self.right() else self
-        unsure = token_nll(self.x, self.head, self.targets) > SURE
+        unsure = token_nll(self.x, self.batch.model.head.weight, self.targets) > SURE
         return replace(self, x=self.x[unsure], targets=self.targets[unsure]) if unsure.any() else None
 
 
