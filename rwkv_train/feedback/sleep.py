@@ -19,7 +19,7 @@ from rwkv_train.feedback.gate import shows
 from rwkv_train.feedback.lesson import Lesson, lesson_of, text_lesson
 from rwkv_train.feedback.rehearsal import RehearsalSet
 from rwkv_train.feedback.settings import FeedbackConfig
-from rwkv_train.feedback.steps import dynamic_evaluation, take_steps
+from rwkv_train.feedback.steps import GROWTH, REPAIRS, dynamic_evaluation, take_steps
 from rwkv_train.feedback.texts import Anchored
 from rwkv_train.models.base import RWKV
 
@@ -101,7 +101,10 @@ class Sleep:
             yield
         lessons, rows = agreeing(lessons, self.rehearsal.rows)
         # 3. Epochs, until there is nothing to learn; the best of them counts.
-        rng, config, quiet = torch.Generator().manual_seed(0), replace(self.config, steps=STEPS, extra=0), 0
+        # What is kept weighs at once what it may come to in a stream: few steps leave no time to grow.
+        weight = self.config.kl_weight * GROWTH**REPAIRS
+        config = replace(self.config, steps=STEPS, extra=0, kl_weight=weight)
+        rng, quiet = torch.Generator().manual_seed(0), 0
         rows = cycle([rows[i] for i in torch.randperm(len(rows), generator=rng)])
         talk = cycle(self.rehearsal.free_running)
         best, model = None, start

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from feedback_toys import CONFIG, QUICK, open_learner, rehearsal_set, small_model
 
-from rwkv_train.feedback import Correction, Learner, Reading, gate, sleep, steps
+from rwkv_train.feedback import Correction, Learner, Reading, gate, sleep
 from rwkv_train.feedback.correction import Received
 from rwkv_train.feedback.lesson import Lesson
 from rwkv_train.feedback.sleep import Sleep, agreeing, standing, together
@@ -65,8 +65,7 @@ def steps_of_a_stream(monkeypatch) -> list:
     return learnt
 
 
-def test_what_was_learnt_together_is_right_and_drifts_less(tmp_path, monkeypatch):
-    monkeypatch.setattr(steps, "REPAIRS", 0)  # or these few corrections drift less one by one
+def test_what_was_learnt_together_is_right_and_drifts_less(tmp_path):
     with open_learner(tmp_path, replace(CONFIG, target_loss=0.3, kl_weight=0.05, rehearsed=3)) as learner:
         for correction in QUICK[:2]:
             assert learner.learn(correction).accepted
