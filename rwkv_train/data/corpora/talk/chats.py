@@ -3,15 +3,18 @@
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, islice
+from operator import itemgetter
 from typing import Any
 
 from rwkv_train.data.corpora.fact_questions import Relation
 from rwkv_train.data.corpora.facts import Fact, chatter, facts
+from rwkv_train.data.corpora.packaged import chatterbot, chatterbot_files, chitchat, chitchat_talks
 from rwkv_train.data.corpora.talk.texts import LANGUAGES, Entry, Texts, bare, read_texts
 from rwkv_train.data.corpora.talk.wordings import filled, reworded, unheard, varied
 
 Turn = tuple[str, str]
+Message = dict[str, Any]
 DIALOGUES = 20_000  # unless a number is given
 LENGTHS = (2, 2, 3, 3, 4, 4, 5, 6, 7, 8, 10, 12)  # turns of a dialogue
 CHANGE = 0.08  # how often the next turn is in the other language
@@ -24,6 +27,9 @@ USUAL = 20  # the first intents of the file: what people say first
 COUNTRY = ("country",)
 AGAIN = {"en": "Could you say that in other words?", "zh": "你能换个说法吗？"}
 ASKED_AGAIN = 0.12  # of the turns that can be said otherwise, how many come twice, in other words
+STRANGERS = 170  # of corpus:chitchat; benchmarks read the talks from the 400th on
+OVERHEARD = 0.05  # of the turns, before how many something else was talked about
+LETTERS = (30, 100, 300, 800)  # of that
 UNTOLD = {"en": "You have not told me that yet.", "zh": "这个你还没有告诉我。"}
 
 
@@ -31,26 +37,50 @@ def talk_chats(languages: Sequence[str] = LANGUAGES, dialogues: int = DIALOGUES)
     """Yield (where, {"messages": [...]}): every wording alone, then so many dialogues of 2 to 12 turns.
 
     Dialogues mix what is known, what is not, facts about countries, turns of corpus:chatterbot, what the user tells and
-    asks back, and questions that depend on the turn before. No held-out wording is ever asked.
+    asks back, and questions that depend on the turn before. No held-out wording is ever asked. Now and then strangers
+    talk in between, which is not learnt: without it, a model goes on with what was talked about, whatever it is asked.
     """
     speakers = [Speaker(read_texts(language)) for language in languages]
-    yield from chats_of(speakers, dialogues)
+    yield from chats_of(speakers, dialogues, _strangers())
 
 
-def chats_of(speakers: Sequence["Speaker"], dialogues: int) -> Iterator[tuple[str, dict]]:
+def chats_of(
+    speakers: Sequence["Speaker"], dialogues: int, strangers: Sequence[Message] = ()
+) -> Iterator[tuple[str, dict]]:
     for speaker in speakers:
         for number, turns in enumerate(speaker.alone(), 1):
             yield f"talk/{speaker.texts.language}/{number}", _chat(turns)
     draw = random.Random(1)
     for number in range(1, dialogues + 1):
-        yield f"talk/dialogue {number}", _chat(_dialogue(speakers, draw))
+        yield f"talk/dialogue {number}", {"messages": _dialogue(speakers, draw, strangers)}
 
 
 def _chat(turns: Sequence[Turn]) -> dict:
-    """As messages. Rewording is trained, but not to ask for it, as many turns have no likelier reply than that."""
-    roles = ("user", "assistant")
-    messages = [{"role": r, "content": t} for turn in turns for r, t in zip(roles, turn, strict=True)]
-    return {"messages": [m | {"weight": 0} if m["content"] in AGAIN.values() else m for m in messages]}
+    return {"messages": [*chain(*map(_messages, turns))]}
+
+
+def _messages(turn: Turn) -> list[Message]:
+    """Rewording is trained, but not to ask for it, as many turns have no likelier reply than that."""
+    messages = [{"role": r, "content": t} for r, t in zip(("user", "assistant"), turn, strict=True)]
+    return [m | {"weight": 0} if m["content"] in AGAIN.values() else m for m in messages]
+
+
+def _strangers() -> list[Message]:
+    """What is said in talks about anything, in English and Chinese."""
+    talks = chain(islice(chitchat(chitchat_talks()), STRANGERS), chatterbot(chatterbot_files("chinese")))
+    return [message for _, talk in talks for message in talk["messages"]]
+
+
+def _overheard(strangers: Sequence[Message], draw: random.Random) -> list[Message]:
+    """Nothing, or a stretch of what strangers say, which may break off within a word."""
+    heard: list[Message] = []
+    if strangers and draw.random() < OVERHEARD:
+        left, at = draw.choice(LETTERS), draw.randrange(len(strangers))
+        while left > 0 and at < len(strangers):
+            said = strangers[at]["content"]
+            heard.append(strangers[at] | {"content": said[:left].strip(), "weight": 0})
+            left, at = left - len(said), at + 1
+    return heard
 
 
 def _not_known(relation: Relation) -> Entry:
@@ -74,11 +104,11 @@ def _others(texts: Texts, known: list[Fact]) -> list[Entry]:
     return [entry for question, entry in first.items() if question not in taken]
 
 
-def _dialogue(speakers: Sequence["Speaker"], draw: random.Random) -> list[Turn]:
+def _dialogue(speakers: Sequence["Speaker"], draw: random.Random, strangers: Sequence[Message]) -> list[Message]:
     """Turns one after another; what was told is asked back after some turns."""
     length, speaker = draw.choice(LENGTHS), draw.choice(speakers)
-    turns: list[Turn] = []
-    later: list[tuple[int, Turn]] = []  # what is asked back, and before which turn
+    turns: list[list[Message]] = []
+    later: list[tuple[int, list[Message]]] = []  # what is asked back, and before which turn
     told: dict[tuple[str, ...], Speaker] = {}  # how it is asked back, and in whose language
     while len(turns) + len(later) < length:
         for due, turn in [pair for pair in later if pair[0] <= len(turns)]:
@@ -86,20 +116,19 @@ def _dialogue(speakers: Sequence["Speaker"], draw: random.Random) -> list[Turn]:
             turns.append(turn)
         if draw.random() < CHANGE:
             speaker = draw.choice(speakers)
-        kind = draw.choices(*zip(*speaker.weights.items(), strict=True))[0]
-        entry = speaker.next(kind)
-        if not turns and not later and draw.random() < OPENED:
-            kind, entry = "intents", speaker.next("usual")
+        usual = not turns and not later and draw.random() < OPENED
+        kind = "intents" if usual else draw.choices(*zip(*speaker.weights.items(), strict=True))[0]
+        entry = speaker.next("usual" if usual else kind)
         if told and speaker.depends(kind, entry, told):
             continue
-        *before, turn = speaker.turns(kind, entry)
-        turns += before
+        first, *others = map(_messages, speaker.turns(kind, entry))
+        together = [_overheard(strangers, draw) + first, *others]
         if kind == "told":
             told[entry.ask] = speaker
-            later.append((len(turns) + draw.choice((0, 0, 1, 1, 2, 3, 4, 6)), turn))
-        else:
-            turns.append(turn)
-    return turns + [turn for _, turn in sorted(later)]
+            due = len(turns) + len(others) + draw.choice((0, 0, 1, 1, 2, 3, 4, 6))
+            later.append((due, _overheard(strangers, draw) + together.pop()))
+        turns += together
+    return [*chain(*turns, *(turn for _, turn in sorted(later, key=itemgetter(0))))]
 
 
 class Speaker:
