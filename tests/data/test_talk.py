@@ -2,14 +2,15 @@
 
 import re
 from collections import defaultdict
-from itertools import product
+from itertools import pairwise, product
 
 import pytest
 from starter_report import questions
 
+from rwkv_train.bench.fact_cases import strangers_talk
 from rwkv_train.data.corpora.catalogue import corpus_version, read_corpus
 from rwkv_train.data.corpora.facts import facts
-from rwkv_train.data.corpora.talk.chats import AGAIN, OPENED, UNTOLD, USUAL, Speaker, chats_of, talk_chats
+from rwkv_train.data.corpora.talk.chats import AGAIN, OPENED, OVERHEARD, UNTOLD, USUAL, Speaker, chats_of, talk_chats
 from rwkv_train.data.corpora.talk.texts import LANGUAGES, bare, parse, read_texts
 from rwkv_train.data.corpora.talk.wordings import MARKS, Draw, reworded, unheard, varied
 
@@ -73,8 +74,9 @@ def test_dialogues_have_two_to_twelve_turns(toy):
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_many_dialogues_begin_with_what_people_say_first(language):
     usual = {entry.say for entry in read_texts(language).intents[:USUAL]}
-    chats = [chat["messages"] for where, chat in talk_chats([language], 400) if "dialogue" in where]
-    begun = [message["content"] in usual for _, message, *_ in chats]
+    chats = [chat for where, chat in talk_chats([language], 400) if "dialogue" in where]
+    ours = [[m["content"] for m in chat["messages"] if m not in overheard(chat)] for chat in chats]
+    begun = [reply in usual for _, reply, *_ in ours]
     assert OPENED / 2 < sum(begun) / len(begun) < OPENED * 1.5  # 2% without
 
 
@@ -96,6 +98,38 @@ def test_held_out_wordings_and_things_are_never_said(toy):
         assert not any(form.fullmatch(question) for form in forms for question in asked)
     said = "\n".join(message["content"] for _, chat in toy for message in chat["messages"])
     assert not any(thing in said for things in TEXTS.unseen_things.values() for thing in things)
+
+
+STRANGERS = [{"role": "user", "content": "Seen the game?"}, {"role": "assistant", "content": "No.\n\nWas it good?"}]
+
+
+def overheard(chat):
+    """What strangers say in a chat."""
+    return [m for m in chat["messages"] if m.get("weight") == 0 and m["content"] not in AGAIN.values()]
+
+
+def test_strangers_talk_between_turns_which_is_not_learnt():
+    """They may break off anywhere, but never stand between a question and the turn that it needs."""
+    heard, needing = 0, 0
+    for _, chat in chats_of([Speaker(TEXTS)], 400, STRANGERS * 30):
+        strange = overheard(chat)
+        heard += bool(strange)
+        assert all(
+            m["content"] and any(each["content"].startswith(m["content"]) for each in STRANGERS) for m in strange
+        )
+        ours = [m["role"] for m in chat["messages"] if m not in strange]
+        assert ours == ["user", "assistant"] * (len(ours) // 2)
+        for before, message in pairwise(chat["messages"]):
+            if bare(message["content"]) == "until when":
+                needing += 1
+                assert before["content"].startswith("I do not know when")
+    assert 400 * OVERHEARD < heard < 400 * 0.5 and needing > 10
+
+
+def test_the_strangers_are_not_those_of_a_benchmark():
+    unread = [text.strip() for talk in strangers_talk() for text, _ in talk]
+    heard = [m["content"] for _, chat in talk_chats(dialogues=300) for m in overheard(chat) if len(m["content"]) > 60]
+    assert heard and not [one for one in heard for other in unread if other.startswith(one)]
 
 
 def test_what_was_told_is_known_later_and_nothing_before(toy):
@@ -215,7 +249,7 @@ def test_the_source_names_languages_and_dialogues():
     assert english[-3:] == ["talk/dialogue 1", "talk/dialogue 2", "talk/dialogue 3"]
     assert not any(where.startswith("talk/zh") for where in english)
     assert next(read_corpus("talk/30")) == next(read_corpus("talk")) == next(talk_chats())
-    assert "texts" in corpus_version("talk/30") and "babel" in corpus_version("talk")
+    assert "texts" in corpus_version("talk/30") and "chitchat" in corpus_version("talk")
 
 
 @pytest.mark.parametrize("name", ["talk/french", "talk/en/many", "talk/3/en"])

@@ -13,7 +13,7 @@ PACKAGES = {
     "chatterbot": ("chatterbot-corpus",),
     "facts": ("rwkv_train", "countryinfo", "babel", "chatterbot-corpus"),
     "chitchat": ("chitchat-dataset",),
-    "talk": ("rwkv_train", "countryinfo", "babel", "chatterbot-corpus"),
+    "talk": ("rwkv_train", "countryinfo", "babel", "chatterbot-corpus", "chitchat-dataset"),
 }
 
 
