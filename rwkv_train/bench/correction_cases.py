@@ -1,7 +1,7 @@
 """What a benchmark of corrections teaches and asks: cases, and reading them from a file."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -60,6 +60,11 @@ def load_cases(path: str | Path) -> list[Case]:
 def _case(found: object) -> Case:
     if not isinstance(found, dict):
         raise ValueError("no object")
+    if unknown := sorted(found.keys() - {f.name for f in fields(Case)}):
+        raise ValueError(f"it has no field {unknown[0]}")
+    if missing := {"question", "answer"} - found.keys():
+        raise ValueError(f"{min(missing)} is missing")
+    found = {name: value for name, value in found.items() if value is not None}
     lists = {name: found[name] for name in ("paraphrases", "neighbours", "same_subject") if name in found}
     before = found.get("before", [])
     if not all(isinstance(value, list) for value in [before, *lists.values(), *before]):

@@ -17,7 +17,7 @@ from rwkv_train.bench.correction_tables import LESS_IS_BETTER, Results, kinds_ta
 from rwkv_train.bench.corrections import CONTROLS, Protocol, Tick
 from rwkv_train.bench.fact_cases import small_talk, strangers_talk
 from rwkv_train.bench.joint import learnt_together
-from rwkv_train.bench.measure import write_json
+from rwkv_train.bench.measure import installed, write_json
 from rwkv_train.bench.settings import FeedbackBench
 from rwkv_train.chat.session import number
 from rwkv_train.checkpoints.opener import open_model
@@ -33,12 +33,15 @@ PARTS = 10  # of all that must not change, one for each of many single correctio
 
 def feedback(config: FeedbackBench) -> None:
     """Run the protocol on a model and cases, with its controls, and print the tables beside their targets."""
-    if config.before < 0:
-        raise ValueError(f"before must not be negative, found {config.before}")
+    _check(config)
     found, recipe = case_set(config.cases), chosen_recipe(config.recipe)
     found = replace(found, cases=chosen_cases(found.cases, config.kinds, config.limit))
     counts = _counts(config.counts, found.counts, len(found.cases), "counts")
     controls = _counts(config.controls, found.control_counts, len(found.cases), "controls")
+    if not counts and not controls:
+        raise ValueError("counts and controls are empty, so nothing would be measured; give one of them a number")
+    if config.also and not any(case.paraphrases for case in found.cases):
+        raise ValueError("also gives the first paraphrase of each case, and no case has any; leave it out")
     unrelated = [text for _, text in read_lines(config.unrelated)] if config.unrelated else small_talk()
     heldout = [[(read_text(config.heldout), True)]] if config.heldout else strangers_talk()
     model, *form = open_model(config.model or STARTER, config.tokenizer, config.template, torch.float32)
@@ -97,6 +100,7 @@ class Runs:
         self.kinds: dict[str, dict[str, list[dict[str, float]]]] = {}
         if config.answers:
             Path(config.answers).write_text("", encoding="utf-8")
+        self.write()  # what cannot be written is told before anything is measured
 
     def add(self, column: str, seed: int, marks: list[Marks]) -> None:
         self.runs.setdefault(column, []).append(figures(marks))
@@ -137,9 +141,25 @@ def chosen_recipe(text: str | None) -> FeedbackConfig:
         name, _, value = part.strip().partition("=")
         if not value:
             raise ValueError(f"--recipe {part!r} sets nothing; write NAME=VALUE")
+        if name in changes:
+            raise ValueError(f"--recipe sets {name} twice; give it once")
         kind = kinds.get(RENAMED.get(name, name))
         changes[name] = number(value, kind) if kind in (int, float) else value
     return FeedbackConfig(**changes)
+
+
+def _check(config: FeedbackBench) -> None:
+    """Raises ValueError for what would fail, or mean nothing, after all was measured."""
+    if config.before < 0:
+        raise ValueError(f"before must not be negative, found {config.before}")
+    if config.seeds < 1:
+        raise ValueError(f"seeds must be at least 1, found {config.seeds}")
+    if config.plot and not (Path(config.plot).suffix in (".svg", ".png") and Path(config.plot).parent.is_dir()):
+        raise ValueError(f"--plot {config.plot} cannot be drawn; name a .svg or .png in a folder that is there")
+    if config.plot and not installed("matplotlib"):
+        raise ValueError('--plot needs matplotlib: pip install "rwkv_train[plots]"')
+    if config.heldout is not None and not read_text(config.heldout).strip():
+        raise ValueError(f"{config.heldout} is empty, so no perplexity can be measured on it; name a text")
 
 
 def _counts(chosen: list[int] | None, usual: list[int], cases: int, name: str) -> list[int]:

@@ -2,7 +2,9 @@
 
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
+from itertools import chain, zip_longest
 from pathlib import Path
 
 from tqdm import tqdm
@@ -14,7 +16,7 @@ from rwkv_train.checkpoints.opener import open_model
 from rwkv_train.command_config import FeedbackFileConfig
 from rwkv_train.feedback import Correction, Learner, Reading
 from rwkv_train.feedback.background import in_a_line
-from rwkv_train.feedback.extent import another_wording, check_differs, kept_question
+from rwkv_train.feedback.extent import check_differs
 from rwkv_train.files import counted, read_lines
 
 
@@ -29,23 +31,24 @@ def feedback(config: FeedbackFileConfig) -> int:
     with open_profile(opened, folder, config.profile, config.model, config.memory) as learner:
         if file and file.resolve() in (learner.folder.resolve(), learner.journal.path.resolve()):
             raise ValueError(f"{config.file} is what is to learn from it; name another --profile")
-        corrections = [_checked(one, learner) for one in taught]  # all of them, before any is learnt
+        items = [_checked(one, learner) for one in taught]  # all of them, before any is learnt
         left = [record["id"] for record in learner.waiting()]  # by a crash, or by a chat that was killed
         if left:
             print(f"received before and not learnt yet, so learnt first: {', '.join(map(str, left))}", file=sys.stderr)
-        rows = [_learnt(learner, number) for number in left]
-        for one, item in zip(
-            tqdm(taught, "feedback", unit="correction", leave=False, disable=not taught), corrections, strict=True
-        ):
-            rows += [_learnt(learner, number) for number in _received(one, item, learner)]
-        learned = sum(accepted for accepted, _ in rows)
-        if rows:
-            print(f"{'':>4}  {'loss':>15}  {'steps':>5}  {'s':>5}  {'drift':>7}  answer")
-            print("\n".join(row for _, row in rows))
-            print(f"\n{learned} of {len(rows)} learnt; kept in {learner.folder}")
+        learned, count = 0, len(left) + len(items)
+        if count:
+            print(f"{'':>4}  {'loss':>15}  {'steps':>5}  {'s':>5}  {'drift':>7}  answer", flush=True)
+        numbers = chain(left, _received(taught, items, learner))
+        for number in tqdm(numbers, "feedback", count, unit="correction", leave=False, disable=not count):
+            accepted, row = _learnt(learner, number)
+            learned += accepted
+            tqdm.write(row)
+            sys.stdout.flush()
+        if count:
+            print(f"\n{learned} of {count} learnt; kept in {learner.folder}")
         if config.sleep:
             print(told_slept(learner.sleep()))
-    return 0 if learned == len(rows) else 1
+    return 0 if learned == count else 1
 
 
 def _read(path: Path) -> list[Taught]:
@@ -54,7 +57,7 @@ def _read(path: Path) -> list[Taught]:
         left_out, taught = of_profile(path if path.is_dir() else path.parent)
     else:
         ignored: Counter[str] = Counter()
-        taught = [taught_by(f"{path}:{n}", line, ignored) for n, line in read_lines(path)]
+        taught = [one for n, line in read_lines(path) for one in taught_by(f"{path}:{n}", line, ignored)]
         left_out = f"not used: {counted(ignored, 'correction')}" if ignored else ""
     if not taught:
         raise ValueError(f"{path} holds no correction; put one on each line")
@@ -64,26 +67,31 @@ def _read(path: Path) -> list[Taught]:
 
 
 def _checked(one: Taught, learner: Learner) -> Correction | Reading:
-    """What is to be learnt, in its dialogue. Raises ValueError if it, or what belongs to it, cannot be."""
+    """What is to be learnt, in its dialogue. Raises ValueError if it cannot be."""
     try:
         item = one.item
         if one.before:
             item = replace(item, context=tuple(learner.form.dialogue(one.before)))
+        if one.of:
+            check_differs(item.question, one.of.item.question)
         learner.check(item)
-        for _, text in one.belonging:
-            check_differs(text, item.question)
-            learner.check(replace(item, question=text))
         return item
     except ValueError as error:
         raise ValueError(f"{one.where}: {error}") from None
 
 
-def _received(one: Taught, item: Correction | Reading, learner: Learner) -> list[int]:
-    """The numbers of a correction and of what belongs to it, all of them on the disk."""
-    number, journal = learner.receive(item), learner.journal
-    makes = [kept_question if keeps else another_wording for keeps, _ in one.belonging]
-    texts = [text for _, text in one.belonging]
-    return [number, *(learner.receive(make(journal, text, number)) for make, text in zip(makes, texts, strict=True))]
+def _received(taught: list[Taught], items: list[Correction | Reading], learner: Learner) -> Iterator[int]:
+    """The numbers of corrections when it is their turn; with each, all that stands behind it is on the disk by then."""
+    numbers: dict[int, int] = {}
+    waiting: list[int] = []
+    for one, item, following in zip_longest(taught, items, taught[1:]):
+        if one.of:
+            item = replace(item, of=numbers[id(one.of)], answer=None if item.keeps else item.answer)
+        numbers[id(one)] = learner.receive(item)
+        waiting.append(numbers[id(one)])
+        if following is None or following.of is not (one.of or one):
+            yield from waiting
+            waiting = []
 
 
 def _learnt(learner: Learner, number: int) -> tuple[bool, str]:

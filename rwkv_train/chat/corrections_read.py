@@ -1,7 +1,10 @@
-"""Corrections as a file says them: a line each, or the journal of another profile."""
+"""Corrections as a file says them: a line each, or the journal of another profile.
+
+What belongs to a correction stands behind it, in the order in which it is learnt.
+"""
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from rwkv_train.data.templates import SHAREGPT, read_message
@@ -15,20 +18,20 @@ EXPECTED = 'expected {"question": ..., "answer": ...}, both of them text, or {"m
 
 @dataclass(frozen=True)
 class Taught:
-    """A correction, and what belongs to it.
+    """A correction, or what belongs to one.
 
-    where: it stands. before: messages of the dialogue before it. belonging: (whether it keeps its answer, text) of
-    other questions.
+    where: it stands. before: messages of the dialogue before it. of: the one it belongs to, as another way to ask it or
+    a question that keeps its answer.
     """
 
     where: str
     item: Correction | Reading
     before: list[dict] = field(default_factory=list)
-    belonging: list[tuple[bool, str]] = field(default_factory=list)
+    of: "Taught | None" = None
 
 
-def taught_by(where: str, line: str, ignored: Counter[str]) -> Taught:
-    """The correction that a line is; the fields that corrections do not have are counted in `ignored`."""
+def taught_by(where: str, line: str, ignored: Counter[str]) -> list[Taught]:
+    """What a line says; the fields that corrections do not have are counted in `ignored`."""
     try:
         found = parse_json(line)
     except BadJSON as error:
@@ -37,6 +40,9 @@ def taught_by(where: str, line: str, ignored: Counter[str]) -> Taught:
         raise ValueError(f"{where}: {EXPECTED}")
     found = {name: value for name, value in found.items() if value is not None}
     belonging = [(name == "not", text) for name in ("also", "not") for text in _texts(where, name, found.pop(name, []))]
+    said = [text.strip() for _, text in belonging]
+    if twice := [text for text in said if said.count(text) > 1]:
+        raise ValueError(f"{where}: also and not have {twice[0]!r} twice; give it once")
     try:
         if "messages" in found:
             before, question, answer = _of_messages(found.pop("messages"), ignored)
@@ -50,7 +56,8 @@ def taught_by(where: str, line: str, ignored: Counter[str]) -> Taught:
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
     ignored.update(found.keys())
-    return Taught(where, Correction(question, answer), before, belonging)
+    root = Taught(where, Correction(question, answer), before)
+    return [root, *(Taught(where, Correction(text, answer, keeps=keeps), before, root) for keeps, text in belonging)]
 
 
 def of_profile(folder: Path) -> tuple[str, list[Taught]]:
@@ -64,20 +71,16 @@ def of_profile(folder: Path) -> tuple[str, list[Taught]]:
         raise ValueError(f"{folder} is no profile: it holds no journal.jsonl; name a file of corrections, or a profile")
     ledger = Ledger(read(path))
     active = [r for r in (*ledger.sequence.values(), *ledger.waiting.values()) if r["kind"] == "received"]
-    roots, dialogues = {}, 0
+    taught: dict[int, Taught] = {}
+    dialogues = 0
     for record in active:
-        item = item_of(record)
-        if isinstance(item, Reading):
-            roots[record["id"]] = Taught(f"{path}:{record['id']}", item)
-        elif item.of is None:
-            dialogues += bool(item.context)
-            item = Correction(item.question, item.answer, rejected=item.rejected)
-            roots[record["id"]] = Taught(f"{path}:{record['id']}", item)
-    for record in active:
-        if record.get("of") in roots:
-            roots[record["of"]].belonging.append((record["keeps"], record["question"]))
+        item, of = item_of(record), None
+        if isinstance(item, Correction):
+            dialogues += bool(item.context) and item.of is None
+            of, item = taught.get(item.of), replace(item, context=(), of=None)
+        taught[record["id"]] = Taught(f"{path}:{record['id']}", item, of=of)
     left = f"left out of {folder}: the dialogues before {dialogues} of its corrections, as they are its model's tokens"
-    return left if dialogues else "", list(roots.values())
+    return left if dialogues else "", list(taught.values())
 
 
 def _texts(where: str, name: str, value: object) -> list[str]:

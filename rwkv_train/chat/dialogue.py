@@ -162,6 +162,7 @@ class Dialogue:
         self.last()
         turns = [{k: v for k, v in vars(t).items() if k != "state"} for t in self.turns]
         content = {"tokenizer": self.tokenizer.fingerprint, "pending": self.pending, "turns": turns}
+        content["version"] = self.version
         lanes = State(*(torch.cat(parts).cpu() for parts in zip(*(t.state for t in self.turns), strict=True)))
         found = {"dialogue": json.dumps(content), "rng": self.rng.get_state(), **lanes._asdict()}
         path = Path(path)
@@ -169,7 +170,10 @@ class Dialogue:
         replace_file(path, lambda temporary: write_pth(found, temporary))
 
     def load(self, path: str | Path) -> None:
-        """Go on where a saved dialogue was. Raises ValueError, changing nothing, for a file that does not fit."""
+        """Go on where a saved dialogue was; one of another version of the model is read again.
+
+        Raises ValueError, changing nothing, for a file that does not fit.
+        """
         self.stop()
         found = read_weights(Path(path))
         rng = torch.Generator()
@@ -187,6 +191,8 @@ class Dialogue:
             raise ValueError(f"{path} was held with a model of another size or tokenizer; open it with that one")
         self.turns = [replace(t, state=t.state.to(fresh.wkv)) for t in turns]
         self.rng, self.pending = rng, pending
+        if content.get("version") != self.version:
+            self.reread(self.model, self.version)
 
     def _start(self, reply: Iterator[str]) -> Iterator[str]:
         self._running = reply

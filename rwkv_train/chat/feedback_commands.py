@@ -130,8 +130,12 @@ class Teacher:
             raise ValueError(f"write /{name} TEXT, or /{name} 12: TEXT for correction 12")
         if named := re.fullmatch(r"(\d+):\s+(.+)", rest, re.DOTALL):
             return named[2], int(named[1])
-        if label := re.fullmatch(r"(\d+)[a-z]", rest):
-            return question_of(self.learner.journal.ledger, rest), int(label[1])
+        if label := re.fullmatch(r"(\d+)[a-z]", rest.lower()):
+            return question_of(self.learner.journal.ledger, label[0]), int(label[1])
+        known = [record["id"] for record in self.learner.active()]
+        if (begun := re.match(r"(\d+)([a-z]?\s*,|:|$)", rest.lower())) and int(begun[1]) in known:
+            meant = f"/{name} {begun[1]}: TEXT, or one label as {begun[1]}a"
+            raise ValueError(f"{rest!r} is unclear; write {meant}. To ask just that: /{name} {known[-1]}: {rest}")
         return rest, None
 
     def _good(self, chat: Chat, rest: str) -> Iterable[str]:
@@ -215,7 +219,7 @@ class Teacher:
             raise ValueError("write /export FILE")
         path = Path(rest).expanduser()
         written, waits = self.learner.export(path), len(self.learner.waiting())
-        others = len(self.learner.learnt()) - written.chats
+        others = len(self.learner.learnt()) - written.chats - written.replaced
         return [exported(written, others, waits, path)]
 
     def _run(self, job: Callable[[], str], meanwhile: str = "learning; go on") -> Iterable[str]:

@@ -34,6 +34,10 @@ def open_profile(opened: Opened, folder: Path, profile: str | None, name: str | 
     Where the profile of the model's name belongs to another model, one beside it is opened, and that is said. Raises
     ValueError if it was named. What was received and not learnt waits.
     """
+    if profile is not None and (profile in ("", ".", "..") or Path(profile).name != profile):
+        raise ValueError(f"--profile must be a plain name, found {profile!r}; --folder says where profiles are kept")
+    if memory is not None and not memory > 0:
+        raise ValueError(f"--memory must be above 0 GB, found {memory}; leave it out for most of the device's")
     model, tokenizer, template = opened
     most, path = None if memory is None else int(memory * 2**30), Path(name).expanduser().resolve()
     usual = folder / "profiles" / (profile or (path.parent.name if path.stem == "model" else path.stem))
@@ -43,6 +47,5 @@ def open_profile(opened: Opened, folder: Path, profile: str | None, name: str | 
         if profile:
             raise
         ours = usual.with_name(f"{usual.name}-{error.base[:8]}")
-        if not ours.exists():
-            print(f"{error}. Corrections of this one are kept in {ours}", file=sys.stderr)
+        print(f"{error}. Corrections of this one are kept in {ours}", file=sys.stderr)
     return Learner(model, tokenizer, ours, template, recover=False, memory=most)

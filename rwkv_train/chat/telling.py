@@ -81,6 +81,8 @@ def exported(written: Exported, others: int, waits: int, path: Path) -> str:
         text += f"; {waits} that are not learnt yet are not among them"
     if others:
         text += f"; {others} without a right answer (/bad, /learn) are no chats, and not among them"
+    if written.replaced:
+        text += f"; {written.replaced} whose question has another answer since are not among them"
     if written.alone:
         text += f"; {written.alone} without the dialogue before them, which could not be told from its tokens"
     return text

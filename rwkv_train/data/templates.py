@@ -68,7 +68,7 @@ class Template:
             message = read_message(raw, number)
             role = self.role_of(message)
             form = self._form(role)
-            content = self._clean(message.content)
+            content = self.clean(message.content)
             if not content.strip():
                 if role == "system":
                     continue
@@ -128,7 +128,8 @@ class Template:
             raise ValueError(f"role {role!r} is unknown; the template knows {', '.join(self.roles)}")
         return self.roles[role]
 
-    def _clean(self, content: str) -> str:
+    def clean(self, content: str) -> str:
+        """A message's content as it is written: without blank lines and white space around it, unless these stay."""
         if not self.collapse_blank_lines:
             return content
         return re.sub(r"\n\s*\n", "\n", content.replace("\r\n", "\n").strip())

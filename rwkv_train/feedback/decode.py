@@ -17,7 +17,7 @@ from rwkv_train.tokenizer import Tokenizer
 
 MAX_NEW_TOKENS = 48  # of a reply, unless told otherwise
 STATES = 1 << 28  # bytes of the states of lanes that are decoded side by side
-MAX_REPLY = 200  # tokens of a reply that is decoded to see what was learnt
+MAX_REPLY = 200  # tokens of a reply that is decoded to see what was learnt, if what is taught is not longer
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,10 @@ class Form:
     def dialogue(self, messages: list[dict]) -> list[int]:
         """Messages in the middle of a document. Raises ValueError for what is no message of the template's."""
         return [i for piece, _ in self.template.segments(messages) for i in self.tokenizer.encode(piece)]
+
+    def longest(self, answer: str | None) -> int:
+        """Tokens of a reply that are decoded to see whether it is an answer that was taught."""
+        return max(MAX_REPLY, len(self.answer(answer)) if answer else 0)
 
     def answer(self, text: str) -> list[int]:
         """A reply and its end. ValueError if the template trains none of it."""
@@ -77,13 +81,13 @@ def greedy(
     return decode(model, form.tokenizer, prompts, form.template.end(), state, max_new_tokens)
 
 
-def answer_to(model: RWKV, form: Form, question: str, context: Sequence[int] = ()) -> str:
+def answer_to(model: RWKV, form: Form, question: str, context: Sequence[int] = (), taught: str | None = None) -> str:
     """The greedy reply to a question on its own, as a person sees it, of at most MAX_REPLY tokens.
 
-    context: ids of a dialogue before it.
+    context: ids of a dialogue before it. taught: what it should be, of which all is decoded.
     """
     prompt = [form.tokenizer.eod, *context, *form.turn(question)]
-    return form.shown(greedy(model, form, [prompt], max_new_tokens=MAX_REPLY)[0])
+    return form.shown(greedy(model, form, [prompt], max_new_tokens=form.longest(taught))[0])
 
 
 @torch.no_grad()

@@ -13,13 +13,15 @@ from rwkv_train.files import replace_file
 class Exported:
     """How many chats were written: of corrections, of other ways to ask these, of questions that keep their answer.
 
-    alone: of them, those whose dialogue before could not be told from its tokens, and is left out.
+    alone: of them, those whose dialogue before could not be told from its tokens, and is left out. replaced: how many
+    were not written, as their question has another answer by now.
     """
 
     corrections: int
     also: int
     kept: int
     alone: int
+    replaced: int
 
     @property
     def chats(self) -> int:
@@ -29,14 +31,17 @@ class Exported:
 def export(corrections: list[Correction], form: Form, path: Path) -> Exported:
     """Write corrections as chats that `prepare` reads, and those with a wrong reply to PATH.pairs.jsonl.
 
-    corrections: with their right answers. Only these are trained, not the replies before them. Raises ValueError,
-    writing nothing, where one of the files is there.
+    Written are those with a right answer, of several answers to one question the last. Only these are trained, not the
+    replies before them. Raises ValueError, writing nothing, where one of the files is there.
     """
     targets = [path, path.with_name(path.name + ".pairs.jsonl")]
     if there := next((str(target) for target in targets if target.exists()), ""):
         raise ValueError(f"{there} is there already; delete it, or name another file")
+    last = {c.question: c for c in corrections}
+    answered = [c for c in corrections if c.answer is not None]
+    written = [c for c in answered if not _replaced(c, last[c.question])]
     chats, pairs, alone = [], [], 0
-    for c in corrections:
+    for c in written:
         before = form.template.messages(form.tokenizer.decode(list(c.context)))
         alone += before is None
         asked = [*(before or []), {"role": "user", "content": c.question}]
@@ -47,5 +52,10 @@ def export(corrections: list[Correction], form: Form, path: Path) -> Exported:
     for target, records in zip(targets, (chats, pairs), strict=True):
         text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
         replace_file(target, lambda temporary, text=text: temporary.write_text(text, encoding="utf-8"))
-    kept, also = sum(c.keeps for c in corrections), sum(c.of is not None and not c.keeps for c in corrections)
-    return Exported(len(corrections) - kept - also, also, kept, alone)
+    kept, also = sum(c.keeps for c in written), sum(c.of is not None and not c.keeps for c in written)
+    return Exported(len(written) - kept - also, also, kept, alone, len(answered) - len(written))
+
+
+def _replaced(c: Correction, last: Correction) -> bool:
+    """Whether the last correction of the same question does away with the answer of one."""
+    return c.answer == last.rejected if last.answer is None else c.answer != last.answer

@@ -53,7 +53,7 @@ def settled(
     if item.of not in (None, *numbers):
         raise ValueError(f"correction {item.of}, to which it belongs, is not learnt")
     if not item.keeps:
-        return received, _replaced(item, known)
+        return received, "; ".join(filter(None, [_replaced(item, known), _shortened(item, form)]))
     others = [r for r in known if item.of not in (r["id"], r.get("of")) and r.get("question") == item.question]
     if others and others[-1]["answer"] is not None:
         item = replace(item, answer=others[-1]["answer"], context=())
@@ -74,6 +74,13 @@ def _replaced(item: Correction, known: list[dict]) -> str:
     if last is None or last["answer"] in (None, item.answer):
         return ""
     return f"in place of correction {last['id']}: of answers to one question the last counts, in any dialogue"
+
+
+def _shortened(item: Correction, form: Form) -> str:
+    """That an answer is learnt without some of its lines, as a note; "" if it is not."""
+    if item.answer is None or form.template.clean(item.answer) == item.answer.replace("\r\n", "\n").strip():
+        return ""
+    return "its blank lines are left out: a blank line ends a message of this model's"
 
 
 def is_kept(item: Correction, model: RWKV, form: Form) -> bool:

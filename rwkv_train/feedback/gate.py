@@ -41,7 +41,7 @@ def gate(
             after = whole if share == 1 else between(before, whole, share)
             drift = rehearsal.drift(before, after)
             if isinstance(item, Correction):
-                answer = answer_to(after, rehearsal.form, item.question)
+                answer = answer_to(after, rehearsal.form, item.question, taught=item.answer)
                 if not shows(item, answer, rehearsal.form):
                     why = why or f"decoding still gives {answer!r}"
                     break
@@ -49,6 +49,15 @@ def gate(
                 return Verdict(True, after, share, drift, "", answer)
             why = f"everything else would drift by {drift:.3g} nats a token, over max_kl, {max_kl}"
     return Verdict(False, before, 0.0, drift, why, answer_before)
+
+
+def told_of_dialogue(item: Correction | Reading, model: RWKV, form: Form) -> str:
+    """That a correction does not show in the dialogue it was made in, as a note; "" if it does, or there is none."""
+    if isinstance(item, Reading) or not item.context:
+        return ""
+    with half_the_threads():
+        answer = answer_to(model, form, item.question, item.context, item.answer)
+    return "" if shows(item, answer, form) else f"in its dialogue decoding still gives {answer!r}; /fix it there again"
 
 
 def shows(correction: Correction, answer: str, form: Form) -> bool:

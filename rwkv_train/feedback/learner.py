@@ -29,7 +29,7 @@ from rwkv_train.feedback.correction import (
 from rwkv_train.feedback.decode import Form, answer_to
 from rwkv_train.feedback.export import Exported, export
 from rwkv_train.feedback.extent import another_wording, belonging, is_kept, kept_question, settled
-from rwkv_train.feedback.gate import Verdict, gate
+from rwkv_train.feedback.gate import Verdict, gate, told_of_dialogue
 from rwkv_train.feedback.journal import Journal
 from rwkv_train.feedback.lesson import Lesson, lesson_of, text_lesson
 from rwkv_train.feedback.memory import fitting, memory_of, told_of
@@ -40,7 +40,7 @@ from rwkv_train.feedback.sleep import Sleep, Slept, judged
 from rwkv_train.feedback.snapshots import Snapshots, weights_hash
 from rwkv_train.feedback.steps import Diverged, Tick, dynamic_evaluation, take_steps
 from rwkv_train.feedback.texts import answer_loss
-from rwkv_train.feedback.trainable import changed, curved_names
+from rwkv_train.feedback.trainable import changed, curved_names, localised_names
 from rwkv_train.models.base import RWKV
 from rwkv_train.models.finite import NotFinite
 from rwkv_train.ops.products import as_wide
@@ -52,7 +52,7 @@ class OtherModel(ValueError):
     """A profile that was begun with another model, or one in another dtype. base: the hash of this one."""
 
     def __init__(self, folder: Path, base: str, dtype: str, begun: str):
-        again = command("feedback", "--model", "MODEL", "--file", folder, "--profile", "NEW")
+        again = command("feedback", "--model", "MODEL", "--dtype", dtype, "--file", folder, "--profile", "NEW")
         other = "another model" if dtype == begun else f"a model in {begun}, and this one is in {dtype}"
         same = "" if dtype == begun else f"open it with --dtype {begun}, or "
         super().__init__(
@@ -178,9 +178,12 @@ class Learner:
     def receive(self, correction: Correction | Reading) -> int:
         """Record a correction with the settings of now, at once and from any thread; returns its number.
 
-        Raises ValueError, before anything is recorded, for one that cannot be learnt.
+        The question is recorded as the template writes it: white space around it makes no other question. Raises
+        ValueError, before anything is recorded, for one that cannot be learnt.
         """
         self.check(correction)
+        if isinstance(correction, Correction):
+            correction = replace(correction, question=self.form.template.clean(correction.question))
         return self.journal.append("received", **asdict(correction), config=asdict(self.config))["id"]
 
     def commit(self, number: int, tick: Tick = lambda step, loss: None) -> Outcome:
@@ -197,7 +200,9 @@ class Learner:
             if record.get("keeps"):
                 kept = {"kept": {"answer": received.item.answer, "context": received.item.context}}
             outcome, model = self._judge(received, tick)
-            outcome = replace(outcome, note=note if outcome.accepted else "")
+            if outcome.accepted:
+                note = "; ".join(filter(None, [note, told_of_dialogue(received.item, model, self.form)]))
+                outcome = replace(outcome, note=note)
         except Exception as error:
             self.journal.append("committed", of=number, accepted=False, why=in_a_line(error))
             raise
@@ -284,6 +289,8 @@ class Learner:
     def configure(self, **changes) -> None:
         """Change settings for the corrections to come; they are kept. Raises ValueError, changing nothing."""
         config = replace(self.config, **renamed(changes))
+        if config.layers > (most := len(localised_names(self.base))):
+            raise ValueError(f"layers must be at most {most}, the upper half of this model's, found {config.layers}")
         known = curved_names(self.base, self._begun_with.trainable, self._begun_with.layers)[0]
         if set(curved_names(self.base, config.trainable, config.layers or len(self.base.blocks))[0]) - set(known):
             begun = f"trainable {self._begun_with.trainable} and layers {self._begun_with.layers}"
@@ -302,11 +309,11 @@ class Learner:
     def export(self, path: str | Path) -> Exported:
         """Write what was learnt as chats that `prepare` reads, and beside them PATH.pairs.jsonl, preferences.
 
-        Raises ValueError where one of the files is there.
+        An answer in whose place another one was taught is not written. Raises ValueError where one of the files is
+        there.
         """
         items = map(item_of, self.learnt())
-        answered = [it for it in items if isinstance(it, Correction) and it.answer is not None]
-        return export(answered, self.form, Path(path))
+        return export([it for it in items if isinstance(it, Correction)], self.form, Path(path))
 
     def answer(self, question: str, model: RWKV | None = None) -> str:
         """The model's greedy reply to a question on its own, as decoded."""

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, fields
 from functools import wraps
+from math import inf
 from typing import get_args
 
 from rwkv_train.feedback.trainable import Trainable
@@ -101,6 +102,8 @@ class FeedbackConfig:
                     raise ValueError(f"trainable must be one of {', '.join(get_args(Trainable))}, found {value!r}")
             elif not value >= 0:
                 raise ValueError(f"{f.name} must not be negative, found {value}")
+            elif value == inf and f.name != "max_kl":  # without a limit, the gate accepts any drift
+                raise ValueError(f"{f.name} must be finite, found {value}")
 
 
 def _taking_old_names(init):

@@ -14,7 +14,7 @@ import torch
 
 from rwkv_train.feedback.background import Watch, half_the_threads
 from rwkv_train.feedback.correction import Correction, Reading, Received
-from rwkv_train.feedback.decode import MAX_REPLY, greedy
+from rwkv_train.feedback.decode import greedy
 from rwkv_train.feedback.gate import shows
 from rwkv_train.feedback.lesson import Lesson, lesson_of, text_lesson
 from rwkv_train.feedback.rehearsal import RehearsalSet
@@ -170,7 +170,8 @@ def right(model: RWKV, rehearsal: RehearsalSet, corrections: list[Received]) -> 
     order = sorted(range(len(asked)), key=lambda i: len(prompts[i]))
     with half_the_threads():
         for some in (order[i : i + ASKED] for i in range(0, len(order), ASKED)):
-            replies = greedy(model, form, [prompts[i] for i in some], max_new_tokens=MAX_REPLY)
+            most = max(form.longest(asked[i][1].item.answer) for i in some)
+            replies = greedy(model, form, [prompts[i] for i in some], max_new_tokens=most)
             shown = [shows(asked[i][1].item, form.shown(ids), form) for i, ids in zip(some, replies, strict=True)]
             wrong |= {asked[i][1].id for i, is_right in zip(some, shown, strict=True) if not is_right}
     return [it.id not in wrong for it in corrections]

@@ -1,6 +1,7 @@
 """The benchmark of corrections: its cases, what it measures, and the whole of it on a model that knows nothing."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from feedback_toys import BYTES, CONFIG, FORM, rehearsal_set, small_model
@@ -68,6 +69,7 @@ def test_cases_come_back_from_a_file(tmp_path):
     [
         "{}",
         "[1]",
+        '{"question": "a"}',
         '{"question": "a", "answer": " "}',
         '{"question": "a", "answer": "b", "paraphrase": ["c"]}',
         '{"question": "a", "answer": "b", "paraphrases": "c"}',
@@ -290,6 +292,27 @@ def test_bench_feedback_of_kinds_of_talk(here, capsys):
     assert set(results["kinds"]["N=1"]) == {"warm", "cold", "en", "zh"} and "joint, N=2" in results["recipes"]
     answers = [json.loads(line) for line in (here / "a.jsonl").read_text(encoding="utf-8").splitlines()]
     assert len(answers) == 3 + 2 + 2 + 2 and answers[0]["said"].keys() >= {answers[0]["case"]["question"]}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--seeds=0"], "seeds must be at least 1"),
+        (["--counts=[]", "--controls=[]"], "nothing would be measured"),
+        (["--plot=x.foo"], "--plot x.foo cannot be drawn"),
+        (["--plot=nowhere/x.svg"], "cannot be drawn"),
+        (["--json=nowhere/r.json"], "nowhere"),
+        (["--recipe=steps=1,steps=2"], "sets steps twice"),
+        (["--heldout=empty.txt"], "empty.txt is empty"),
+        (["--also=true"], "no case has any"),
+    ],
+)
+def test_what_would_fail_in_the_end_is_refused_at_once(here, capsys, monkeypatch, flags, message):
+    (here / "empty.txt").write_text("\n")
+    (here / "c.jsonl").write_text(lines([replace(case, paraphrases=[]) for case in CASES]), encoding="utf-8")
+    monkeypatch.setattr("rwkv_train.bench.feedback.corrected", lambda *_: pytest.fail("it is being measured"))
+    code, out, err = run(*FLAGS, *flags, capsys=capsys)
+    assert code == 1 and message in err and not out, out + err
 
 
 def test_more_corrections_than_cases_are_refused(here, capsys):

@@ -66,6 +66,9 @@ def test_also_and_not_in_a_chat(scripted):
     assert "is the corrected question itself" in answer(chat, "/not 4: sea?")
     assert "corrections to undo, not 99" in answer(chat, "/undo 99")
     assert chat.failures == failures + 6
+    for unclear in ("4", "4:warm?", "4a, 4b", "4, 6"):
+        told = answer(chat, f"/also {unclear}")
+        assert "is unclear; write /also 4: TEXT, or one label as 4a" in told and told.endswith(f": {unclear}")
     forgot = answer(chat, f"/undo {len(teacher.learner.learnt()) - 1}")
     assert forgot.startswith("forgot 4, 6") and answer(chat, "/history").startswith("2: sun? => hot")
 
@@ -135,7 +138,8 @@ def test_a_file_says_what_else_and_what_not_and_what_came_before(model, tmp_path
         context = learnt[0]["context"]
         assert BYTES.decode(context) == "User: so?\n\nAssistant: no\n\n"
         learner.export("out.jsonl")
-        dialogues = [taught_by("", line, {}) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+        lines = (tmp_path / "out.jsonl").read_text().splitlines()
+        dialogues = [one for line in lines for one in taught_by("", line, {})]
         assert [d.item.question for d in dialogues] == ["sun?", "sea?", "is the sea?", "sun?"]
         assert tuple(learner.form.dialogue(dialogues[0].before)) == tuple(context)  # as it was, in a file again
 
@@ -161,9 +165,29 @@ def test_the_corrections_of_another_models_profile_are_learnt_anew(model, tmp_pa
             ("sun?", None, []),
         ]
     code, _, err = feedback(model, f"--file={ours}", capsys=capsys)
-    assert code == 1 and "is what is to learn from it; name another --profile" in err and "kept in" not in err
+    assert code == 1 and "is what is to learn from it; name another --profile" in err and "kept in" in err
     with pytest.raises(ValueError, match="is no profile: it holds no journal"):
         of_profile(tmp_path)
+
+
+def test_the_last_word_in_a_profile_is_the_last_in_its_copy(model, tmp_path, capsys):
+    with open_learner(tmp_path, seed=3) as other:
+        other.learn(QUICK[0])
+        other.learn(Correction("star?", "cold"))
+        other.also("star?", 2)
+    code, out, err = feedback(model, "--file=profile", "--profile=new", capsys=capsys)
+    assert code == 0 and "3 of 3 learnt" in out, out + err
+    assert "in place of correction 4" in out
+    with Learner(small_model(), BYTES, tmp_path / "home" / "profiles" / "new") as learner:
+        assert [(r["question"], r["answer"], r["of"]) for r in learner.learnt()] == [
+            ("sun?", "hot", None), ("star?", "cold", None), ("star?", "hot", 2),
+        ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["", ".", "../x", "a/b"])
+def test_a_profile_has_a_plain_name(model, capsys, name):
+    code, _, err = feedback(model, "--sleep", f"--profile={name}", capsys=capsys)
+    assert code == 1 and "--profile must be a plain name" in err
 
 
 @pytest.mark.parametrize(
@@ -173,6 +197,7 @@ def test_the_corrections_of_another_models_profile_are_learnt_anew(model, tmp_pa
         ({"not": ["x", None]}, "not must be a text or a list"),
         ({"also": " sun?"}, "is the corrected question itself"),
         ({"not": [""]}, "the question is empty"),
+        ({"also": ["x", "y"], "not": "x "}, "also and not have 'x' twice"),
         ({"before": ["so?", "no"]}, "before must be a list of turns"),
         ({"before": [["so?", " "]]}, "message 2 .assistant. is empty"),
         ({"messages": []}, "messages must end with a user's and the assistant's"),

@@ -230,6 +230,17 @@ def test_another_model_reads_the_transcript():
         d.back(2)
 
 
+def test_a_dialogue_of_another_version_of_the_model_is_read_again(tmp_path):
+    d, file = dialogue(), tmp_path / "d.state"
+    list(d.say("a"))
+    d.save(file)
+    model = random_model(n_embd=d.model.config.n_embd, vocab_size=257, dtype=torch.float64, seed=1)
+    d.reread(model, "newer")
+    d.load(file)
+    assert d.version == "newer"
+    assert_state_is_that_of_the_transcript(d)
+
+
 def test_what_a_correction_needs():
     d = dialogue(sampling=iter([*BYTES.encode(" A.\n\n B"), 0, 0]))
     for text in ("a", "b"):

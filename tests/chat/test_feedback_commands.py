@@ -110,7 +110,7 @@ def test_bad_corrections_are_told_in_one_line(model, capsys, monkeypatch):
 def test_feedback_from_a_file(model, tmp_path, capsys):
     """Cut at line feeds alone, without the byte order mark; fields that corrections do not have are named."""
     lines = (
-        '\ufeff{"question": "sun?\u2028", "answer": "hot", "note": "by hand", "rejected": null}\r\n\n'
+        '\ufeff{"question": "su\u2028n?", "answer": "hot", "note": "by hand", "rejected": null}\r\n\n'
         '{"question": "ice?", "answer": "cold"}\n'
     )
     (tmp_path / "c.jsonl").write_bytes(lines.encode())
@@ -118,7 +118,7 @@ def test_feedback_from_a_file(model, tmp_path, capsys):
     assert code == 0 and "2 of 2 learnt" in out and "cold" in out
     assert 'not used: "note" (1 correction)\n' in err
     (journal,) = (tmp_path / "home").rglob("journal.jsonl")
-    assert '"question": "sun?\u2028"' in journal.read_text(encoding="utf-8")
+    assert '"question": "su\u2028n?"' in journal.read_text(encoding="utf-8")
 
 
 def test_what_fails_in_a_file_keeps_nothing_else_from_being_learnt(model, tmp_path, capsys, monkeypatch):

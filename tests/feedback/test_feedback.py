@@ -17,9 +17,11 @@ from feedback_toys import BYTES, CONFIG, FORM, QUICK, open_learner, upper_matric
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import rwkv_train.feedback.gate as gate_module
 from rwkv_train.data.prepare import PrepareConfig, prepare
 from rwkv_train.feedback import Correction, FeedbackConfig, Reading
 from rwkv_train.feedback.decode import greedy
+from rwkv_train.feedback.export import export
 from rwkv_train.feedback.journal import Journal
 from rwkv_train.feedback.trainable import changed, localised_names
 from rwkv_train.generate import prefill
@@ -122,6 +124,34 @@ def test_bad_input_is_refused_before_it_is_recorded(tmp_path, correction, messag
     learner.close()
 
 
+def test_an_answer_longer_than_any_reply_is_decoded_to_its_end(tmp_path, monkeypatch):
+    monkeypatch.setattr("rwkv_train.feedback.decode.MAX_REPLY", 2)
+    with open_learner(tmp_path) as learner:
+        assert learner.learn(QUICK[1]).answer_after == "cold"
+
+
+def test_white_space_around_a_question_makes_no_other(tmp_path):
+    with open_learner(tmp_path) as learner:
+        learner.learn(QUICK[0])
+        outcome = learner.learn(Correction(" sun? \n", "cold"))
+        assert "in place of correction 2" in outcome.note and learner.answer("sun?") == "cold"
+
+
+def test_what_is_not_learnt_as_it_was_said_is_told(tmp_path):
+    with open_learner(tmp_path) as learner:
+        outcome = learner.learn(Correction("sun?", "h\n\no"))
+        assert outcome.answer_after == "h\no" and "its blank lines are left out" in outcome.note
+        assert learner.learn(Correction("sea?", " w\no\r\nt ")).note == ""
+
+
+@pytest.mark.parametrize(("said", "note"), [("cold", ""), ("no", "in its dialogue decoding still gives 'no'; /fix it")])
+def test_a_correction_that_does_not_show_in_its_dialogue_is_told(tmp_path, monkeypatch, said, note):
+    monkeypatch.setattr(gate_module, "answer_to", lambda model, form, question, context=(), taught=None: said)
+    item, model = Correction("ice?", "cold", context=(1, 2)), SimpleNamespace()
+    assert gate_module.told_of_dialogue(item, model, FORM).startswith(note)
+    assert gate_module.told_of_dialogue(replace(item, context=()), model, FORM) == ""
+
+
 def test_a_profile_has_one_base_and_one_process(tmp_path):
     learner = open_learner(tmp_path)
     with pytest.raises(ValueError, match="in use by another process"):
@@ -141,6 +171,20 @@ def test_export_is_training_data(tmp_path):
     assert BYTES.decode(trained) == " hot\n\n"
     (pair,) = map(json.loads, (tmp_path / "out.jsonl.pairs.jsonl").read_text().splitlines())
     assert pair == {"prompt": "User: sun?\n\nAssistant:", "chosen": "hot", "rejected": "cold"}
+
+
+def test_of_several_answers_to_a_question_the_last_is_exported(tmp_path):
+    first, other = Correction("sun?", "hot"), Correction("sea?", "wet")
+    for last, answers in [
+        (Correction("sun?", "cold"), ["wet", "cold"]),
+        (Correction("sun?", "hot", rejected="no"), ["hot", "wet", "hot"]),
+        (Correction("sun?", None, rejected="hot"), ["wet"]),
+        (Correction("sun?", None, rejected="cold"), ["hot", "wet"]),
+    ]:
+        path = tmp_path / f"{len(list(tmp_path.iterdir()))}.jsonl"
+        exported = export([first, other, last], FORM, path)
+        written = [json.loads(line)["messages"][-1]["content"] for line in path.read_text().splitlines()]
+        assert written == answers and exported.replaced == 2 + (last.answer is not None) - len(answers)
 
 
 def test_killed_at_random_moments_nothing_is_lost(tmp_path):
@@ -258,7 +302,7 @@ def test_a_wrong_reply_is_left_and_other_answers_are_kept(tmp_path):
     assert outcome.accepted and outcome.answer_before == "hot" != outcome.answer_after
     with pytest.raises(ValueError, match="neither a right answer nor a wrong one"):
         learner.learn(Correction("sun?", None))
-    assert learner.export(tmp_path / "out.jsonl").chats == 1
+    assert learner.export(tmp_path / "out.jsonl").chats == 0  # nor an answer that is wrong by now
     learner.close()
 
 

@@ -30,11 +30,17 @@ def test_old_names_are_read_wherever_settings_are_given(tmp_path):
         ({"velocity": 1.0}, "no setting velocity of corrections; there are: trainable, "),
         ({"scope": "all"}, "trainable must be one of"),
         ({"budget": -1.0}, "max_kl must not be negative"),
+        ({"kl_weight": float("inf")}, "kl_weight must be finite"),
     ],
 )
 def test_what_is_no_setting_is_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         FeedbackConfig(**settings)
+
+
+def test_no_more_layers_are_trained_than_there_are(tmp_path):
+    with open_learner(tmp_path) as learner, pytest.raises(ValueError, match="layers must be at most 1"):
+        learner.configure(layers=2)
 
 
 def test_names_of_today_stay():
