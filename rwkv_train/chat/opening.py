@@ -9,7 +9,7 @@ import platformdirs
 
 from rwkv_train.checkpoints.opener import Opened
 from rwkv_train.feedback import Learner
-from rwkv_train.feedback.learner import OtherModel
+from rwkv_train.feedback.profile import OtherModel
 
 
 def data_folder(given: str | None) -> Path:

@@ -1,13 +1,19 @@
 """The gate: a change is accepted as far as it shows in what is decoded, and leaves all else be."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from rwkv_train.feedback.background import half_the_threads
-from rwkv_train.feedback.correction import Correction, Reading
+from rwkv_train.feedback.correction import Correction, Outcome, Reading, Received
 from rwkv_train.feedback.decode import Form, answer_to
+from rwkv_train.feedback.lesson import Lesson
 from rwkv_train.feedback.rehearsal import RehearsalSet
-from rwkv_train.feedback.trainable import between
+from rwkv_train.feedback.snapshots import weights_hash
+from rwkv_train.feedback.steps import Diverged
+from rwkv_train.feedback.texts import answer_loss
+from rwkv_train.feedback.trainable import between, changed
 from rwkv_train.models.base import RWKV
+from rwkv_train.models.finite import NotFinite
 
 SHARES = (1.0, 0.75, 0.5)  # of a change, tried in turn when the whole of it moves everything else too far
 
@@ -58,6 +64,40 @@ def told_of_dialogue(item: Correction | Reading, model: RWKV, form: Form) -> str
     with half_the_threads():
         answer = answer_to(model, form, item.question, item.context, item.answer)
     return "" if shows(item, answer, form) else f"in its dialogue decoding still gives {answer!r}; /fix it there again"
+
+
+def judge(
+    received: Received, before: RWKV, lesson: Lesson, learn: Callable[[], tuple[RWKV, int]], rehearsal: RehearsalSet
+) -> tuple[Outcome, RWKV]:
+    """What becomes of a lesson on top of a model, and the model it leaves; learn() -> (one that took it, steps)."""
+    answer_before, steps = rehearsal.form.shown(lesson.reply), 0
+    try:
+        whole, steps = learn()
+        verdict = gate(received.item, before, whole, answer_before, rehearsal, received.config.max_kl)
+    except Diverged as error:
+        verdict = Verdict(False, before, 0.0, 0.0, str(error), answer_before)
+    except NotFinite:
+        why = "the steps left numbers that are not finite; a smaller step_factor may help"
+        steps, verdict = 0, Verdict(False, before, 0.0, 0.0, why, answer_before)
+    with half_the_threads():
+        losses = [answer_loss(model, lesson.new[0]) for model in (before, verdict.model)]
+    outcome = Outcome(
+        id=received.id,
+        accepted=verdict.accepted,
+        why="learnt" if verdict.accepted else verdict.why,
+        loss_before=losses[0],
+        loss_after=losses[1],
+        answer_before=answer_before,
+        answer_after=verdict.answer,
+        steps=steps,
+        share=verdict.share,
+        paraphrases=lesson.paraphrases,
+        contrasts=lesson.contrasts,
+        drift=verdict.drift,
+        seconds=0.0,
+        weights=weights_hash(changed(verdict.model, rehearsal.base)),
+    )
+    return outcome, verdict.model
 
 
 def shows(correction: Correction, answer: str, form: Form) -> bool:

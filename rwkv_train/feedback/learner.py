@@ -8,12 +8,11 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
-from filelock import FileLock, Timeout
 from torch import Tensor
 
-from rwkv_train.checkpoints.opener import dtype_of
 from rwkv_train.data.templates import Template
 from rwkv_train.feedback.background import Watch, half_the_threads, in_a_line, on_standard_error
 from rwkv_train.feedback.correction import (
@@ -29,37 +28,19 @@ from rwkv_train.feedback.correction import (
 from rwkv_train.feedback.decode import Form, answer_to
 from rwkv_train.feedback.export import Exported, export
 from rwkv_train.feedback.extent import another_wording, belonging, is_kept, kept_question, settled
-from rwkv_train.feedback.gate import Verdict, gate, told_of_dialogue
-from rwkv_train.feedback.journal import Journal
+from rwkv_train.feedback.gate import judge, told_of_dialogue
 from rwkv_train.feedback.lesson import Lesson, lesson_of, text_lesson
-from rwkv_train.feedback.memory import fitting, memory_of, told_of
+from rwkv_train.feedback.profile import Profile
 from rwkv_train.feedback.rehearsal import RehearsalSet
 from rwkv_train.feedback.replay import Replay
 from rwkv_train.feedback.settings import FeedbackConfig, renamed
 from rwkv_train.feedback.sleep import Sleep, Slept, judged
 from rwkv_train.feedback.snapshots import Snapshots, weights_hash
-from rwkv_train.feedback.steps import Diverged, Tick, dynamic_evaluation, take_steps
-from rwkv_train.feedback.texts import answer_loss
-from rwkv_train.feedback.trainable import changed, curved_names, localised_names
+from rwkv_train.feedback.steps import Tick, dynamic_evaluation, take_steps
+from rwkv_train.feedback.trainable import changed
 from rwkv_train.models.base import RWKV
-from rwkv_train.models.finite import NotFinite
 from rwkv_train.ops.products import as_wide
-from rwkv_train.program import command
 from rwkv_train.tokenizer import Tokenizer
-
-
-class OtherModel(ValueError):
-    """A profile that was begun with another model, or one in another dtype. base: the hash of this one."""
-
-    def __init__(self, folder: Path, base: str, dtype: str, begun: str):
-        again = command("feedback", "--model", "MODEL", "--dtype", dtype, "--file", folder, "--profile", "NEW")
-        other = "another model" if dtype == begun else f"a model in {begun}, and this one is in {dtype}"
-        same = "" if dtype == begun else f"open it with --dtype {begun}, or "
-        super().__init__(
-            f"{folder} was begun with {other}; {same}name another profile for this one, which can learn the same "
-            f"corrections anew: {again}"
-        )
-        self.base = base
 
 
 class Learner:
@@ -90,30 +71,26 @@ class Learner:
 
         Raises ValueError for a folder that is in use, damaged, or of another model, and for a memory of nothing.
         """
-        if memory is not None and memory <= 0:
-            raise ValueError(f"memory must be above 0, found {memory}; leave it out for most of the device's")
         self.base, self.form = base.eval().requires_grad_(False), Form(tokenizer, template or Template())
-        self.folder, self.config, self._rehearsal = Path(folder), config or FeedbackConfig(), rehearsal
         self.watch: Watch = on_standard_error
+        self._rehearsal = rehearsal
         self._asleep: tuple[object, Sleep] | None = None  # one that was left, and what it is of
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = FileLock(self.folder / "lock")
+        self._profile = Profile(Path(folder), self.base, config or FeedbackConfig(), memory)
+        self.folder, self.journal = self._profile.folder, self._profile.journal
         try:
-            self._lock.acquire(timeout=0)
-        except Timeout:
-            raise ValueError(f"{self.folder} is in use by another process; close it, or use another profile") from None
-        try:
-            self.journal = Journal(self.folder / "journal.jsonl")
-            self._memory = memory_of(self.base.device) if memory is None else memory
-            self._check_base()
             snapshots = Snapshots(self.folder / "snapshots", self.base)
             self._replay = Replay(self.journal, snapshots, self._learnt_whole, self._sleep_on, self._watched)
             self.model = self._replay.model_after(self._replay.sequence())
             if recover:
                 self._recover()
         except BaseException:
-            self._lock.release()
+            self._profile.close()
             raise
+
+    @property
+    def config(self) -> FeedbackConfig:
+        """The settings of corrections to come."""
+        return self._profile.config
 
     @property
     def rehearsal(self) -> RehearsalSet:
@@ -123,7 +100,7 @@ class Learner:
             if old.is_file():
                 old.replace(path)
             with half_the_threads():
-                first = self._begun_with
+                first = self._profile.begun_with
                 self._rehearsal = RehearsalSet.kept(path, self.base, self.form, first.trainable, first.layers)
         return self._rehearsal
 
@@ -137,8 +114,7 @@ class Learner:
         return weights_hash(changed(model, self.base))
 
     def close(self) -> None:
-        self.journal.close()
-        self._lock.release()
+        self._profile.close()
 
     def __enter__(self) -> "Learner":
         return self
@@ -288,17 +264,7 @@ class Learner:
 
     def configure(self, **changes) -> None:
         """Change settings for the corrections to come; they are kept. Raises ValueError, changing nothing."""
-        config = replace(self.config, **renamed(changes))
-        if config.layers > (most := len(localised_names(self.base))):
-            raise ValueError(f"layers must be at most {most}, the upper half of this model's, found {config.layers}")
-        known = curved_names(self.base, self._begun_with.trainable, self._begun_with.layers)[0]
-        if set(curved_names(self.base, config.trainable, config.layers or len(self.base.blocks))[0]) - set(known):
-            begun = f"trainable {self._begun_with.trainable} and layers {self._begun_with.layers}"
-            raise ValueError(f"{self.folder} was begun with {begun}, and knows no more; begin another profile for more")
-        self.journal.append("settings", config=asdict(config))
-        if (config.trainable, config.layers) != (self.config.trainable, self.config.layers):
-            self._tell_memory(config)
-        self.config = config
+        self._profile.configure(replace(self.config, **renamed(changes)))
 
     def diff(self, model: RWKV | None = None) -> dict[str, float]:
         """What of a version is not the base's: by name, the length of the change over that of the weight."""
@@ -321,40 +287,15 @@ class Learner:
 
     def _judge(self, received: Received, tick: Tick) -> tuple[Outcome, RWKV]:
         """Learn a correction on top of the current model; (what became of it, the model it leaves)."""
-        begun, before, steps, item = time.monotonic(), self.model, 0, received.item
-        kept = isinstance(item, Correction) and item.keeps and is_kept(item, before, self.form)
-        if kept:
+        begun, before, item = time.monotonic(), self.model, received.item
+        if isinstance(item, Correction) and item.keeps and is_kept(item, before, self.form):
             lesson = Lesson([example_of(item, self.form)], reply=self.form.answer(item.answer))
+            outcome, model = judge(received, before, lesson, lambda: (before, 0), self.rehearsal)
         else:
             lesson = self._lesson(before, received, self._replay.received(self._replay.sequence()))
-        answer_before = self.form.shown(lesson.reply)
-        try:
-            whole, steps = (before, 0) if kept else self._learn(before, received, lesson, tick)
-            verdict = gate(item, before, whole, answer_before, self.rehearsal, received.config.max_kl)
-        except Diverged as error:
-            verdict = Verdict(False, before, 0.0, 0.0, str(error), answer_before)
-        except NotFinite:
-            why = "the steps left numbers that are not finite; a smaller step_factor may help"
-            steps, verdict = 0, Verdict(False, before, 0.0, 0.0, why, answer_before)
-        with half_the_threads():
-            losses = [answer_loss(model, lesson.new[0]) for model in (before, verdict.model)]
-        outcome = Outcome(
-            id=received.id,
-            accepted=verdict.accepted,
-            why="learnt" if verdict.accepted else verdict.why,
-            loss_before=losses[0],
-            loss_after=losses[1],
-            answer_before=answer_before,
-            answer_after=verdict.answer,
-            steps=steps,
-            share=verdict.share,
-            paraphrases=lesson.paraphrases,
-            contrasts=lesson.contrasts,
-            drift=verdict.drift,
-            seconds=time.monotonic() - begun,
-            weights=self.weights_of(verdict.model),
-        )
-        return outcome, verdict.model
+            learn = partial(self._learn, before, received, lesson, tick)
+            outcome, model = judge(received, before, lesson, learn, self.rehearsal)
+        return replace(outcome, seconds=time.monotonic() - begun), model
 
     def _lesson(self, model: RWKV, received: Received, earlier: list[Received]) -> Lesson:
         """What a correction trains and keeps, after earlier ones."""
@@ -382,23 +323,6 @@ class Learner:
 
     def _watched(self, what: str, items: Sequence) -> Iterable:
         return self.watch(what, items)  # whatever that is by now
-
-    def _check_base(self) -> None:
-        """A journal belongs to the model it was begun with, and says what its settings are."""
-        base, dtype = weights_hash(self.base.state_dict()), dtype_of(self.base)
-        if not self.journal.records:
-            self.config = fitting(self.base, self.config, self._memory)
-            self.journal.append("base", base=base, dtype=dtype, config=asdict(self.config))
-        first = self.journal.records[0]
-        if first.get("base") != base:
-            raise OtherModel(self.folder, base, dtype, first.get("dtype", "fp32"))
-        chosen = [r["config"] for r in self.journal.records if r["kind"] in ("base", "settings")]
-        self.config, self._begun_with = FeedbackConfig(**chosen[-1]), FeedbackConfig(**first["config"])
-        self._tell_memory(self.config)
-
-    def _tell_memory(self, config: FeedbackConfig) -> None:
-        if told := told_of(self.base, config, self._memory):
-            print(told, file=sys.stderr)
 
 
 def _moved(base: Tensor, weight: Tensor) -> float:

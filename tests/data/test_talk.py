@@ -10,7 +10,17 @@ from starter_report import questions
 from rwkv_train.bench.fact_cases import strangers_talk
 from rwkv_train.data.corpora.catalogue import corpus_version, read_corpus
 from rwkv_train.data.corpora.facts import facts
-from rwkv_train.data.corpora.talk.chats import AGAIN, OPENED, OVERHEARD, UNTOLD, USUAL, Speaker, chats_of, talk_chats
+from rwkv_train.data.corpora.talk.chats import (
+    AGAIN,
+    NOT_KNOWN,
+    OPENED,
+    OVERHEARD,
+    UNTOLD,
+    USUAL,
+    Speaker,
+    chats_of,
+    talk_chats,
+)
 from rwkv_train.data.corpora.talk.texts import LANGUAGES, bare, parse, read_texts
 from rwkv_train.data.corpora.talk.wordings import MARKS, Draw, reworded, unheard, varied
 
@@ -97,7 +107,7 @@ def test_held_out_wordings_and_things_are_never_said(toy):
         forms = [re.compile(wording.replace("{x}", ".+")) for wording in map(bare, entry.unseen)]
         assert not any(form.fullmatch(question) for form in forms for question in asked)
     said = "\n".join(message["content"] for _, chat in toy for message in chat["messages"])
-    assert not any(thing in said for things in TEXTS.unseen_things.values() for thing in things)
+    assert not any(re.search(rf"\b{thing}\b", said) for things in TEXTS.unseen_things.values() for thing in things)
 
 
 STRANGERS = [{"role": "user", "content": "Seen the game?"}, {"role": "assistant", "content": "No.\n\nWas it good?"}]
@@ -168,7 +178,7 @@ def test_a_question_has_one_reply_by_any_wording(toy):
 
 def test_a_model_can_learn_to_reword_a_question(toy):
     """Asked for other words, the user takes some of the same entry; without them both would have the same reply."""
-    replies = {question: reply for _, question, reply in turns(toy)}
+    replies = {question: reply for before, question, reply in turns(toy) if not before}
     asked_again = {question: len(before) for before, question, _ in turns(toy, again=True)}
     others = [
         (chat["messages"], at)
@@ -235,6 +245,15 @@ def test_our_texts_are_sound(language):
         assert all(len(texts.things[kind]) >= 50 for kind in entry.about), entry.about
     for entry in texts.relations:
         assert all("{x}" in text for text in (entry.say, *entry.ask)), entry.say
+
+
+def test_what_is_asked_of_the_world_is_not_known(toy):
+    """However chatterbot answers it; but not what our texts or the facts answer."""
+    replies = {question: reply for _, question, reply in turns(toy)}
+    assert replies["Who was the 37th President of the United States?"] == NOT_KNOWN["en"]
+    assert replies["You are arrogant"] == "Arrogance is not one of my emotions."
+    ours = {bare(wording) for entry in TEXTS.entries for wording in entry.ask}
+    assert not any(bare(question) in ours for question, reply in replies.items() if reply == NOT_KNOWN["en"])
 
 
 def test_countries_that_do_not_exist_are_not_known(toy):

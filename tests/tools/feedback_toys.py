@@ -7,6 +7,7 @@ from helpers import random_model
 from pytest import MonkeyPatch
 
 import rwkv_train.feedback.decode as decode_module
+import rwkv_train.feedback.gate as gate_module
 import rwkv_train.feedback.learner as learner_module
 from rwkv_train.feedback import Correction, FeedbackConfig, Learner
 from rwkv_train.feedback.correction import example_of
@@ -82,7 +83,7 @@ def be_careless(patched: MonkeyPatch) -> None:
             model, lesson, None, replace(config, trainable="localised", steps=2), tick
         ),
     )
-    patched.setattr(learner_module, "gate", accepted)
+    patched.setattr(gate_module, "gate", accepted)
     patched.setattr(decode_module, "MAX_REPLY", 4)
     patched.setattr(RehearsalSet, "kept", lambda path, base, form, *settings: rehearsal_set(base))
 

@@ -27,6 +27,10 @@ USUAL = 20  # the first intents of the file: what people say first
 COUNTRY = ("country",)
 AGAIN = {"en": "Could you say that in other words?", "zh": "你能换个说法吗？"}
 ASKED_AGAIN = 0.12  # of the turns that can be said otherwise, how many come twice, in other words
+NOT_KNOWN = {"en": "I do not know about that.", "zh": "这个我不懂。"}
+OF_THE_WORLD = frozenset(  # topics of corpus:chatterbot
+    "coding computers food health history literature money movies politics science sports tech_support trivia".split()
+)
 STRANGERS = 170  # of corpus:chitchat; benchmarks read the talks from the 400th on
 OVERHEARD = 0.05  # of the turns, before how many something else was talked about
 LETTERS = (30, 100, 300, 800)  # of that
@@ -94,14 +98,19 @@ def _not_known(relation: Relation) -> Entry:
 
 
 def _others(texts: Texts, known: list[Fact]) -> list[Entry]:
-    """Turns of corpus:chatterbot whose questions have no reply of ours, one of each; the Chinese ones make no sense."""
-    if texts.language != "en":
-        return []
+    """Questions of corpus:chatterbot that have no reply of ours. What they ask of the world is not known.
+
+    To the English ones about oneself its own reply is given; the Chinese ones make no sense.
+    """
     ours = {wording for entry in texts.entries for wording in entry.ask + entry.unseen + entry.before}
     ours |= {question for fact in known for unseen in (False, True) for question in fact.questions(unseen)}
     taken = {bare(wording) for wording in ours}
-    first = {bare(question): Entry(reply, (question,)) for question, reply in reversed(chatter(texts.language))}
-    return [entry for question, entry in first.items() if question not in taken]
+    files = chatterbot_files({"en": "english", "zh": "chinese"}[texts.language])
+    asked = (chat["messages"][0]["content"] for _, chat in chatterbot([f for f in files if f.stem in OF_THE_WORLD]))
+    found = {bare(question): Entry(NOT_KNOWN[texts.language], (question,)) for question in asked}
+    for question, reply in chatter(texts.language) if texts.language == "en" else ():
+        found.setdefault(bare(question), Entry(reply, (question,)))
+    return [entry for question, entry in found.items() if question not in taken]
 
 
 def _dialogue(speakers: Sequence["Speaker"], draw: random.Random, strangers: Sequence[Message]) -> list[Message]:
