@@ -78,7 +78,7 @@ def _replaced(item: Correction, known: list[dict]) -> str:
 
 def _shortened(item: Correction, form: Form) -> str:
     """That an answer is learnt without some of its lines, as a note; "" if it is not."""
-    if item.answer is None or form.template.clean(item.answer) == item.answer.replace("\r\n", "\n").strip():
+    if item.answer is None or form.template.clean(item.answer).strip() == item.answer.replace("\r\n", "\n").strip():
         return ""
     return "its blank lines are left out: a blank line ends a message of this model's"
 

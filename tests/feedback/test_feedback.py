@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 import rwkv_train.feedback.gate as gate_module
 from rwkv_train.data.prepare import PrepareConfig, prepare
+from rwkv_train.data.templates import Template
 from rwkv_train.feedback import Correction, FeedbackConfig, Reading
 from rwkv_train.feedback.decode import greedy
 from rwkv_train.feedback.export import export
@@ -142,6 +143,8 @@ def test_what_is_not_learnt_as_it_was_said_is_told(tmp_path):
         outcome = learner.learn(Correction("sun?", "h\n\no"))
         assert outcome.answer_after == "h\no" and "its blank lines are left out" in outcome.note
         assert learner.learn(Correction("sea?", " w\no\r\nt ")).note == ""
+        learner.form = replace(FORM, template=Template(collapse_blank_lines=False))
+        assert learner.learn(Correction("ice?", "h\n\no ")).note == ""
 
 
 @pytest.mark.parametrize(("said", "note"), [("cold", ""), ("no", "in its dialogue decoding still gives 'no'; /fix it")])
