@@ -161,8 +161,8 @@ class Dialogue:
         self.stop()
         self.last()
         turns = [{k: v for k, v in vars(t).items() if k != "state"} for t in self.turns]
-        content = {"tokenizer": self.tokenizer.fingerprint, "pending": self.pending, "turns": turns}
-        content["version"] = self.version
+        content = {"tokenizer": self.tokenizer.fingerprint, "version": self.version, "pending": self.pending}
+        content["turns"] = turns
         lanes = State(*(torch.cat(parts).cpu() for parts in zip(*(t.state for t in self.turns), strict=True)))
         found = {"dialogue": json.dumps(content), "rng": self.rng.get_state(), **lanes._asdict()}
         path = Path(path)

@@ -290,11 +290,11 @@ class Learner:
         begun, before, item = time.monotonic(), self.model, received.item
         if isinstance(item, Correction) and item.keeps and is_kept(item, before, self.form):
             lesson = Lesson([example_of(item, self.form)], reply=self.form.answer(item.answer))
-            outcome, model = judge(received, before, lesson, lambda: (before, 0), self.rehearsal)
+            learn = partial(tuple, (before, 0))
         else:
             lesson = self._lesson(before, received, self._replay.received(self._replay.sequence()))
             learn = partial(self._learn, before, received, lesson, tick)
-            outcome, model = judge(received, before, lesson, learn, self.rehearsal)
+        outcome, model = judge(received, before, lesson, learn, self.rehearsal)
         return replace(outcome, seconds=time.monotonic() - begun), model
 
     def _lesson(self, model: RWKV, received: Received, earlier: list[Received]) -> Lesson:

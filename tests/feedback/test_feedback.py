@@ -151,7 +151,8 @@ def test_what_is_not_learnt_as_it_was_said_is_told(tmp_path):
 def test_a_correction_that_does_not_show_in_its_dialogue_is_told(tmp_path, monkeypatch, said, note):
     monkeypatch.setattr(gate_module, "answer_to", lambda model, form, question, context=(), taught=None: said)
     item, model = Correction("ice?", "cold", context=(1, 2)), SimpleNamespace()
-    assert gate_module.told_of_dialogue(item, model, FORM).startswith(note)
+    told = gate_module.told_of_dialogue(item, model, FORM)
+    assert told.startswith(note) and bool(told) == bool(note)
     assert gate_module.told_of_dialogue(replace(item, context=()), model, FORM) == ""
 
 
