@@ -1,29 +1,18 @@
 """Corrections: learnt means decoded, replayed = learnt, undone = before, nothing acknowledged is lost."""
 
-import json
-import os
 import random
-import re
 import signal
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from feedback_toys import BYTES, CONFIG, FORM, QUICK, open_learner, upper_matrices
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-import rwkv_train.feedback.gate as gate_module
-from rwkv_train.data.prepare import PrepareConfig, prepare
-from rwkv_train.data.templates import Template
-from rwkv_train.feedback import Correction, FeedbackConfig, Reading
+from rwkv_train.feedback import Correction, Reading
 from rwkv_train.feedback.decode import greedy
-from rwkv_train.feedback.export import export
-from rwkv_train.feedback.journal import Journal
 from rwkv_train.feedback.trainable import changed, localised_names
 from rwkv_train.generate import prefill
 
@@ -91,71 +80,6 @@ def test_corrections_in_a_long_dialogue_show_in_it_in_a_new_one_and_after_other_
             before += FORM.turn(correction.question) + FORM.answer(correction.answer)
 
 
-@pytest.mark.parametrize(
-    ("changes", "why"),
-    [
-        ({"max_kl": 0.0}, "would drift"),
-        ({"steps": 1}, "decoding still gives"),
-        ({"step_factor": 1e30}, "became (nan|inf)"),
-    ],
-)
-def test_what_does_not_pass_the_gate_changes_nothing(tmp_path, changes, why):
-    learner = open_learner(tmp_path, FeedbackConfig(**(vars(CONFIG) | changes)))
-    outcome = learner.learn(QUICK[0])
-    assert not outcome.accepted and learner.active() == []
-    assert re.search(why, outcome.why), outcome.why
-    assert outcome.answer_after == outcome.answer_before and learner.model is learner.base
-    learner.close()
-
-
-@pytest.mark.parametrize(
-    ("correction", "message"),
-    [
-        (Correction("q", " \n"), "answer is empty"),
-        (Correction("", "a"), "question is empty"),
-        (Correction("q", "a" * 3000), "3,000 characters"),
-        (Correction("q", "\ud800"), "not valid Unicode"),
-    ],
-)
-def test_bad_input_is_refused_before_it_is_recorded(tmp_path, correction, message):
-    learner = open_learner(tmp_path)
-    with pytest.raises(ValueError, match=message):
-        learner.learn(correction)
-    assert len(learner.journal.records) == 1  # the base
-    learner.close()
-
-
-def test_an_answer_longer_than_any_reply_is_decoded_to_its_end(tmp_path, monkeypatch):
-    monkeypatch.setattr("rwkv_train.feedback.decode.MAX_REPLY", 2)
-    with open_learner(tmp_path) as learner:
-        assert learner.learn(QUICK[1]).answer_after == "cold"
-
-
-def test_white_space_around_a_question_makes_no_other(tmp_path):
-    with open_learner(tmp_path) as learner:
-        learner.learn(QUICK[0])
-        outcome = learner.learn(Correction(" sun? \n", "cold"))
-        assert "in place of correction 2" in outcome.note and learner.answer("sun?") == "cold"
-
-
-def test_what_is_not_learnt_as_it_was_said_is_told(tmp_path):
-    with open_learner(tmp_path) as learner:
-        outcome = learner.learn(Correction("sun?", "h\n\no"))
-        assert outcome.answer_after == "h\no" and "its blank lines are left out" in outcome.note
-        assert learner.learn(Correction("sea?", " w\no\r\nt ")).note == ""
-        learner.form = replace(FORM, template=Template(collapse_blank_lines=False))
-        assert learner.learn(Correction("ice?", "h\n\no ")).note == ""
-
-
-@pytest.mark.parametrize(("said", "note"), [("cold", ""), ("no", "in its dialogue decoding still gives 'no'; /fix it")])
-def test_a_correction_that_does_not_show_in_its_dialogue_is_told(tmp_path, monkeypatch, said, note):
-    monkeypatch.setattr(gate_module, "answer_to", lambda model, form, question, context=(), taught=None: said)
-    item, model = Correction("ice?", "cold", context=(1, 2)), SimpleNamespace()
-    told = gate_module.told_of_dialogue(item, model, FORM)
-    assert told.startswith(note) and bool(told) == bool(note)
-    assert gate_module.told_of_dialogue(replace(item, context=()), model, FORM) == ""
-
-
 def test_a_profile_has_one_base_and_one_process(tmp_path):
     learner = open_learner(tmp_path)
     with pytest.raises(ValueError, match="in use by another process"):
@@ -163,32 +87,6 @@ def test_a_profile_has_one_base_and_one_process(tmp_path):
     learner.close()
     with pytest.raises(ValueError, match="begun with another model"):
         open_learner(tmp_path, seed=1)
-
-
-def test_export_is_training_data(tmp_path):
-    learner = open_learner(tmp_path)
-    learner.learn(Correction("sun?", "hot", rejected="cold"))
-    assert learner.export(tmp_path / "out.jsonl").chats == 1
-    learner.close()
-    store = prepare(PrepareConfig([str(tmp_path / "out.jsonl")], str(tmp_path / "store"), tokenizer="bytes"))
-    trained = [int(t) for t, m in zip(store.tokens, store.mask, strict=True) if m]
-    assert BYTES.decode(trained) == " hot\n\n"
-    (pair,) = map(json.loads, (tmp_path / "out.jsonl.pairs.jsonl").read_text().splitlines())
-    assert pair == {"prompt": "User: sun?\n\nAssistant:", "chosen": "hot", "rejected": "cold"}
-
-
-def test_of_several_answers_to_a_question_the_last_is_exported(tmp_path):
-    first, other = Correction("sun?", "hot"), Correction("sea?", "wet")
-    for last, answers in [
-        (Correction("sun?", "cold"), ["wet", "cold"]),
-        (Correction("sun?", "hot", rejected="no"), ["hot", "wet", "hot"]),
-        (Correction("sun?", None, rejected="hot"), ["wet"]),
-        (Correction("sun?", None, rejected="cold"), ["hot", "wet"]),
-    ]:
-        path = tmp_path / f"{len(list(tmp_path.iterdir()))}.jsonl"
-        exported = export([first, other, last], FORM, path)
-        written = [json.loads(line)["messages"][-1]["content"] for line in path.read_text().splitlines()]
-        assert written == answers and exported.replaced == 2 + (last.answer is not None) - len(answers)
 
 
 def test_killed_at_random_moments_nothing_is_lost(tmp_path):
@@ -233,50 +131,6 @@ def test_a_process_killed_between_steps_loses_nothing_it_acknowledged(tmp_path):
     assert learner.weights == whole.weights
     learner.close()
     whole.close()
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.text(max_size=5), min_size=1, max_size=4), st.booleans(), st.data())
-def test_a_damaged_journal_is_told_and_an_unfinished_end_is_dropped(tmp_path_factory, texts, cut, data):
-    path = tmp_path_factory.mktemp("journal") / "journal.jsonl"
-    journal = Journal(path)
-    for text in texts:
-        journal.append("received", text=text)
-    journal.close()
-    whole = path.read_bytes()
-    at = data.draw(st.integers(0, len(whole) - 1))
-    path.write_bytes(whole[:at] if cut else whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :])
-    if not cut and at < len(whole) - 1:
-        with pytest.raises(ValueError, match="is damaged"):
-            Journal(path)
-        return
-    found = Journal(path)
-    assert found.records == journal.records[: whole[:at].count(b"\n")]
-    found.append("received", text="after")
-    found.close()
-    assert Journal(path).records == found.records
-
-
-@pytest.mark.parametrize("failure", ["short", "fsync"])
-def test_a_record_that_cannot_be_written_leaves_the_journal_as_it_was(tmp_path, monkeypatch, failure):
-    journal = Journal(tmp_path / "journal.jsonl")
-    journal.append("received", text="before")
-    before = journal.path.read_bytes()
-    with monkeypatch.context() as patched:
-        if failure == "fsync":
-            patched.setattr(os, "fsync", lambda descriptor: os.fstat(-1))
-        else:
-            file = journal._file
-            patched.setattr(
-                journal, "_file", SimpleNamespace(**{n: getattr(file, n) for n in dir(file) if n[0] != "_"})
-            )
-            journal._file.write = lambda line: file.write(line[:5])
-        with pytest.raises(OSError):
-            journal.append("received", text="lost")
-    assert journal.path.read_bytes() == before
-    journal.append("received", text="after")
-    journal.close()
-    assert [(r["id"], r["text"]) for r in Journal(journal.path).records] == [(1, "before"), (2, "after")]
 
 
 @pytest.mark.parametrize("trainable", ["upper", "lora", "full"])
