@@ -101,11 +101,11 @@ class Answers:
         }
         return Marks(case, values, {a.question: (base[a], now[a]) for a in _all_asked(case)})
 
-    def unrelated(self, model: RWKV, questions: list[str]) -> Marks:
-        """Which of some other questions a model answers as the base does."""
+    def identical(self, model: RWKV, questions: list[str]) -> list[bool]:
+        """Which of some questions a model answers as the base does."""
         asked = [Asked((), question) for question in questions]
         base, now = self.of_base(asked), self.of(model, asked)
-        return Marks(None, {"unrelated identical": [now[i] == base[a] for i, a in enumerate(asked)]})
+        return [now[i] == base[a] for i, a in enumerate(asked)]
 
 
 def _all_asked(case: Case) -> list[Asked]:

@@ -34,6 +34,7 @@ BY_KIND = {
     "paraphrases": "paraphrases",
     "other paraphrases": "other paraphrases",
     "unrelated identical": "unrelated",
+    "unread identical": "unread",
     "perplexity rise": "perplexity",
     "accepted": "accepted",
 }
@@ -59,6 +60,7 @@ COUNTRIES = Targets(
         "neighbours changed": (0.01, 0.03, 0.08),
         "same subject changed": (0.01, 0.03, 0.08),
         "unrelated identical": (0.99, 0.98, 0.92),
+        "unread identical": (),
         "perplexity rise": (0.001, 0.005, 0.02),
         "time over generation, p50": (20.0,) * 3,
         "time over generation, p95": (40.0,) * 3,
@@ -81,6 +83,7 @@ OPEN = Targets(
         "other paraphrases": (0.65, 0.60, None, None),
         "alike, of the paraphrases": (),
         "unrelated identical": (0.99, 0.98, 0.96, 0.92),
+        "unread identical": (0.99, 0.98, 0.96, 0.92),
         "perplexity rise": (0.001, 0.004, 0.01, 0.03),
         "time over generation, p50": (15.0,) * 4,
         "time over generation, p95": (),

@@ -8,7 +8,7 @@ import re
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
@@ -45,7 +45,7 @@ class Protocol:
 
     unrelated: questions. heldout: documents as (text, whether its loss counts). also: the first paraphrase of each
     case is taught as another way to ask, and not measured. before: tokens of the dialogue that a case without one of
-    its own is corrected in, at least.
+    its own is corrected in, at least. unread: more unrelated questions, which the model was not trained on.
     """
 
     def __init__(
@@ -57,13 +57,14 @@ class Protocol:
         heldout: list[Document],
         also: bool = False,
         before: int = 0,
+        unread: Iterable[str] = (),
     ):
         self.base, self.form, self.cases, self.also, self.before = base.eval(), form, cases, also, before
         for case in cases:
             if form.shown(form.answer(case.answer)) != case.answer.strip():
                 raise ValueError(f"a reply cannot be {case.answer!r}: the template ends it before; leave that case out")
         taught = {question for case in cases for question in (case.question, *case.paraphrases)}
-        self.unrelated = [question for question in unrelated if question not in taught]
+        self.unrelated, self.unread = ([text for text in some if text not in taught] for some in (unrelated, unread))
         if before and not self.unrelated:
             raise ValueError("before needs unrelated questions that no case teaches; give others as unrelated")
         self.rehearsal = RehearsalSet.of_model(base, form)
@@ -114,9 +115,12 @@ class Protocol:
 
     def after(self, model: RWKV, cases: list[Case], part: slice = slice(None)) -> list[Marks]:
         """Measures of a model that was taught these cases, in their order; then of a part of all else."""
+        unrelated = {"unrelated identical": self.answers.identical(model, self.unrelated[part])}
+        if self.unread:
+            unrelated["unread identical"] = self.answers.identical(model, self.unread[part])
         return [
             *self.answers.judge(model, cases, self.also),
-            self.answers.unrelated(model, self.unrelated[part]),
+            Marks(None, unrelated),
             self.heldout.rise(model, part),
         ]
 

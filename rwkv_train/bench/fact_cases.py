@@ -1,7 +1,9 @@
 """False facts to be learnt by a model that knows the true ones (corpus:facts), and what must not change meanwhile."""
 
 import random
+import re
 from collections import Counter
+from itertools import islice
 
 from rwkv_train.bench.correction_cases import Case
 from rwkv_train.data.corpora.catalogue import read_corpus
@@ -9,6 +11,7 @@ from rwkv_train.data.corpora.facts import Fact, facts
 from rwkv_train.data.templates import Template
 
 TAUGHT = ("capital", "language", "currency")
+LONE_QUESTION = re.compile(r"[^.!?\n]{24,59}\?")  # long enough to be nobody else's
 
 
 def fact_cases(seed: int = 0) -> list[Case]:
@@ -51,6 +54,12 @@ def small_talk(count: int = 200) -> list[str]:
     asked = Counter(chat["messages"][0]["content"] for _, chat in read_corpus("chatterbot"))
     short = sorted(q for q, times in asked.items() if times == 1 and 10 <= len(q) <= 60)
     return short[:: max(1, len(short) // count)][:count]
+
+
+def strangers_questions(skip: int = 460, count: int = 200) -> list[str]:
+    """Questions out of talks that the starter model has not read, behind those of strangers_talk."""
+    said = (m["content"].strip() for _, chat in islice(read_corpus("chitchat"), skip, None) for m in chat["messages"])
+    return list(islice(dict.fromkeys(text for text in said if LONE_QUESTION.fullmatch(text)), count))
 
 
 def strangers_talk(skip: int = 400, count: int = 60) -> list[list[tuple[str, bool]]]:

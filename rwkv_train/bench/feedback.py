@@ -15,7 +15,7 @@ from rwkv_train.bench.correction_cases import chosen_cases
 from rwkv_train.bench.correction_measures import Marks, by_group, figures, summary
 from rwkv_train.bench.correction_tables import LESS_IS_BETTER, Results, kinds_table, line, plot, table
 from rwkv_train.bench.corrections import CONTROLS, Protocol, Tick
-from rwkv_train.bench.fact_cases import small_talk, strangers_talk
+from rwkv_train.bench.fact_cases import small_talk, strangers_questions, strangers_talk
 from rwkv_train.bench.joint import learnt_together
 from rwkv_train.bench.measure import installed, write_json
 from rwkv_train.bench.settings import FeedbackBench
@@ -43,9 +43,10 @@ def feedback(config: FeedbackBench) -> None:
     if config.also and not any(case.paraphrases for case in found.cases):
         raise ValueError("also gives the first paraphrase of each case, and no case has any; leave it out")
     unrelated = [text for _, text in read_lines(config.unrelated)] if config.unrelated else small_talk()
+    unread = [] if config.unrelated else strangers_questions()
     heldout = [[(read_text(config.heldout), True)]] if config.heldout else strangers_talk()
     model, *form = open_model(config.model or STARTER, config.tokenizer, config.template, torch.float32)
-    protocol = Protocol(model, Form(*form), found.cases, unrelated, heldout, config.also, config.before)
+    protocol = Protocol(model, Form(*form), found.cases, unrelated, heldout, config.also, config.before, unread)
     if known := protocol.known():
         _tell(f"{len(known)} of {len(found.cases)} cases are answered right before anything is learnt")
     ways = {"": (partial(corrected, protocol, found, recipe), counts)}

@@ -218,7 +218,8 @@ class FeedbackBench:
     """so many cases at most, evenly from the first to the last"""
 
     unrelated: str | None = None
-    """file of questions, one a line, whose answers must stay; small talk if not given"""
+    """file of questions, one a line, whose answers must stay; small talk that the starter model has read
+    and, as "unread", strangers' questions that it has not, if not given"""
 
     heldout: str | None = None
     """file of text on which the loss must stay; talks of strangers if not given"""

@@ -23,13 +23,13 @@ from rwkv_train.feedback.steps import GROWTH, REPAIRS, dynamic_evaluation, take_
 from rwkv_train.feedback.texts import Anchored
 from rwkv_train.models.base import RWKV
 
-TOGETHER = 32  # corrections of one batch
+TOGETHER = 8  # corrections of one batch: of more, each step does little for any of them
 STEPS = 4  # at most, on one batch
 EPOCHS = 20  # at most
 QUIET = 4  # epochs one after another without a step, as each reads other examples
 WAIT = 3  # epochs that may do no better than one in which all answers were right
 TURNS = 8  # epochs in which all contrasts of a correction are read once
-ROWS = 48  # dialogues of the rehearsal set that are kept along with one batch
+ROWS, TALKS = 12, 6  # dialogues and free-running samples of the rehearsal set that are kept along with one batch
 ASKED = 64  # questions that are answered at once
 LESSONS = "sleep, lessons"  # what is told while they are made
 
@@ -101,17 +101,16 @@ class Sleep:
             yield
         lessons, rows = agreeing(lessons, self.rehearsal.rows)
         # 3. Epochs, until there is nothing to learn; the best of them counts.
-        # What is kept weighs at once what it may come to in a stream: few steps leave no time to grow.
-        weight = self.config.kl_weight * GROWTH**REPAIRS
-        config = replace(self.config, steps=STEPS, extra=0, kl_weight=weight)
-        rng, quiet = torch.Generator().manual_seed(0), 0
+        # What is kept weighs more once all is learnt: from the start it would leave nothing to be learnt.
+        config = replace(self.config, steps=STEPS, extra=0)
+        rng, quiet, grown = torch.Generator().manual_seed(0), 0, 0
         rows = cycle([rows[i] for i in torch.randperm(len(rows), generator=rng)])
         talk = cycle(self.rehearsal.free_running)
         best, model = None, start
         for epoch in range(1, EPOCHS + 1 if lessons else 0):
             taken = 0
             for some in watch(f"sleep, epoch {epoch}", torch.randperm(len(lessons), generator=rng).split(TOGETHER)):
-                kept = [Anchored(ids, self.rehearsal.base) for ids in [*islice(rows, ROWS), *islice(talk, 1)]]
+                kept = [Anchored(ids, self.rehearsal.base) for ids in [*islice(rows, ROWS), *islice(talk, TALKS)]]
                 lesson = together([lessons[i] for i in some], kept, epoch)
                 model, steps = take_steps(model, lesson, self.rehearsal.curvature, config)
                 taken += steps
@@ -120,6 +119,8 @@ class Sleep:
             figures = sum(answers), -self.rehearsal.drift(self.rehearsal.base, model)
             if best is None or figures > best:
                 best, self.model, self.epochs = figures, model, epoch
+            if all(answers) and grown < REPAIRS:
+                config, grown = replace(config, kl_weight=config.kl_weight * GROWTH), grown + 1
             quiet = 0 if taken else quiet + 1
             if quiet == QUIET or (best[0] == len(answers) and epoch - self.epochs == WAIT):
                 break

@@ -15,7 +15,7 @@ from rwkv_train.bench.correction_cases import Case, chosen_cases, load_cases
 from rwkv_train.bench.correction_measures import Answers, Heldout, by_group, figures, summary
 from rwkv_train.bench.correction_tables import COUNTRIES, OPEN, table
 from rwkv_train.bench.corrections import Protocol
-from rwkv_train.bench.fact_cases import fact_cases, small_talk, strangers_talk
+from rwkv_train.bench.fact_cases import fact_cases, small_talk, strangers_questions, strangers_talk
 from rwkv_train.bench.invented_cases import invented_cases
 from rwkv_train.bench.invented_relations import RELATIONS
 from rwkv_train.data.corpora.facts import facts
@@ -131,7 +131,7 @@ def test_false_facts_spare_what_they_watch():
         assert case.answer != true[case.question] and len(case.paraphrases) == 4 and case.same_subject
         for watched in (*case.neighbours, *case.same_subject):
             assert watched in true and watched not in taught
-    assert len(set(small_talk())) == 200
+    assert len(set(small_talk())) == 200 == len(set(strangers_questions()))
     assert sum(len(text) for talk in strangers_talk(count=10) for text, spoken in talk if spoken) > 10_000
 
 
@@ -169,7 +169,7 @@ def test_what_counts_as_understood_as_leaked_and_as_before():
     assert both[0].values["leaks"] == [False] and len(both[1].values["leaks"]) == 1
     (also,) = answers.judge(now, CASES[:1], also=True)
     assert also.values["other paraphrases"] == [False] and "paraphrases" not in also.values
-    assert answers.unrelated(now, ["who?", "sun?"]).values == {"unrelated identical": [True, False]}
+    assert answers.identical(now, ["who?", "sun?"]) == [True, False]
     found = by_group(both, CASES)
     assert list(found) == ["warm", "cold", "en"] and found["en"]["cases"] == 2 and found["warm"]["all retained"] == 1
     assert figures(both)["all retained"] == 0.5
@@ -199,6 +199,14 @@ def test_one_stream_measured_on_its_way_is_several_streams(protocol):
     assert [mark.case is None for mark in whole] == [False] * 3 + [True] * 2
     with pytest.raises(ValueError, match="there are 4 cases, fewer than 5"):
         protocol.drawn(0, 5)
+
+
+def test_what_was_read_and_what_was_not_are_measured_apart(protocol, monkeypatch):
+    assert "unread identical" not in figures(protocol.after(protocol.base, CASES))
+    protocol = Protocol(protocol.base, FORM, CASES, ["who?", "what?"], HELDOUT, unread=["when?", "sun?"])
+    monkeypatch.setattr(protocol.answers, "identical", lambda model, questions: [q == "when?" for q in questions])
+    found = figures(protocol.after(protocol.base, CASES))
+    assert (found["unrelated identical"], found["unread identical"]) == (0, 1)  # the sun is taught
 
 
 def test_a_first_paraphrase_that_is_taught_is_understood(protocol):
@@ -270,7 +278,7 @@ def test_bench_feedback_of_false_facts(here, capsys):
     argv = ["--counts=[1,2]", "--controls=[2]", "--seeds=1", "--plot=r.svg"]
     code, out, err = run(*FLAGS, *argv, capsys=capsys)
     assert code == 0, err
-    measured = [name for name in COUNTRIES.measures if name != "same subject changed"]
+    measured = [name for name in COUNTRIES.measures if name not in ("same subject changed", "unread identical")]
     columns = ["N=2", "step_factor 0, N=2", "naive, N=2", "state only, N=2", "busy over"]
     assert all(name in out for name in [*measured, *columns])
     results = json.loads((here / "r.json").read_text())["results"]["recipes"]

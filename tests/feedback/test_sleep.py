@@ -229,3 +229,19 @@ def test_the_best_epoch_counts(profile, monkeypatch):
             learner.rehearsal, learner._replay.received(learner.learnt()), learner.config, lambda _, some: some
         )
         assert slept.go_on() and slept.model is seen[slept.epochs - 1] and (slept.epochs, len(seen)) == (5, 5)
+
+
+def test_what_is_kept_weighs_more_only_while_all_is_right(profile, monkeypatch):
+    monkeypatch.setattr(sleep, "EPOCHS", 5)
+    answers, weights = iter([[False, True], [True, True], [True, True], [True, False], [True, True]]), []
+
+    def learn_nothing(model, lesson, curvature, config):
+        weights.append(config.kl_weight)
+        return model, 1
+
+    monkeypatch.setattr(sleep, "right", lambda *args: next(answers))
+    monkeypatch.setattr(sleep, "take_steps", learn_nothing)
+    with open_learner(profile) as learner:
+        received, config = learner._replay.received(learner.learnt()), replace(CONFIG, kl_weight=8.0)
+        assert Sleep(learner.rehearsal, received, config, lambda _, some: some).go_on()
+    assert weights == [8.0, 8.0, 8.0 * sleep.GROWTH, 8.0 * sleep.GROWTH**2, 8.0 * sleep.GROWTH**2]
