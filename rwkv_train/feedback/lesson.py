@@ -26,7 +26,6 @@ TESTED = 8  # contrasts that show whether a reply tells how a question is unders
 RULES = 3  # paraphrases by rule
 GRID = 1  # contrasts of each paraphrase: each opens a door of its own
 BEGINNING = 4  # tokens of a contrast's answer that are kept: with them the rest follows
-TALK = 50  # tokens of a free-running sample that are kept
 REPLAYED = 3  # contrasts of each earlier correction that are kept along
 
 
@@ -97,16 +96,17 @@ def lesson_of(
             paraphrases, contrasts = recorded_texts(recorded)
         new += [asked(text, context if n % 2 else ()) for n, text in enumerate(paraphrases)]
 
-        # 4. What is kept of contrasts, and of those of earlier corrections, is the beginning of the answer.
+        # 4. What is kept of contrasts is the beginning of the answer: of now, and of the base to those of earlier
+        #    corrections, or what each moves a little would add up.
         away = {correction.question, *paraphrases, *valid}
         theirs = (_in_turn(recorded_texts(committed[it.id])[1], REPLAYED, number) for it in replay)
         theirs = [text for text in dict.fromkeys(chain(*theirs)) if text not in away]
-        contrasted = _kept(contrasts, context, model, form) + _kept(theirs, (), model, form)
+        contrasted = _kept(contrasts, context, model, form) + _kept(theirs, (), rehearsal.base, form)
 
     # 5. Some of what the model says by itself, but no reply that a correction did away with.
     replaced = [reply, *(form.answer(how["answer_before"]) for how in committed.values() if how["answer_before"])]
     rehearsed = rehearsal.near(alone.ids, config.rehearsed, number, replaced)
-    rehearsed += [ids[:TALK] for ids in _in_turn(rehearsal.free_running, config.free_running, -number)]
+    rehearsed += _in_turn(rehearsal.free_running, config.free_running, -number)
     kept = [Anchored(ids, rehearsal.base) for ids in rehearsed]
     return Lesson(new, replayed, kept, contrasted, paraphrases, contrasts, reply)
 

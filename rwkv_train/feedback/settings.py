@@ -67,7 +67,7 @@ class FeedbackConfig:
     rehearsed: int = 6
     """dialogues of the rehearsal set that are kept, a third of them the nearest to the correction"""
 
-    free_running: int = 1
+    free_running: int = 2
     """free-running samples, of those that random prefixes are drawn from, that are kept"""
 
     kl_weight: float = 8.0
