@@ -1,8 +1,8 @@
 """Sleep: while nobody asks, all corrections are learnt together, from the base.
 
 One after another, every correction moves a little of what the ones before it taught. Together none comes last: the
-lessons and steps are those of any correction, in batches that are drawn anew in every epoch, until nothing is left to
-learn. What that comes to is kept only if it is at least as good as what was there.
+lessons and steps are those of any correction, in batches that are drawn anew in every epoch. Once all is learnt they go
+on, and move all else back towards the base. What that comes to is kept only if it is better than what was there.
 """
 
 import time
@@ -24,9 +24,8 @@ from rwkv_train.feedback.texts import Anchored
 from rwkv_train.models.base import RWKV
 
 TOGETHER = 8  # corrections of one batch: of more, each step does little for any of them
-STEPS = 4  # at most, on one batch
+STEPS = 4  # on one batch
 EPOCHS = 20  # at most
-QUIET = 4  # epochs one after another without a step, as each reads other examples
 WAIT = 3  # epochs that may do no better than one in which all answers were right
 TURNS = 8  # epochs in which all contrasts of a correction are read once
 ROWS, TALKS = 12, 6  # dialogues and free-running samples of the rehearsal set that are kept along with one batch
@@ -100,20 +99,18 @@ class Sleep:
             lessons.append(lesson_of(it, [], known, start, self.rehearsal))
             yield
         lessons, rows = agreeing(lessons, self.rehearsal.rows)
-        # 3. Epochs, until there is nothing to learn; the best of them counts.
+        # 3. Epochs, until none does better; the best of them counts.
         # What is kept weighs more once all is learnt: from the start it would leave nothing to be learnt.
-        config = replace(self.config, steps=STEPS, extra=0)
-        rng, quiet, grown = torch.Generator().manual_seed(0), 0, 0
+        config = replace(self.config, steps=STEPS, extra=STEPS)
+        rng, grown = torch.Generator().manual_seed(0), 0
         rows = cycle([rows[i] for i in torch.randperm(len(rows), generator=rng)])
         talk = cycle(self.rehearsal.free_running)
         best, model = None, start
         for epoch in range(1, EPOCHS + 1 if lessons else 0):
-            taken = 0
             for some in watch(f"sleep, epoch {epoch}", torch.randperm(len(lessons), generator=rng).split(TOGETHER)):
                 kept = [Anchored(ids, self.rehearsal.base) for ids in [*islice(rows, ROWS), *islice(talk, TALKS)]]
                 lesson = together([lessons[i] for i in some], kept, epoch)
-                model, steps = take_steps(model, lesson, self.rehearsal.curvature, config)
-                taken += steps
+                model, _ = take_steps(model, lesson, self.rehearsal.curvature, config)
                 yield
             answers = right(model, self.rehearsal, standing(self.received))
             figures = sum(answers), -self.rehearsal.drift(self.rehearsal.base, model)
@@ -121,8 +118,7 @@ class Sleep:
                 best, self.model, self.epochs = figures, model, epoch
             if all(answers) and grown < REPAIRS:
                 config, grown = replace(config, kl_weight=config.kl_weight * GROWTH), grown + 1
-            quiet = 0 if taken else quiet + 1
-            if quiet == QUIET or (best[0] == len(answers) and epoch - self.epochs == WAIT):
+            if best[0] == len(answers) and epoch - self.epochs == WAIT:
                 break
             yield
 

@@ -66,8 +66,7 @@ def steps_of_a_stream(monkeypatch) -> list:
 
 
 def test_what_was_learnt_together_is_right_and_drifts_less(tmp_path):
-    config = replace(CONFIG, target_loss=0.3, kl_weight=0.05, rehearsed=1, free_running=0)
-    with open_learner(tmp_path, config) as learner:
+    with open_learner(tmp_path, replace(CONFIG, target_loss=0.3, kl_weight=0.05, rehearsed=3)) as learner:
         for correction in QUICK[:2]:
             assert learner.learn(correction).accepted
         slept = learner.sleep()
