@@ -2,11 +2,13 @@
 
 import pytest
 import torch
-from feedback_toys import BYTES, FORM, rehearsal_set, small_model
+from feedback_toys import BYTES, CONFIG, FORM, QUICK, rehearsal_set, small_model
 from hypothesis import given
 from hypothesis import strategies as st
 
 from rwkv_train.feedback.contrasts import crossed, substituted
+from rwkv_train.feedback.correction import Received
+from rwkv_train.feedback.lesson import lesson_of
 from rwkv_train.feedback.rehearsal import RehearsalSet
 from rwkv_train.feedback.words import Vocabulary, kind, words
 
@@ -88,3 +90,14 @@ def test_questions_of_the_rehearsal_set_are_asked_of_the_rarest_word():
     assert made and all("why" in text or "sun" in text for text in made)
     assert crossed(rehearsal, "why sun?", 1) == made[:1] and crossed(rehearsal, "?", 3) == []
     assert FORM.prompt(made[0])
+
+
+def test_contrasts_of_earlier_corrections_are_kept_as_the_base_answers_them():
+    base, now = small_model(), small_model(1)
+    earlier, newest = (Received(n, correction, vars(CONFIG)) for n, correction in zip((2, 4), QUICK[:2], strict=True))
+    recorded = {"answer_before": "", "paraphrases": []}
+    committed = {2: recorded | {"contrasts": ["air?"]}, 4: recorded | {"contrasts": ["sky?"]}}
+    lesson = lesson_of(newest, [earlier], committed, now, rehearsal_set(base))
+    kept = {text.model: BYTES.decode(text.ids) for text in lesson.contrasted}
+    assert len(lesson.contrasted) == 2 and "sky?" in kept[now] and "air?" in kept[base]
+    assert all(text.model is base for text in lesson.rehearsed)
