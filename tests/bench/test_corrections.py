@@ -18,6 +18,7 @@ from rwkv_train.bench.corrections import Protocol
 from rwkv_train.bench.fact_cases import fact_cases, small_talk, strangers_questions, strangers_talk
 from rwkv_train.bench.invented_cases import invented_cases
 from rwkv_train.bench.invented_relations import RELATIONS
+from rwkv_train.data.corpora.catalogue import read_corpus
 from rwkv_train.data.corpora.facts import facts
 from rwkv_train.data.templates import Template
 from rwkv_train.data.text_format import TextFormat
@@ -133,6 +134,14 @@ def test_false_facts_spare_what_they_watch():
             assert watched in true and watched not in taught
     assert len(set(small_talk())) == 200 == len(set(strangers_questions()))
     assert sum(len(text) for talk in strangers_talk(count=10) for text, spoken in talk if spoken) > 10_000
+
+
+def test_unread_questions_are_in_nothing_that_the_starter_read_and_in_no_case():
+    unread = set(strangers_questions())
+    for corpus in ("talk", "chitchat/170"):  # of configs/starter.yaml
+        assert not unread & {m["content"].strip() for _, chat in read_corpus(corpus) for m in chat["messages"]}
+    for name in ("open", "open-final"):
+        assert not any(unread & {*_asked(case), *case.neighbours} for case in case_set(name).cases)
 
 
 def test_answers_in_batches_are_those_one_by_one():
