@@ -26,6 +26,7 @@ TESTED = 8  # contrasts that show whether a reply tells how a question is unders
 RULES = 3  # paraphrases by rule
 GRID = 1  # contrasts of each paraphrase: each opens a door of its own
 BEGINNING = 4  # tokens of a contrast's answer that are kept: with them the rest follows
+WATCHED = 4  # times as many earlier corrections are watched as are trained
 REPLAYED = 3  # contrasts of each earlier correction that are kept along
 
 
@@ -33,13 +34,15 @@ REPLAYED = 3  # contrasts of each earlier correction that are kept along
 class Lesson:
     """What one correction trains and what it keeps.
 
-    new: examples of the correction, the first of them on its own. replayed: of earlier ones. rehearsed: texts of the
-    rehearsal set that are kept; contrasted: contrasts with the beginning of their answers. paraphrases, contrasts:
-    their questions. reply: the ids of the model's reply before the lesson.
+    new: examples of the correction, the first of them on its own. replayed: of earlier ones. watched: of others of
+    them, which are trained if they are lost on the way. rehearsed: texts of the rehearsal set that are kept;
+    contrasted: contrasts with the beginning of their answers. paraphrases, contrasts: their questions. reply: the ids
+    of the model's reply before the lesson.
     """
 
     new: list[Example]
     replayed: list[Example] = field(default_factory=list)
+    watched: list[Example] = field(default_factory=list)
     rehearsed: list[Anchored] = field(default_factory=list)
     contrasted: list[Anchored] = field(default_factory=list)
     paraphrases: list[str] = field(default_factory=list)
@@ -81,9 +84,11 @@ def lesson_of(
     prefixes = _in_turn(rehearsal.free_running, config.random_prefixes, number)
     new += [asked(correction.question, prefix[1:]) for prefix in prefixes]
 
-    # 2. Earlier corrections, those from a dialogue alone and after its end in turn.
+    # 2. Earlier corrections, those from a dialogue alone and after its end in turn. Others of them are watched.
     replay = _spread(list(valid.values()), config.replay, number)
     replayed = [_again(it.item, number + it.id, form, config.truncation) for it in replay]
+    others = [it for it in valid.values() if it not in replay]
+    watched = [example_of(it.item, form) for it in _spread(others, WATCHED * config.replay, number)]
 
     # 3. Paraphrases learn the answer too, alone and in the dialogue in turn, and contrasts keep theirs. A replay takes
     #    those that were recorded.
@@ -108,7 +113,7 @@ def lesson_of(
     rehearsed = rehearsal.near(alone.ids, config.rehearsed, number, replaced)
     rehearsed += _in_turn(rehearsal.free_running, config.free_running, -number)
     kept = [Anchored(ids, rehearsal.base) for ids in rehearsed]
-    return Lesson(new, replayed, kept, contrasted, paraphrases, contrasts, reply)
+    return Lesson(new, replayed, watched, kept, contrasted, paraphrases, contrasts, reply)
 
 
 def recorded_texts(committed: dict) -> tuple[list[str], list[str]]:

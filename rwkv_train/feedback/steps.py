@@ -14,7 +14,7 @@ from rwkv_train.bptt import chunked_loss
 from rwkv_train.feedback.curvature import Curvature
 from rwkv_train.feedback.lesson import Lesson
 from rwkv_train.feedback.settings import FeedbackConfig
-from rwkv_train.feedback.texts import CHUNK, Anchored, Answers, Read, batches, bf16_autocast, kl_anchors, read
+from rwkv_train.feedback.texts import CHUNK, Anchored, Answers, Read, batches, bf16_autocast, kl_anchors, read, wrong
 from rwkv_train.feedback.trainable import Trainable, finished, trained_twin
 from rwkv_train.models.base import RWKV
 from rwkv_train.ops.products import as_wide
@@ -48,6 +48,7 @@ def take_steps(
     twin, parameters = trained_twin(model, config.trainable, config.layers)
     new = batches(twin, lesson.new, config.trainable, config.truncation)
     replayed = batches(twin, lesson.replayed, config.trainable, config.truncation)
+    watched = lesson.watched
     avoids = curvature is not None and config.trainable == "upper" and config.avoidance > 0
     kept, weight, repairs = None, config.kl_weight, REPAIRS
     left = None  # steps still to take once learnt
@@ -66,6 +67,10 @@ def take_steps(
         if learnt and repairs and kept and max(kept.drifts) > HELD:
             learnt, weight, repairs = False, weight * GROWTH, repairs - 1
         left = None if not learnt else config.extra if left is None else left - 1
+        #    What of earlier corrections was lost on the way is trained, too.
+        if left == 0 and step < config.steps and (lost := wrong(twin, watched)):
+            left, watched = None, [example for example in watched if example not in lost]
+            replayed += batches(twin, lost, config.trainable, config.truncation)
         if left == 0 or step == config.steps:
             break
         # 3. The KL anchor, of a part of the texts in turn. What shares its inputs with contrasts is avoided.

@@ -1,5 +1,7 @@
 """The steps of a correction, and what they are computed with: what is left out or packed changes nothing."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from feedback_toys import ASKED, BYTES, DIALOGUES, FORM, small_model, upper_matrices
@@ -23,6 +25,7 @@ from rwkv_train.feedback.texts import (
     divergence,
     log_probs,
     read,
+    wrong,
 )
 from rwkv_train.feedback.trainable import between, changed, localised_names, trained_twin, upper_names, with_weights
 
@@ -40,7 +43,7 @@ def test_one_step_is_a_plain_gradient_step_on_the_whole_model(trainable, chunk, 
     before = with_weights(model, {"emb.weight": model.emb.weight * 1.1})
     rehearsed = [Anchored(kept, before), Anchored(kept[:-3], model), Anchored(kept, before, 4, 6)]
     contrasted = [Anchored(kept[:-1], before, 2), Anchored(kept, model, 3, 9), Anchored(kept, before, 3, 8)]
-    after, steps = take_steps(model, Lesson(new, replayed, rehearsed, contrasted), None, config)
+    after, steps = take_steps(model, Lesson(new, replayed, rehearsed=rehearsed, contrasted=contrasted), None, config)
     names = upper_matrices(model, 2) if trainable == "upper" else localised_names(model)
     assert steps == 1 and set(changed(after, model)) == set(names)
 
@@ -196,6 +199,35 @@ def test_steps_avoid_what_contrasts_share(generation):
         added = 10 * (k.t() @ k).double() / len(k) / mean
         c = curvature.tensors[f"{name}.in.inverse"].double().inverse() + added
         assert_close_rel(ways[name], (gradients[name].double() @ c.inverse()).float(), 1e-3)
+
+
+def _said(question: str, answer: str, negative: bool = False) -> Example:
+    ids = BYTES.encode(answer)
+    return Example([0, *BYTES.encode(question), *ids], len(ids), negative=negative)
+
+
+@pytest.mark.parametrize("extra", [1, 8])
+def test_what_is_watched_is_trained_if_it_is_lost(extra, generation):
+    model, config = small_model(generation=generation), FeedbackConfig(steps=60, kl_weight=0, extra=extra)
+    first, second, other = _said("sun?", "hot"), _said("xun?", "hat"), _said("sun?", "cold", negative=True)
+    learnt, _ = take_steps(model, Lesson([first]), None, config)
+    assert not wrong(learnt, [first, other])
+    lost, _ = take_steps(learnt, Lesson([second]), None, config)
+    assert wrong(lost, [first, second, other]) == [first]
+    kept, _ = take_steps(learnt, Lesson([second], watched=[other, first]), None, config)
+    assert not wrong(kept, [first, second, other])
+
+
+@pytest.mark.parametrize("together", [1, 2, 16])
+def test_wrong_is_what_greedy_decoding_would_not_write(together, generation, monkeypatch):
+    monkeypatch.setattr(texts, "TOGETHER", together)
+    model = small_model(generation=generation)
+    prompts = [[0, *BYTES.encode(text)] for text in ("sun?", "a much longer question?", "b?")]
+    replies = greedy(model, FORM, prompts, max_new_tokens=4)
+    right = [Example(prompt + reply, len(reply)) for prompt, reply in zip(prompts, replies, strict=True)]
+    other = [Example([*example.ids[:-1], example.ids[-1] ^ 1], example.answer) for example in right]
+    avoided = [replace(example, negative=True) for example in right + other]
+    assert wrong(model, [*right, *other, *avoided]) == [*other, *avoided[: len(right)]]
 
 
 @pytest.mark.parametrize("trainable", ["upper", "full", "state"])
