@@ -10,7 +10,7 @@ from rwkv_train.feedback.lesson import Lesson
 from rwkv_train.feedback.rehearsal import RehearsalSet
 from rwkv_train.feedback.snapshots import weights_hash
 from rwkv_train.feedback.steps import Diverged
-from rwkv_train.feedback.texts import answer_loss
+from rwkv_train.feedback.texts import Example, answer_loss, wrong
 from rwkv_train.feedback.trainable import between, changed
 from rwkv_train.models.base import RWKV
 from rwkv_train.models.finite import NotFinite
@@ -66,6 +66,14 @@ def told_of_dialogue(item: Correction | Reading, model: RWKV, form: Form) -> str
     return "" if shows(item, answer, form) else f"in its dialogue decoding still gives {answer!r}; /fix it there again"
 
 
+def told_of_lost(watched: dict[int, Example], model: RWKV) -> str:
+    """Which earlier corrections a model does not give as they were taught, as a note; "" if there are none."""
+    with half_the_threads():
+        lost = wrong(model, list(watched.values()))
+    numbers = [str(number) for number, example in watched.items() if example in lost]
+    return f"no longer right: {', '.join(numbers)}; /sleep learns all together" if numbers else ""
+
+
 def judge(
     received: Received, before: RWKV, lesson: Lesson, learn: Callable[[], tuple[RWKV, int]], rehearsal: RehearsalSet
 ) -> tuple[Outcome, RWKV]:
@@ -79,6 +87,9 @@ def judge(
     except NotFinite:
         why = "the steps left numbers that are not finite; a smaller step_factor may help"
         steps, verdict = 0, Verdict(False, before, 0.0, 0.0, why, answer_before)
+    taught = isinstance(received.item, Correction)
+    seen_to = taught and verdict.share == 1 and steps < received.config.steps  # the steps went on until none was lost
+    note = told_of_lost(lesson.watched, verdict.model) if verdict.accepted and not seen_to else ""
     with half_the_threads():
         losses = [answer_loss(model, lesson.new[0]) for model in (before, verdict.model)]
     outcome = Outcome(
@@ -96,6 +107,7 @@ def judge(
         drift=verdict.drift,
         seconds=0.0,
         weights=weights_hash(changed(verdict.model, rehearsal.base)),
+        note=note,
     )
     return outcome, verdict.model
 

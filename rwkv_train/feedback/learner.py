@@ -177,8 +177,8 @@ class Learner:
                 kept = {"kept": {"answer": received.item.answer, "context": received.item.context}}
             outcome, model = self._judge(received, tick)
             if outcome.accepted:
-                note = "; ".join(filter(None, [note, told_of_dialogue(received.item, model, self.form)]))
-                outcome = replace(outcome, note=note)
+                notes = note, told_of_dialogue(received.item, model, self.form), outcome.note
+                outcome = replace(outcome, note="; ".join(filter(None, notes)))
         except Exception as error:
             self.journal.append("committed", of=number, accepted=False, why=in_a_line(error))
             raise
@@ -300,7 +300,7 @@ class Learner:
     def _lesson(self, model: RWKV, received: Received, earlier: list[Received]) -> Lesson:
         """What a correction trains and keeps, after earlier ones."""
         if isinstance(received.item, Reading):
-            return text_lesson(received.item, self.form)
+            return text_lesson(received, earlier, self.form)
         ids = [received.id, *(it.id for it in earlier)]
         committed = {number: how for number in ids if (how := self.journal.ledger.committed.get(number))}
         return lesson_of(received, earlier, committed, model, self.rehearsal)

@@ -11,7 +11,7 @@ from itertools import chain
 
 from rwkv_train.feedback.background import half_the_threads
 from rwkv_train.feedback.contrasts import crossed, substituted
-from rwkv_train.feedback.correction import Correction, Reading, Received, document_of, example_of
+from rwkv_train.feedback.correction import Correction, Received, document_of, example_of
 from rwkv_train.feedback.decode import MAX_REPLY, Form, greedy
 from rwkv_train.feedback.paraphrases import by_rule, reworded, understood
 from rwkv_train.feedback.rehearsal import RehearsalSet
@@ -26,7 +26,7 @@ TESTED = 8  # contrasts that show whether a reply tells how a question is unders
 RULES = 3  # paraphrases by rule
 GRID = 1  # contrasts of each paraphrase: each opens a door of its own
 BEGINNING = 4  # tokens of a contrast's answer that are kept: with them the rest follows
-WATCHED = 4  # times as many earlier corrections are watched as are trained
+WATCHED = 5  # times as many earlier corrections are watched as are trained
 REPLAYED = 3  # contrasts of each earlier correction that are kept along
 
 
@@ -34,15 +34,15 @@ REPLAYED = 3  # contrasts of each earlier correction that are kept along
 class Lesson:
     """What one correction trains and what it keeps.
 
-    new: examples of the correction, the first of them on its own. replayed: of earlier ones. watched: of others of
-    them, which are trained if they are lost on the way. rehearsed: texts of the rehearsal set that are kept;
-    contrasted: contrasts with the beginning of their answers. paraphrases, contrasts: their questions. reply: the ids
-    of the model's reply before the lesson.
+    new: examples of the correction, the first of them on its own. replayed: of earlier ones. watched: earlier ones on
+    their own, by number, which are trained too if they are lost. rehearsed: texts of the rehearsal set that are
+    kept; contrasted: contrasts with the beginning of their answers. paraphrases, contrasts: their questions. reply: the
+    ids of the model's reply before the lesson.
     """
 
     new: list[Example]
     replayed: list[Example] = field(default_factory=list)
-    watched: list[Example] = field(default_factory=list)
+    watched: dict[int, Example] = field(default_factory=dict)
     rehearsed: list[Anchored] = field(default_factory=list)
     contrasted: list[Anchored] = field(default_factory=list)
     paraphrases: list[str] = field(default_factory=list)
@@ -50,10 +50,10 @@ class Lesson:
     reply: list[int] = field(default_factory=list)
 
 
-def text_lesson(reading: Reading, form: Form) -> Lesson:
+def text_lesson(received: Received, earlier: list[Received], form: Form) -> Lesson:
     """The lesson of a text that is only read: the whole of it, as dynamic evaluation goes through it."""
-    ids = document_of(reading, form)
-    return Lesson([Example(ids, len(ids) - 1)])
+    ids = document_of(received.item, form)
+    return Lesson([Example(ids, len(ids) - 1)], watched=_watched(standing(earlier), received, form))
 
 
 def lesson_of(
@@ -76,7 +76,7 @@ def lesson_of(
         ids = [form.tokenizer.eod, *before, *form.turn(text), *answer]
         return Example(ids, alone.answer, 1 + len(before) if before else 0, alone.negative)
 
-    valid = {it.item.question: it for it in earlier if isinstance(it.item, Correction)}  # the last word counts
+    valid = {it.item.question: it for it in standing(earlier)}
     valid.pop(correction.question, None)
 
     # 1. The new answer: to the question alone, in its dialogue, and after talk that has nothing to do with it.
@@ -84,11 +84,10 @@ def lesson_of(
     prefixes = _in_turn(rehearsal.free_running, config.random_prefixes, number)
     new += [asked(correction.question, prefix[1:]) for prefix in prefixes]
 
-    # 2. Earlier corrections, those from a dialogue alone and after its end in turn. Others of them are watched.
+    # 2. Earlier corrections, those from a dialogue alone and after its end in turn.
     replay = _spread(list(valid.values()), config.replay, number)
     replayed = [_again(it.item, number + it.id, form, config.truncation) for it in replay]
-    others = [it for it in valid.values() if it not in replay]
-    watched = [example_of(it.item, form) for it in _spread(others, WATCHED * config.replay, number)]
+    watched = _watched(list(valid.values()), received, form)
 
     # 3. Paraphrases learn the answer too, alone and in the dialogue in turn, and contrasts keep theirs. A replay takes
     #    those that were recorded.
@@ -116,10 +115,21 @@ def lesson_of(
     return Lesson(new, replayed, watched, kept, contrasted, paraphrases, contrasts, reply)
 
 
+def standing(received: list[Received]) -> list[Received]:
+    """The corrections that count: the last word on each question."""
+    last = {it.item.question: it for it in received if isinstance(it.item, Correction)}
+    return [it for it in received if isinstance(it.item, Correction) and last[it.item.question] is it]
+
+
 def recorded_texts(committed: dict) -> tuple[list[str], list[str]]:
     """(paraphrases, contrasts) of a correction by the journal's record of how it was learnt."""
     paraphrases = committed["wordings"] if "wordings" in committed else committed["paraphrases"]
     return paraphrases, committed.get("contrasts", [])
+
+
+def _watched(earlier: list[Received], received: Received, form: Form) -> dict[int, Example]:
+    watched = _spread(earlier, WATCHED * received.config.replay, received.id)
+    return {it.id: example_of(it.item, form) for it in watched}
 
 
 def _again(correction: Correction, number: int, form: Form, most: int) -> Example:

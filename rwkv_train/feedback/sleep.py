@@ -13,10 +13,10 @@ from itertools import cycle, islice
 import torch
 
 from rwkv_train.feedback.background import Watch, half_the_threads
-from rwkv_train.feedback.correction import Correction, Reading, Received
+from rwkv_train.feedback.correction import Reading, Received, document_of
 from rwkv_train.feedback.decode import greedy
 from rwkv_train.feedback.gate import shows
-from rwkv_train.feedback.lesson import Lesson, lesson_of, text_lesson
+from rwkv_train.feedback.lesson import Lesson, lesson_of, standing
 from rwkv_train.feedback.rehearsal import RehearsalSet
 from rwkv_train.feedback.settings import FeedbackConfig
 from rwkv_train.feedback.steps import GROWTH, REPAIRS, dynamic_evaluation, take_steps
@@ -88,7 +88,7 @@ class Sleep:
         # 1. Texts that were only read.
         readings = [it for it in self.received if isinstance(it.item, Reading)]
         for it in watch("sleep, texts", readings):
-            ids = text_lesson(it.item, self.rehearsal.form).new[0].ids
+            ids = document_of(it.item, self.rehearsal.form)
             self.model, _ = dynamic_evaluation(self.model, ids, self.rehearsal.curvature, it.config)
             yield
         # 2. The lesson of each correction, as if it were the only one.
@@ -121,12 +121,6 @@ class Sleep:
             if best[0] == len(answers) and epoch - self.epochs == WAIT:
                 break
             yield
-
-
-def standing(received: list[Received]) -> list[Received]:
-    """The corrections that count: the last word on each question."""
-    last = {it.item.question: it for it in received if isinstance(it.item, Correction)}
-    return [it for it in received if isinstance(it.item, Correction) and last[it.item.question] is it]
 
 
 def together(lessons: list[Lesson], rehearsed: list[Anchored], epoch: int) -> Lesson:

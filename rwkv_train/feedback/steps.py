@@ -48,7 +48,7 @@ def take_steps(
     twin, parameters = trained_twin(model, config.trainable, config.layers)
     new = batches(twin, lesson.new, config.trainable, config.truncation)
     replayed = batches(twin, lesson.replayed, config.trainable, config.truncation)
-    watched = lesson.watched
+    watched = list(lesson.watched.values())
     avoids = curvature is not None and config.trainable == "upper" and config.avoidance > 0
     kept, weight, repairs = None, config.kl_weight, REPAIRS
     left = None  # steps still to take once learnt

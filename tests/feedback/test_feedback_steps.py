@@ -206,15 +206,16 @@ def _said(question: str, answer: str, negative: bool = False) -> Example:
     return Example([0, *BYTES.encode(question), *ids], len(ids), negative=negative)
 
 
-@pytest.mark.parametrize("extra", [1, 8])
-def test_what_is_watched_is_trained_if_it_is_lost(extra, generation):
-    model, config = small_model(generation=generation), FeedbackConfig(steps=60, kl_weight=0, extra=extra)
+@pytest.mark.parametrize(("trainable", "extra"), [("upper", 1), ("upper", 8), ("full", 1), ("localised", 1)])
+def test_what_is_watched_is_trained_if_it_is_lost(trainable, extra, generation):
+    config = FeedbackConfig(trainable=trainable, steps=60, kl_weight=0, extra=extra)
+    model = small_model(generation=generation)
     first, second, other = _said("sun?", "hot"), _said("xun?", "hat"), _said("sun?", "cold", negative=True)
     learnt, _ = take_steps(model, Lesson([first]), None, config)
     assert not wrong(learnt, [first, other])
     lost, _ = take_steps(learnt, Lesson([second]), None, config)
     assert wrong(lost, [first, second, other]) == [first]
-    kept, _ = take_steps(learnt, Lesson([second], watched=[other, first]), None, config)
+    kept, _ = take_steps(learnt, Lesson([second], watched={1: other, 2: first}), None, config)
     assert not wrong(kept, [first, second, other])
 
 

@@ -10,7 +10,7 @@ from feedback_toys import CONFIG, FORM, QUICK, open_learner
 import rwkv_train.feedback.gate as gate_module
 import rwkv_train.feedback.learner as learner_module
 from rwkv_train.data.templates import Template
-from rwkv_train.feedback import Correction, FeedbackConfig
+from rwkv_train.feedback import Correction, FeedbackConfig, Reading
 
 
 @pytest.mark.parametrize(
@@ -85,3 +85,18 @@ def test_what_is_told_of_its_dialogue_is_a_note_of_the_correction(tmp_path, monk
         correction = replace(QUICK[0], context=tuple(FORM.turn("well?")))
         assert learner.learn(correction).note == learner.journal.records[-1]["note"] == "not there"
         assert asked == [correction]
+
+
+def test_an_earlier_correction_that_is_lost_is_told(tmp_path):
+    with open_learner(tmp_path) as learner:
+        for correction in QUICK[:2]:
+            assert learner.learn(correction).note == ""
+        assert learner.learn(Reading("to and fro")).note == ""
+        learner.configure(learn_rate=3.0)
+        outcome = learner.learn(Reading("to and fro " * 100))
+        assert outcome.accepted and learner.answer("sun?") != "hot" and learner.answer("ice?") != "cold"
+        assert outcome.note == "no longer right: 2, 4; /sleep learns all together"
+        learner.undo()
+        learner.configure(replay=16, steps=2, step_factor=20.0)
+        outcome = learner.learn(Correction("sun!", None, rejected="hot"))
+        assert outcome.accepted and outcome.steps == 2 and "no longer right: " in outcome.note
