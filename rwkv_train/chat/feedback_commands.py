@@ -12,6 +12,7 @@ from rwkv_train.chat.sleeping import Sleeper
 from rwkv_train.chat.telling import exported, history, question_of, told
 from rwkv_train.feedback import Correction, FeedbackConfig, Learner, Reading
 from rwkv_train.feedback.background import Background, half_the_threads, in_a_line
+from rwkv_train.feedback.correction import item_of, outdated
 from rwkv_train.feedback.extent import another_wording, kept_question
 from rwkv_train.feedback.journal import Ledger
 from rwkv_train.files import read_text
@@ -26,25 +27,29 @@ class Teacher:
 
     def __init__(self, chat: Chat, learner: Learner, wait: bool):
         self.chat, self.learner, self.wait = chat, learner, wait
-        self._ending = ExitStack()
         self._now: int | None = None  # the correction that is being learnt
         self._failed: dict[int, str] = {}  # why, of those whose failure could not be recorded either
 
     def __enter__(self) -> "Teacher":
+        with ExitStack() as ending:  # an interrupt closes the thread as well
+            self._begin(ending)
+            self._ending = ending.pop_all()
+        return self
+
+    def _begin(self, ending: ExitStack) -> None:
         if not self.wait:
             self.learner.watch = self._watch
-            self._ending.enter_context(half_the_threads())
+            ending.enter_context(half_the_threads())
         self.background = Background(lambda error: self._tell(in_a_line(error)))
-        self._ending.callback(self.background.close)
+        ending.callback(self.background.close)
         self._sleeper = Sleeper(self.chat, self.learner, self.background, self._tell)
-        self._ending.callback(self._sleeper.close)
+        ending.callback(self._sleeper.close)
         if not self.wait:
             self.background.submit(self._prepare)
         for record in self.learner.waiting():  # as after a crash
             self.background.submit(lambda number=record["id"]: self._tell(self._commit(number)))
         if self.wait:
             self.background.wait()
-        return self
 
     def __exit__(self, *error) -> None:
         self._ending.close()
@@ -128,7 +133,7 @@ class Teacher:
         """(the question, the number of the correction that is spoken of) of what follows /also or /not."""
         if not rest:
             raise ValueError(f"write /{name} TEXT, or /{name} 12: TEXT for correction 12")
-        if named := re.fullmatch(r"(\d+):\s+(.+)", rest, re.DOTALL):
+        if named := re.fullmatch(r"(\d+)\s*:\s+(.+)", rest, re.DOTALL):
             return named[2], int(named[1])
         if label := re.fullmatch(r"(\d+)[a-z]", rest.lower()):
             return question_of(self.learner.journal.ledger, label[0]), int(label[1])
@@ -195,6 +200,9 @@ class Teacher:
         records = list(self.learner.journal.records)  # of one moment
         ledger = Ledger(records)
         marks = dict.fromkeys(ledger.waiting, "waiting")
+        learnt = [record for record in ledger.sequence.values() if record["kind"] == "received"]
+        old = outdated([item_of(record) for record in learnt])
+        marks |= {record["id"]: "outdated by a later one" for record, is_old in zip(learnt, old, strict=True) if is_old}
         failed = {number: why for number, why in self._failed.items() if number in marks} | ledger.refused()
         marks |= {number: "being learnt" for number in [self._now] if number in marks}
         marks |= {number: f"not learnt: {why}" for number, why in failed.items()}

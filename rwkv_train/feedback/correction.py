@@ -1,5 +1,7 @@
 """What a profile can be asked to learn, what became of it, and the tokens it is read as."""
 
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from rwkv_train.feedback.decode import MAX_REPLY, Form
@@ -86,6 +88,25 @@ def item_of(record: dict) -> Correction | Reading:
 def received_of(record: dict) -> Received:
     """A journal's record of a correction."""
     return Received(record["id"], item_of(record), record["config"])
+
+
+def outdated(items: Sequence[Correction | Reading]) -> list[bool]:
+    """Of each, in their order, whether it no longer counts. Of several answers to one question the last does.
+
+    That a reply is wrong does away with that answer alone, and needs no saying once another one is taught.
+    """
+    old, answered, wrong = [], set(), defaultdict(set)
+    for item in reversed(items):
+        if isinstance(item, Reading):
+            old.append(False)
+            continue
+        said = item.rejected if item.answer is None else item.answer
+        old.append(item.question in answered or said in wrong[item.question])
+        if item.answer is None:
+            wrong[item.question].add(said)
+        else:
+            answered.add(item.question)
+    return old[::-1]
 
 
 def check(item: Correction | Reading, form: Form) -> None:

@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from rwkv_train.feedback.correction import Correction
+from rwkv_train.feedback.correction import Correction, outdated
 from rwkv_train.feedback.decode import Form
 from rwkv_train.files import replace_file
 
@@ -37,9 +37,9 @@ def export(corrections: list[Correction], form: Form, path: Path) -> Exported:
     targets = [path, path.with_name(path.name + ".pairs.jsonl")]
     if there := next((str(target) for target in targets if target.exists()), ""):
         raise ValueError(f"{there} is there already; delete it, or name another file")
-    last = {c.question: c for c in corrections}
+    valid = {(c.question, c.answer) for c, old in zip(corrections, outdated(corrections), strict=True) if not old}
     answered = [c for c in corrections if c.answer is not None]
-    written = [c for c in answered if not _replaced(c, last[c.question])]
+    written = [c for c in answered if (c.question, c.answer) in valid]
     chats, pairs, alone = [], [], 0
     for c in written:
         before = form.template.messages(form.tokenizer.decode(list(c.context)))
@@ -54,8 +54,3 @@ def export(corrections: list[Correction], form: Form, path: Path) -> Exported:
         replace_file(target, lambda temporary, text=text: temporary.write_text(text, encoding="utf-8"))
     kept, also = sum(c.keeps for c in written), sum(c.of is not None and not c.keeps for c in written)
     return Exported(len(written) - kept - also, also, kept, alone, len(answered) - len(written))
-
-
-def _replaced(c: Correction, last: Correction) -> bool:
-    """Whether the last correction of the same question does away with the answer of one."""
-    return c.answer == last.rejected if last.answer is None else c.answer != last.answer

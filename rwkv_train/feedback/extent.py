@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from rwkv_train.feedback.background import half_the_threads
-from rwkv_train.feedback.correction import Correction, Reading, Received
+from rwkv_train.feedback.correction import Correction, Reading, Received, item_of, outdated
 from rwkv_train.feedback.decode import Form, answer_to
 from rwkv_train.feedback.journal import Journal
 from rwkv_train.models.base import RWKV
@@ -54,10 +54,9 @@ def settled(
         raise ValueError(f"correction {item.of}, to which it belongs, is not learnt")
     if not item.keeps:
         return received, "; ".join(filter(None, [_replaced(item, known), _shortened(item, form)]))
-    others = [r for r in known if item.of not in (r["id"], r.get("of")) and r.get("question") == item.question]
-    if others and others[-1]["answer"] is not None:
-        item = replace(item, answer=others[-1]["answer"], context=())
-        return replace(received, item=item), f"its answer is that of correction {others[-1]['id']}"
+    if other := _taught(item.question, [r for r in known if item.of not in (r["id"], r.get("of"))]):
+        item = replace(item, answer=other["answer"], context=())
+        return replace(received, item=item), f"its answer is that of correction {other['id']}"
     before = rebuilt(known[: numbers.index(item.of)])
     with half_the_threads():
         answer = answer_to(before, form, item.question)
@@ -70,10 +69,20 @@ def settled(
 
 def _replaced(item: Correction, known: list[dict]) -> str:
     """Which correction of the same question no longer counts, as a note; "" if there is none."""
-    last = next((r for r in reversed(known) if r.get("question") == item.question), None)
-    if last is None or last["answer"] in (None, item.answer):
+    last = _taught(item.question, known)
+    if last is None or last["answer"] == item.answer or (item.answer is None and last["answer"] != item.rejected):
         return ""
-    return f"in place of correction {last['id']}: of answers to one question the last counts, in any dialogue"
+    note = f"in place of correction {last['id']}: of answers to one question the last counts, in any dialogue"
+    others = [r for r in known if r.get("of") == last["id"] and not r.get("keeps") and r["answer"] == last["answer"]]
+    asked = ", ".join(repr(r["question"]) for r in others if _taught(r["question"], known) is r)
+    return f"{note}; asked as {asked}, it keeps the answer of before, unless you say /also again" if asked else note
+
+
+def _taught(question: str, known: list[dict]) -> dict | None:
+    """The record of the answer that counts to a question."""
+    about = [r for r in known if r.get("question") == question]
+    old = outdated([item_of(r) for r in about])
+    return next((r for r, is_old in zip(about, old, strict=True) if not is_old and r["answer"] is not None), None)
 
 
 def _shortened(item: Correction, form: Form) -> str:

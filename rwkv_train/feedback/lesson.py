@@ -11,7 +11,7 @@ from itertools import chain
 
 from rwkv_train.feedback.background import half_the_threads
 from rwkv_train.feedback.contrasts import crossed, substituted
-from rwkv_train.feedback.correction import Correction, Received, document_of, example_of
+from rwkv_train.feedback.correction import Correction, Received, document_of, example_of, outdated
 from rwkv_train.feedback.decode import MAX_REPLY, Form, greedy
 from rwkv_train.feedback.paraphrases import by_rule, reworded, understood
 from rwkv_train.feedback.rehearsal import RehearsalSet
@@ -76,8 +76,8 @@ def lesson_of(
         ids = [form.tokenizer.eod, *before, *form.turn(text), *answer]
         return Example(ids, alone.answer, 1 + len(before) if before else 0, alone.negative)
 
-    valid = {it.item.question: it for it in standing(earlier)}
-    valid.pop(correction.question, None)
+    valid = [it for it in standing([*earlier, received]) if it is not received]
+    known = {it.item.question for it in valid} - {correction.question}
 
     # 1. The new answer: to the question alone, in its dialogue, and after talk that has nothing to do with it.
     new = [alone, *([asked(correction.question, context)] if context else [])]
@@ -85,16 +85,16 @@ def lesson_of(
     new += [asked(correction.question, prefix[1:]) for prefix in prefixes]
 
     # 2. Earlier corrections, those from a dialogue alone and after its end in turn.
-    replay = _spread(list(valid.values()), config.replay, number)
+    replay = _spread(valid, config.replay, number)
     replayed = [_again(it.item, number + it.id, form, config.truncation) for it in replay]
-    watched = _watched(list(valid.values()), received, form)
+    watched = _watched(valid, received, form)
 
     # 3. Paraphrases learn the answer too, alone and in the dialogue in turn, and contrasts keep theirs. A replay takes
     #    those that were recorded.
     recorded = committed.get(number)
     with half_the_threads():
         if recorded is None:
-            reply, paraphrases, contrasts = _around(correction, model, rehearsal, config, set(valid))
+            reply, paraphrases, contrasts = _around(correction, model, rehearsal, config, known)
         else:
             reply = form.answer(recorded["answer_before"]) if recorded["answer_before"] else []
             paraphrases, contrasts = recorded_texts(recorded)
@@ -102,7 +102,7 @@ def lesson_of(
 
         # 4. What is kept of contrasts is the beginning of the answer: of now, and of the base to those of earlier
         #    corrections, or what each moves a little would add up.
-        away = {correction.question, *paraphrases, *valid}
+        away = {correction.question, *paraphrases, *known}
         theirs = (_in_turn(recorded_texts(committed[it.id])[1], REPLAYED, number) for it in replay)
         theirs = [text for text in dict.fromkeys(chain(*theirs)) if text not in away]
         contrasted = _kept(contrasts, context, model, form) + _kept(theirs, (), rehearsal.base, form)
@@ -116,9 +116,9 @@ def lesson_of(
 
 
 def standing(received: list[Received]) -> list[Received]:
-    """The corrections that count: the last word on each question."""
-    last = {it.item.question: it for it in received if isinstance(it.item, Correction)}
-    return [it for it in received if isinstance(it.item, Correction) and last[it.item.question] is it]
+    """The corrections that count."""
+    old = outdated([it.item for it in received])
+    return [it for it, is_old in zip(received, old, strict=True) if isinstance(it.item, Correction) and not is_old]
 
 
 def recorded_texts(committed: dict) -> tuple[list[str], list[str]]:

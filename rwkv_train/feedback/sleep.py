@@ -6,6 +6,7 @@ on, and move all else back towards the base. What that comes to is kept only if 
 """
 
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import cycle, islice
@@ -137,10 +138,12 @@ def together(lessons: list[Lesson], rehearsed: list[Anchored], epoch: int) -> Le
 def agreeing(lessons: list[Lesson], rows: list[list[int]]) -> tuple[list[Lesson], list[list[int]]]:
     """Lessons and rows of the rehearsal set without what is about another lesson's question: it has another answer."""
     asked = [tuple(lesson.new[0].ids[: -lesson.new[0].answer]) for lesson in lessons]
-    whose, lengths = {prompt: n for n, prompt in enumerate(asked)}, {len(prompt) for prompt in asked}
+    lengths, whose = {len(prompt) for prompt in asked}, defaultdict(set)
+    for n, prompt in enumerate(asked):
+        whose[prompt].add(n)
 
     def agrees(ids: list[int], n: int | None = None) -> bool:
-        return all(whose.get(tuple(ids[:length]), n) == n for length in lengths)
+        return all(n in whose.get(tuple(ids[:length]), {n}) for length in lengths)
 
     alike = [
         replace(

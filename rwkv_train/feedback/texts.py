@@ -23,7 +23,7 @@ from rwkv_train.models.state import State
 CHUNK = 512  # tokens of a correction whose activations are in memory at once
 LARGE = 1 << 15  # channels of all layers from which on activations inside the blocks are computed again
 SURE = 0.35  # nats that a token costs at most if the model is sure of it: a probability of 0.7
-TOGETHER = 16  # answers that are looked at at once
+TOGETHER = 8  # answers that are looked at at once
 ROWS = 256  # of predictions that are compared at once
 
 
@@ -231,19 +231,24 @@ def log_probs(model: RWKV, documents: list[list[int]], last: list[int] | None = 
 
     Raises NotFinite, a ValueError, if the model gives no finite number.
     """
+    return finite(_on_their_own(model, documents, last).log_probs(), model)
+
+
+def _on_their_own(model: RWKV, documents: list[list[int]], last: list[int] | None) -> Read:
     packed = pack(documents, [model.initial_wkv is not None] * len(documents), model.device)
     if last is not None:
         packed = packed.last(last)
-    state = model.empty_state(len(packed.tokens))
-    return finite(Read(model, packed.tokens, packed, state).log_probs(), model)
+    return Read(model, packed.tokens, packed, model.empty_state(len(packed.tokens)))
 
 
+@torch.no_grad()
 def wrong(model: RWKV, examples: list[Example]) -> list[Example]:
     """Those whose answers a model would not write by greedy decoding, or would write though they are to be avoided."""
     found = []
     for some in (examples[i : i + TOGETHER] for i in range(0, len(examples), TOGETHER)):
         counts = [e.answer for e in some]
-        best = log_probs(model, [e.ids[:-1] for e in some], counts).argmax(-1).cpu().split(counts)
+        hidden = _on_their_own(model, [e.ids[:-1] for e in some], counts).last_hidden()
+        best = torch.cat([model.head(part).argmax(-1) for part in hidden.split(ROWS)]).cpu().split(counts)
         said = [b.tolist() == e.ids[-e.answer :] for b, e in zip(best, some, strict=True)]
         found += [e for e, same in zip(some, said, strict=True) if same == e.negative]
     return found

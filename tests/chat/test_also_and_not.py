@@ -59,6 +59,7 @@ def test_also_and_not_in_a_chat(scripted):
         "2: sun?", "  8: not see?", "4: sea?", "  6: also is the sea?", "  10: not one more?",
         "  12: also nearer?",
     ]  # fmt: skip
+    assert answer(chat, "/also 2 : warm?").startswith("received as correction 14, another way to ask 2: warm?\n")
     failures = chat.failures
     assert "nothing is labelled 4z" in answer(chat, "/not 4z") and "as 12: 4z" in answer(chat, "/not 4z")
     assert answer(chat, "/also") == "write /also TEXT, or /also 12: TEXT for correction 12"
@@ -70,7 +71,9 @@ def test_also_and_not_in_a_chat(scripted):
         told = answer(chat, f"/also {unclear}")
         assert "is unclear; write /also 4: TEXT, or one label as 4a" in told and told.endswith(f": {unclear}")
     forgot = answer(chat, f"/undo {len(teacher.learner.learnt()) - 1}")
-    assert forgot.startswith("forgot 4, 6") and answer(chat, "/history").startswith("2: sun? => hot")
+    assert forgot.startswith("forgot 4, 6") and answer(chat, "/history") == "2: sun? => hot"
+    answer(chat, "/teach sun? => cold")
+    assert answer(chat, "/history").splitlines()[0] == "2: sun? => hot (outdated by a later one)"
 
 
 def test_undoing_a_correction_says_what_goes_with_it(scripted):

@@ -8,6 +8,7 @@ from feedback_toys import QUICK, open_learner
 from rwkv_train.chat.dialogue import Dialogue
 from rwkv_train.chat.feedback_commands import Teacher
 from rwkv_train.chat.session import Chat
+from rwkv_train.feedback.background import Background
 from rwkv_train.generate import Sampling
 
 
@@ -112,3 +113,19 @@ def test_what_was_received_before_a_crash_is_learnt_and_told(slow, tmp_path, cap
     out, err = capsys.readouterr()
     told, other = (err, out) if wait else (out, err)  # a script's answers stay one for each line
     assert "2: not learnt" in told and "3: learnt" in told and other == ""
+
+
+def test_an_interrupt_while_what_waits_is_learnt_ends_the_thread(slow, tmp_path, monkeypatch, capsys):
+    learner, _, go = slow
+    for correction in QUICK[:2]:
+        learner.receive(correction)
+
+    def interrupted(background):
+        go.set()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Background, "wait", interrupted)
+    _, teacher = chat_with(learner, tmp_path, wait=True)
+    with pytest.raises(KeyboardInterrupt), teacher:
+        pass
+    assert not teacher.background._thread.is_alive() and not learner.waiting()

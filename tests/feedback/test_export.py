@@ -23,6 +23,8 @@ def test_export_is_training_data(tmp_path):
 
 def test_of_several_answers_to_a_question_the_last_is_exported(tmp_path):
     first, other = Correction("sun?", "hot"), Correction("sea?", "wet")
+    path, bad = tmp_path / "bad.jsonl", [Correction("sun?", None, rejected=reply) for reply in ("hot", "cold")]
+    assert export([first, *bad, other], FORM, path).chats == len(path.read_text().splitlines()) == 1
     for last, answers in [
         (Correction("sun?", "cold"), ["wet", "cold"]),
         (Correction("sun?", "hot", rejected="no"), ["hot", "wet", "hot"]),

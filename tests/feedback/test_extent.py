@@ -80,6 +80,10 @@ def test_of_answers_to_one_question_the_last_counts_and_says_which_it_replaces(u
     assert untaught.learn(Correction("sea?", "dry")).note == ""
     assert "in place of correction 8" in untaught.learn(Correction("sea?", None, rejected="dry")).note
     assert untaught.learn(Correction("sea?", "wet")).note == ""  # there was no right answer
+    assert untaught.learn(Correction("sea?", None, rejected="so")).note == ""  # it still is wet
+    untaught.also("sea!", of=12)
+    note = untaught.learn(Correction("sea?", "dry")).note
+    assert "in place of correction 12" in note and "asked as 'sea!', it keeps the answer of before" in note
 
 
 def test_a_question_that_another_correction_taught_keeps_that(taught):

@@ -176,8 +176,8 @@ def test_what_is_no_better_is_not_kept_and_not_tried_again_by_itself(profile, be
         assert again.undo() == [again.journal.records[-1]["of"][0]] != [slept]
 
 
-def received(number, question, answer):
-    return Received(number, Correction(question, answer), vars(CONFIG))
+def received(number, question, answer, rejected=None):
+    return Received(number, Correction(question, answer, rejected=rejected), vars(CONFIG))
 
 
 def test_the_last_word_on_a_question_is_what_is_slept_on():
@@ -190,6 +190,9 @@ def test_the_last_word_on_a_question_is_what_is_slept_on():
     assert [it.id for it in standing(many)] == [6, 8]
     answers = sleep.right(small_model(), rehearsal_set(small_model()), standing(many))
     assert answers == [False, False]
+    many += [received(10, "sun?", None, "dry"), received(12, "sun?", None, "so"), received(14, "ice?", None, "cold")]
+    assert [it.id for it in standing(many)] == [8, 10, 12, 14]  # that a reply is wrong does away with it alone
+    assert [it.id for it in standing([*many, received(16, "sun?", "so")])] == [14, 16]
 
 
 def test_lessons_learnt_together_keep_and_teach_nothing_about_each_others_questions():
@@ -202,6 +205,9 @@ def test_lessons_learnt_together_keep_and_teach_nothing_about_each_others_questi
     assert [example.ids for example in one.new] == [[0, 1, 2, 9], [0, 7, 9]]
     assert one.contrasted == first.contrasted[1:] and rows == [[0, 1, 3]]
     assert other.new == second.new and other.contrasted == second.contrasted[1:]
+    avoided = Lesson([Example([0, 1, 2, 7], 1, negative=True)])
+    (one, _, same), rows = agreeing([first, second, avoided], [[0, 1, 2, 4], [0, 1, 3]])
+    assert one.new == [first.new[0], first.new[2]] and same == avoided and rows == [[0, 1, 3]]
 
 
 def test_epoch_by_epoch_everything_is_read():
