@@ -108,7 +108,12 @@ class Chat:
             if before:
                 write(before)
             if plain:
-                write(re.sub(r"\n\s*\n", "\n", "".join(pieces).strip()))
+                said: list[str] = []
+                try:
+                    for piece in pieces:
+                        said.append(piece)
+                finally:  # an interrupt does not hide what came before it
+                    write(re.sub(r"\n\s*\n", "\n", "".join(said).strip()))
             else:
                 try:
                     for piece in pieces:

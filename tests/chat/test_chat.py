@@ -227,6 +227,18 @@ def test_ctrl_c_stops_the_reply_and_not_the_chat(tmp_path, capsys, monkeypatch):
             chat.show(line, plain=True)
 
 
+def test_ctrl_c_hides_nothing_that_a_script_was_told(tmp_path, capsys):
+    def learn(chat, rest):
+        yield "received as correction 2\n"
+        raise KeyboardInterrupt
+
+    chat = chat_of(tmp_path)
+    chat.add({"teach": Command("/teach", "learn", learn)}, {}, before_answer=lambda: None)
+    with pytest.raises(KeyboardInterrupt):
+        chat.show("/teach", plain=True)
+    assert capsys.readouterr().out == "received as correction 2"
+
+
 def script(text):
     """In place of a sampling: says a text, and then nothing more."""
     return chain(BYTES.encode(text), repeat(BYTES.eod))
