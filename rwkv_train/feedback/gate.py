@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from os.path import commonprefix
 
 from rwkv_train.feedback.background import half_the_threads
 from rwkv_train.feedback.correction import Correction, Outcome, Reading, Received
@@ -16,6 +17,7 @@ from rwkv_train.models.base import RWKV
 from rwkv_train.models.finite import NotFinite
 
 SHARES = (1.0, 0.75, 0.5)  # of a change, tried in turn when the whole of it moves everything else too far
+SHORT = 200  # characters of an answer that are told
 
 
 @dataclass(frozen=True)
@@ -49,12 +51,19 @@ def gate(
             if isinstance(item, Correction):
                 answer = answer_to(after, rehearsal.form, item.question, taught=item.answer)
                 if not shows(item, answer, rehearsal.form):
-                    why = why or f"decoding still gives {answer!r}"
+                    why = why or _still_given(answer, item)
                     break
             if drift <= max_kl:
                 return Verdict(True, after, share, drift, "", answer)
             why = f"everything else would drift by {drift:.3g} nats a token, over max_kl, {max_kl}"
     return Verdict(False, before, 0.0, drift, why, answer_before)
+
+
+def _still_given(answer: str, item: Correction) -> str:
+    if len(answer) <= SHORT or item.answer is None:
+        return f"decoding still gives {answer[:SHORT]!r}"
+    alike = len(commonprefix([answer, item.answer]))
+    return f"decoding still gives another answer from its character {alike + 1:,} on: {answer[alike:][:SHORT]!r}"
 
 
 def told_of_dialogue(item: Correction | Reading, model: RWKV, form: Form) -> str:
@@ -63,7 +72,7 @@ def told_of_dialogue(item: Correction | Reading, model: RWKV, form: Form) -> str
         return ""
     with half_the_threads():
         answer = answer_to(model, form, item.question, item.context, item.answer)
-    return "" if shows(item, answer, form) else f"in its dialogue decoding still gives {answer!r}; /fix it there again"
+    return "" if shows(item, answer, form) else f"in its dialogue {_still_given(answer, item)}; /fix it there again"
 
 
 def told_of_lost(watched: dict[int, Example], model: RWKV) -> str:

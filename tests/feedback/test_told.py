@@ -78,6 +78,13 @@ def test_a_correction_that_does_not_show_in_its_dialogue_is_told(tmp_path, monke
     assert gate_module.told_of_dialogue(replace(item, context=()), model, FORM) == ""
 
 
+def test_of_a_long_answer_is_told_where_it_differs(monkeypatch):
+    long = "no, " * 99
+    monkeypatch.setattr(gate_module, "answer_to", lambda *_: long + "no")
+    told = gate_module.told_of_dialogue(Correction("ice?", long + "yes", context=(1,)), SimpleNamespace(), FORM)
+    assert told.startswith("in its dialogue decoding still gives another answer from its character 397 on: 'no'; ")
+
+
 def test_what_is_told_of_its_dialogue_is_a_note_of_the_correction(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(learner_module, "told_of_dialogue", lambda item, *_: asked.append(item) or "not there")
