@@ -2,7 +2,8 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from os.path import commonprefix
+from itertools import takewhile
+from operator import eq
 
 from rwkv_train.feedback.background import half_the_threads
 from rwkv_train.feedback.correction import Correction, Outcome, Reading, Received
@@ -62,7 +63,7 @@ def gate(
 def _still_given(answer: str, item: Correction) -> str:
     if len(answer) <= SHORT or item.answer is None:
         return f"decoding still gives {answer[:SHORT]!r}"
-    alike = len(commonprefix([answer, item.answer]))
+    alike = sum(takewhile(bool, map(eq, answer, item.answer)))
     return f"decoding still gives another answer from its character {alike + 1:,} on: {answer[alike:][:SHORT]!r}"
 
 
