@@ -65,9 +65,9 @@ def told_slept(s: Slept) -> str:
     """What a sleep came to, in a line or two."""
     begin = f"{len(s.of)} corrections were learnt together" if s.accepted else f"slept, nothing was changed: {s.why}"
     lines = [
-        f"{begin} ({s.epochs} epochs, {s.seconds:.1f} s)",
+        f"{begin} (best after epoch {s.epochs}, {s.seconds:.1f} s)",
         f"right answers {s.right_before} -> {s.right_after} of {s.count}, "
-        f"drift elsewhere {s.drift_before:.4f} -> {s.drift_after:.4f} nats a token",
+        f"drift elsewhere {s.drift_before:.2g} -> {s.drift_after:.2g} nats a token",
     ]
     if s.lost:
         lines.append(f"no longer right: {', '.join(map(str, s.lost))}")

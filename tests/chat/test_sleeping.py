@@ -73,8 +73,8 @@ def test_what_a_sleep_came_to_is_told(dreaming, tmp_path, monkeypatch):
         monkeypatch.setattr(learner.journal.ledger, "sequence", ledger)
         assert answer(chat, "/undo") == "forgot 2 (a sleep); the weights are as before"
     assert told == told_slept(SLEPT) == (
-        "3 corrections were learnt together (5 epochs, 12.2 s)\n"
-        "right answers 1 -> 2 of 3, drift elsewhere 0.2500 -> 0.1250 nats a token\n"
+        "3 corrections were learnt together (best after epoch 5, 12.2 s)\n"
+        "right answers 1 -> 2 of 3, drift elsewhere 0.25 -> 0.12 nats a token\n"
         "no longer right: 4"
     )  # fmt: skip
 
