@@ -11,7 +11,7 @@ from rwkv_train.models.base import RWKV
 from rwkv_train.ops.products import is_quantised
 
 PROGRAM = 500_000_000  # bytes that torch and the program take themselves
-PREDICTED = 6_000  # tokens whose predictions, a number for each of the vocabulary, are in memory at once
+PREDICTED = 7_000  # tokens whose predictions, a number for each of the vocabulary, are in memory at once
 READ = 1_000  # tokens whose activations are
 COPIES = {"upper": 4, "localised": 4, "full": 3, "lora": 3, "state": 1}  # in use, after, gradients, directions
 
