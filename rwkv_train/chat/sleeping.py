@@ -64,8 +64,9 @@ class Sleeper:
 def told_slept(s: Slept) -> str:
     """What a sleep came to, in a line or two."""
     begin = f"{len(s.of)} corrections were learnt together" if s.accepted else f"slept, nothing was changed: {s.why}"
+    best = f"best after epoch {s.epochs}, " if s.epochs else ""  # there are none where texts alone were read
     lines = [
-        f"{begin} (best after epoch {s.epochs}, {s.seconds:.1f} s)",
+        f"{begin} ({best}{s.seconds:.1f} s)",
         f"right answers {s.right_before} -> {s.right_after} of {s.count}, "
         f"drift elsewhere {s.drift_before:.2g} -> {s.drift_after:.2g} nats a token",
     ]

@@ -1,7 +1,7 @@
 """Sleep in a chat: on command and by itself, until somebody types."""
 
 import threading
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 from feedback_toys import BYTES, open_learner, small_model
@@ -77,6 +77,7 @@ def test_what_a_sleep_came_to_is_told(dreaming, tmp_path, monkeypatch):
         "right answers 1 -> 2 of 3, drift elsewhere 0.25 -> 0.12 nats a token\n"
         "no longer right: 4"
     )  # fmt: skip
+    assert told_slept(replace(SLEPT, epochs=0)).startswith("3 corrections were learnt together (12.2 s)\n")
 
 
 def test_the_corrections_of_a_profile_are_learnt_together_from_the_command_line(tmp_path, monkeypatch, capsys):
