@@ -108,6 +108,9 @@ class ChatConfig:
     frequency_penalty: float = 0.0
     """the same, once for each time the token is in the reply"""
 
+    penalty_decay: float = 1.0
+    """what frequency_penalty counts shrinks by this factor with each token of the reply; 1 forgets nothing"""
+
     seed: int = 0
     """the same seed and the same messages give the same replies"""
 

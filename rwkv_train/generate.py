@@ -39,7 +39,7 @@ def stream_tokens(
     lane = decoder.go_on(logits, state, sampling, rng, stop, max_new_tokens)
     try:
         while len(decoder):
-            for _, token, end in decoder.step():
+            for _, token, end, _ in decoder.step():
                 if token is not None:
                     yield token, end or decoder.state(lane)
     finally:
@@ -85,7 +85,7 @@ def generate_texts(
                 ids, rng = [tokenizer.eod, *tokenizer.encode(prompt)], random_numbers(seed + number)
                 lane = decoder.add(ids, sampling, rng, stop, max_new_tokens)
                 texts[lane] = number, StreamDecoder(tokenizer)
-            for lane, token, end in decoder.step():
+            for lane, token, end, _ in decoder.step():
                 number, text = texts[lane]
                 if token is not None:
                     yield number, text.push(token)

@@ -5,7 +5,6 @@ question with the template's marks, and the reply. The state is carried from tur
 every turn keeps the state after it, so going back is exact and costs nothing.
 """
 
-import codecs
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from rwkv_train.chat.reply import Reply
 from rwkv_train.checkpoints.weightfile import read_weights, write_pth
 from rwkv_train.data.templates import Template
 from rwkv_train.files import replace_file
@@ -204,16 +204,16 @@ class Dialogue:
         logits, state = prefill(model, prompt, turns[-1].state if turns else None)
         asked = Turn(user, system, prompt, state, version=self.version)
         self.turns, self.pending = [*turns, asked], None
-        reply = _Reply(self.tokenizer, self.template.end(), state)
+        reply = Reply(self.tokenizer, self.template.end(), state)
         stop = frozenset([self.tokenizer.eod])
         try:
             for token, after in stream_tokens(model, logits, state, self.sampling, self.max_new_tokens, stop, self.rng):
-                if piece := reply.push(token, after):
+                if piece := reply.push(token, lambda after=after: after):
                     yield piece
                 if reply.ended:
                     break
         finally:
-            ids, rest, state = reply.settle()
+            ids, rest, state = reply.settle(state)
             if rest := self.tokenizer.encode(rest):
                 state = prefill(model, rest, state)[1]
             self.turns[-1] = replace(asked, state=state, reply=reply.shown, ids=ids + rest, ended=reply.ended)
@@ -232,43 +232,3 @@ class Dialogue:
 
 def _ids(turns: list[Turn]) -> list[int]:
     return [i for turn in turns for i in (*turn.prompt, *turn.ids)]
-
-
-class _Reply:
-    """A reply as its tokens come in: what of it can be shown, and the tokens and state that hold just that.
-
-    White space at both ends is never shown, and held back until something follows it, as is what may become the
-    end of the turn, or a character some of whose bytes are missing.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, end: str, state: State):
-        self._tokenizer, self._end = tokenizer, end
-        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._text, self._ids = "", []
-        self._length = 0  # characters of the text that belong to the reply as far as it is shown
-        self._kept = (0, 0, state)  # tokens and characters, and the state after them, nothing of them held back
-        self.shown, self.ended = "", False
-
-    def push(self, token: int, state: State) -> str:
-        """The piece of text that can be shown now that `token` is there; state: after that token."""
-        self._ids.append(token)
-        self._text += self._utf8.decode(self._tokenizer.decode_bytes([token]))
-        at = self._text.find(self._end) if self._end else -1
-        self.ended = at >= 0
-        shown = at if self.ended else self._complete()
-        self._length = at + len(self._end) if self.ended else shown
-        if self._length == len(self._text) and not self._utf8.getstate()[0]:
-            self._kept = (len(self._ids), self._length, state)
-        before, self.shown = len(self.shown), self._text[:shown].strip()
-        return self.shown[before:]
-
-    def settle(self) -> tuple[list[int], str, State]:
-        """(ids whose every character belongs to the reply, the text that belongs to it beyond them, state between)."""
-        count, characters, state = self._kept
-        return self._ids[:count], self._text[characters : self._length], state
-
-    def _complete(self) -> int:
-        """How many characters are sure to be text of the reply."""
-        longest = min(len(self._end) - 1, len(self._text)) if self._end else 0
-        held = next(n for n in range(longest, -1, -1) if self._text.endswith(self._end[:n]))
-        return len(self._text[: len(self._text) - held].rstrip())

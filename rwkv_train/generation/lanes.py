@@ -30,7 +30,7 @@ class Lanes(NamedTuple):
 
     token: [N] int64  chosen and not yet read
     state: of N lanes, before it
-    settings: [N,5] float32, as `choose` takes them
+    settings: [N,6] float32, as `choose` takes them
     counts: [N,V] float32 how often a lane has written a token, or None where no penalty asks for it
     """
 
@@ -52,16 +52,23 @@ class Lanes(NamedTuple):
 
 @torch.no_grad()
 def advance(
-    lanes: Lanes, uniform: Tensor, needs: Needs, read: Callable[[Tensor], tuple[Tensor, State]]
+    lanes: Lanes,
+    uniform: Tensor,
+    needs: Needs,
+    read: Callable[[Tensor], tuple[Tensor, State]],
+    allowed: Tensor | None = None,
 ) -> tuple[Lanes, Tensor]:
     """Read each lane's token and choose its next: (the lanes after it, logits [N,V]). Counts are changed in place.
 
-    uniform [N] float64 in [0,1): what chooses. read: of the tokens [N] the logits and the state after them.
+    uniform [N] float64 in [0,1): what chooses. read: of the tokens [N] the logits and the state after them. allowed:
+    as of `choose`.
     """
+    if needs.decayed:
+        lanes.counts.mul_(lanes.settings[:, -1:])
     if needs.penalised:
         lanes.counts.scatter_add_(1, lanes.token[:, None], torch.ones_like(lanes.settings[:, :1]))
     logits, state = read(lanes.token)
-    token = choose(logits, lanes.settings, uniform, needs, lanes.counts)
+    token = choose(logits, lanes.settings, uniform, needs, lanes.counts, allowed)
     return lanes._replace(token=token, state=state), logits
 
 
@@ -71,11 +78,14 @@ class Eager:
     def __init__(self, lanes: Lanes, needs: Needs):
         self.reader, self.lanes, self.needs = Reader(lanes.state), lanes, needs
 
-    def step(self, model: RWKV, uniform: Tensor) -> list[int]:
-        """Read each lane's token: the next ones. NotFinite, a ValueError, if the model gives no finite number."""
+    def step(self, model: RWKV, uniform: Tensor, allowed: Tensor | None = None) -> list[int]:
+        """Read each lane's token: the next ones. NotFinite, a ValueError, if the model gives no finite number.
+
+        allowed: as of `choose`. `logits` [N,V] are those that chose, until the next step.
+        """
         read = lambda token: (self.reader(model, token), self.reader.state)  # noqa: E731
-        self.lanes, logits = advance(self.lanes, uniform.to(model.device), self.needs, read)
-        finite(logits, model)
+        self.lanes, self.logits = advance(self.lanes, uniform.to(model.device), self.needs, read, allowed)
+        finite(self.logits, model)
         return self.lanes.token.tolist()
 
     def state(self, lane: int) -> State:
@@ -117,8 +127,9 @@ class Recorded:
         token, shift, wkv, settings, *counts = (t[: self.used] for t in _tensors(self.room))
         return Lanes(token, State(shift, wkv), settings, *counts or [None])
 
-    def step(self, model: RWKV, uniform: Tensor) -> list[int]:
-        """As `Eager.step`; the model is the one that was recorded."""
+    def step(self, model: RWKV, uniform: Tensor, allowed: None = None) -> list[int]:
+        """As `Eager.step`; the model is the one that was recorded, and all tokens are allowed."""
+        assert allowed is None
         self.uniform[: self.used].copy_(uniform)
         self.replay()
         tokens, are_finite = self.told[:, : self.used].tolist()

@@ -29,6 +29,7 @@ class Sampling:
         top_k: sample from this many of the likeliest tokens; 0 is all
         presence_penalty: taken from the logit of every token that the reply so far holds; below 0 invites repeats
         frequency_penalty: the same, once for each time the token is in the reply
+        penalty_decay: what frequency_penalty counts shrinks by this factor with each token; 1 forgets nothing
     """
 
     temperature: float = 1.0
@@ -36,6 +37,7 @@ class Sampling:
     top_k: int = 0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
+    penalty_decay: float = 1.0
 
     def __post_init__(self):
         for f in fields(self):
@@ -47,6 +49,8 @@ class Sampling:
             raise ValueError(f"top_p must be above 0 and at most 1, found {self.top_p}")
         if self.top_k < 0:
             raise ValueError(f"top_k must not be negative, found {self.top_k}")
+        if not 0 <= self.penalty_decay <= 1:
+            raise ValueError(f"penalty_decay must be between 0 and 1, found {self.penalty_decay}")
 
     @property
     def greedy(self) -> bool:
@@ -56,36 +60,54 @@ class Sampling:
     def numbers(self) -> list[float]:
         """As `choose` takes them: 0 for a greedy lane's temperature, and what cuts nothing where nothing is cut."""
         top_p, top_k = self.top_p if self.top_p < 1 else torch.inf, self.top_k or torch.inf
-        return [0 if self.greedy else self.temperature, top_p, top_k, self.presence_penalty, self.frequency_penalty]
+        penalties = [self.presence_penalty, self.frequency_penalty, self.penalty_decay]
+        return [0 if self.greedy else self.temperature, top_p, top_k, *penalties]
 
 
 class Needs(NamedTuple):
-    """What has to be done to choose the tokens of some lanes: whether one of them is greedy, one is not, ..."""
+    """What has to be done to choose the tokens of some lanes: whether one of them is greedy, one is not, ...
+
+    masked: only some tokens are allowed in one of them.
+    """
 
     greedy: bool
     drawn: bool
     cut: bool
     penalised: bool
+    decayed: bool
+    masked: bool
 
     @classmethod
-    def of(cls, lanes: Iterable[Sampling]) -> "Needs":
+    def of(cls, lanes: Iterable[Sampling], masked: bool = False) -> "Needs":
         lanes = list(lanes)
         drawn = [s for s in lanes if not s.greedy]
+        cut = any(s.top_p < 1 or s.top_k for s in drawn)
         penalised = any(s.presence_penalty or s.frequency_penalty for s in lanes)
-        return cls(len(drawn) < len(lanes), bool(drawn), any(s.top_p < 1 or s.top_k for s in drawn), penalised)
+        decayed = penalised and any(s.penalty_decay < 1 for s in lanes)
+        return cls(len(drawn) < len(lanes), bool(drawn), cut, penalised, decayed, masked)
 
 
 @torch.no_grad()
-def choose(logits: Tensor, settings: Tensor, uniform: Tensor, needs: Needs, counts: Tensor | None = None) -> Tensor:
+def choose(
+    logits: Tensor,
+    settings: Tensor,
+    uniform: Tensor,
+    needs: Needs,
+    counts: Tensor | None = None,
+    allowed: Tensor | None = None,
+) -> Tensor:
     """A token [N] int64 of each lane.
 
-    logits [N,V] finite; settings [N,5] float32, rows of `Sampling.numbers`; uniform [N] float64, in [0,1);
-    needs: of these lanes or of more; counts [N,V] float32, how often a lane has written a token, for the penalties.
+    logits [N,V] finite; settings [N,6] float32, rows of `Sampling.numbers`; uniform [N] float64, in [0,1);
+    needs: of these lanes or of more; counts [N,V] float32, how often a lane has written a token, for the penalties;
+    allowed [N,V] bool: the tokens that may be chosen, at least one a lane; None is all.
     """
-    temperature, top_p, top_k, presence, frequency = settings[:, :, None].unbind(1)
+    temperature, top_p, top_k, presence, frequency, _ = settings[:, :, None].unbind(1)
     logits = logits if logits.dtype == torch.float64 else logits.float()
     if needs.penalised:
         logits = logits - (counts > 0) * presence - counts * frequency
+    if allowed is not None:
+        logits = logits.masked_fill(~allowed, -torch.inf)
     if not needs.drawn:
         return argmax(logits)
     p = (logits / torch.where(temperature > 0, temperature, 1)).softmax(-1)

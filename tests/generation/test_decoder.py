@@ -17,7 +17,7 @@ MIXED = [
     Sampling(0),
     Sampling(0.8, top_p=0.7),
     Sampling(2, top_k=4, presence_penalty=0.5),
-    Sampling(1, 0.9, 20, 0.3, -0.2),
+    Sampling(1, 0.9, 20, 0.3, -0.2, 0.7),
 ]
 STOP, MOST = frozenset([0, 1]), [12, 3, 30, 1, 9]
 
@@ -40,7 +40,7 @@ def decoded(model, which, samplings, seeds=(0, 1, 2, 3, 4)):
     numbers = {decoder.add(PROMPTS[i], samplings[i], random_numbers(seeds[i]), STOP, MOST[i]): i for i in which}
     tokens, ends = {i: [] for i in which}, {}
     while len(decoder):
-        for lane, token, end in decoder.step():
+        for lane, token, end, _ in decoder.step():
             tokens[numbers[lane]] += [] if token is None else [token]
             if end:
                 ends[numbers[lane]] = end
@@ -85,7 +85,7 @@ def test_texts_join_and_leave_between_steps(how, generation):
     model, written = models(generation), {}
 
     def step():
-        for lane, token, _ in decoder.step():
+        for lane, token, *_ in decoder.step():
             written.setdefault(lane, []).append(token)
 
     decoder = Decoder(model)
@@ -110,7 +110,7 @@ def test_texts_join_and_leave_between_steps(how, generation):
     ):
         alone = Decoder(model)
         alone.add(prompt, sampling, random_numbers(seed), max_new_tokens=count)
-        assert written[lane] == [token for _ in range(count) for _, token, _ in alone.step()]
+        assert written[lane] == [token for _ in range(count) for _, token, *_ in alone.step()]
 
 
 def test_a_state_that_was_given_out_stays_as_it_is(how):
@@ -118,7 +118,7 @@ def test_a_state_that_was_given_out_stays_as_it_is(how):
     decoder = Decoder(model)
     a, _ = (decoder.add(p, Sampling(0), max_new_tokens=6) for p in PROMPTS[:2])
     ids = list(PROMPTS[0])
-    ids += [token for lane, token, _ in decoder.step() if lane == a]
+    ids += [token for lane, token, *_ in decoder.step() if lane == a]
     state = decoder.state(a)
     decoder.step()
     for ours, read in zip(state, prefill(model, ids)[1], strict=True):
@@ -137,7 +137,7 @@ def test_two_decoders_of_a_model_do_not_meet(how):
     found = [[], []]
     while len(one) or len(other):
         for tokens, decoder in zip(found, (one, other), strict=True):
-            tokens += [token for _, token, _ in decoder.step() if token is not None]
+            tokens += [token for _, token, *_ in decoder.step() if token is not None]
     assert found == alone
 
 
@@ -219,3 +219,103 @@ def test_wrong_arguments_are_refused():
         decoder.add([], Sampling())
     with pytest.raises(ValueError, match=r"max_new_tokens .* 0"):
         decoder.add([0], Sampling(), max_new_tokens=0)
+
+
+class Cycle:
+    """Allows 3, then 4, then 3 ... and after `length` tokens the stop alone."""
+
+    def __init__(self, vocab_size, length):
+        self.vocab_size, self.left, self.accepted = vocab_size, length, []
+
+    def mask(self):
+        allowed = 3 + len(self.accepted) % 2 if self.left else 0
+        return torch.arange(self.vocab_size) == allowed
+
+    def accept(self, token):
+        self.accepted.append(token)
+        self.left -= 1
+
+
+@pytest.mark.parametrize("generation", [4, 7])
+def test_a_prompt_in_pieces_is_the_prompt(generation):
+    """Others go on being written meanwhile, and a short prompt does not wait for a long one."""
+    model = models(generation)
+    whole = decoded(model, range(5), MIXED)
+    decoder, written = Decoder(model, piece=2), {}
+    numbers = [decoder.add(PROMPTS[i], MIXED[i], random_numbers(i), STOP, MOST[i]) for i in range(5)]
+    first = {}
+    for step in range(100):
+        for lane, token, *_ in decoder.step():
+            first.setdefault(lane, step)
+            written.setdefault(lane, []).extend([] if token is None else [token])
+    assert [written[number] for number in numbers] == [whole[i][0] for i in range(5)]
+    assert first[numbers[1]] < first[numbers[4]] - 2
+
+
+def test_texts_beside_one_another_read_their_prompt_once():
+    model = models(7)
+    alone = decoded(model, [4, 4][:1], MIXED)[4][0]
+    decoder, written = Decoder(model, piece=4), {}
+    one = decoder.add(PROMPTS[4], MIXED[4], random_numbers(4), STOP, MOST[4])
+    two = decoder.beside(one, random_numbers(5))
+    three = decoder.beside(one, random_numbers(6))
+    decoder.drop(three)
+    assert len(decoder) == 2
+    while len(decoder):
+        for lane, token, *_ in decoder.step():
+            written.setdefault(lane, []).extend([] if token is None else [token])
+    assert written[one] == alone and written[two] != alone and three not in written
+
+
+def test_a_constraint_binds_its_own_text(how):
+    model = models(7)
+    alone = decoded(model, [0], MIXED)[0][0]
+    decoder, written, cycle = Decoder(model), {}, Cycle(model.config.vocab_size, 5)
+    free = decoder.add(PROMPTS[0], MIXED[0], random_numbers(0), STOP, MOST[0])
+    bound = decoder.add(PROMPTS[1], MIXED[3], random_numbers(9), STOP, 50, constraint=cycle)
+    while len(decoder):
+        for lane, token, *_ in decoder.step():
+            written.setdefault(lane, []).extend([] if token is None else [token])
+    assert written[bound] == cycle.accepted == [3, 4, 3, 4, 3] and written[free] == alone
+
+
+def test_scores_are_the_models_own(how):
+    """Those of a token are of what was read before it, whatever the settings that chose it."""
+    model = models(4)
+    decoder = Decoder(model)
+    plain = decoder.add(PROMPTS[1], Sampling(), random_numbers(3), max_new_tokens=6)
+    asked = decoder.add(PROMPTS[0], Sampling(2, top_k=4, presence_penalty=0.5), random_numbers(1), STOP, 8, likeliest=3)
+    ids, found = [], []
+    while len(decoder):
+        for lane, token, _, scores in decoder.step():
+            assert lane == asked or scores is None
+            if lane == asked and token is not None:
+                ids, found = [*ids, token], [*found, scores]
+    whole = torch.tensor([PROMPTS[0] + ids])
+    expected = model(whole)[0][0].log_softmax(-1)[len(PROMPTS[0]) - 1 : -1]
+    assert found and plain != asked
+    for row, token, scores in zip(expected, ids, found, strict=True):
+        top = row.topk(3)
+        assert [t for t, _ in scores.likeliest] == top.indices.tolist()
+        given = [scores.token, *(score for _, score in scores.likeliest)]
+        assert given == pytest.approx([float(row[token]), *top.values.tolist()], abs=1e-5)
+
+
+def test_what_is_counted_fades(how):
+    """A penalty that decays is the sum over the tokens before, each by how long ago it was."""
+    model = models(7)
+    sampling, ids, state = Sampling(0, frequency_penalty=1.5, presence_penalty=0.25, penalty_decay=0.5), [], None
+    logits, state = prefill(model, PROMPTS[0])
+    for _ in range(12):
+        penalty = torch.zeros_like(logits)
+        for ago, token in enumerate(reversed(ids)):
+            penalty[token] += 1.5 * 0.5**ago
+        for token in set(ids):
+            penalty[token] += 0.25
+        ids.append(int((logits - penalty).argmax()))
+        logits, state = prefill(model, ids[-1:], state)
+    decoder, found = Decoder(model), []
+    decoder.add(PROMPTS[0], sampling, max_new_tokens=12)
+    while len(decoder):
+        found += [token for _, token, *_ in decoder.step()]
+    assert found == ids

@@ -84,8 +84,12 @@ def test_a_share_of_one_is_a_token_that_is_left():
 def test_where_a_choice_is_recorded_it_asks_for_no_number():
     """What waits for the device cannot be recorded; on "meta" there are no numbers. Its first use takes seconds."""
     like = {"device": "meta"}
-    settings, uniform = torch.zeros(2, 5, **like), torch.zeros(2, dtype=torch.float64, **like)
-    for needs in (Needs(True, True, True, True), Needs(False, True, False, False), Needs(True, False, False, False)):
+    settings, uniform = torch.zeros(2, 6, **like), torch.zeros(2, dtype=torch.float64, **like)
+    for needs in (
+        Needs(True, True, True, True, True, False),
+        Needs(False, True, *[False] * 4),
+        Needs(True, *[False] * 5),
+    ):
         token = choose(torch.zeros(2, 9000, **like).bfloat16(), settings, uniform, needs, torch.zeros(2, 9000, **like))
         assert token.shape == (2,) and token.dtype == torch.int64
 
