@@ -1,7 +1,5 @@
 """The command line. A command's module is imported only when that command runs, so that help comes at once."""
 
-import ast
-import inspect
 import io
 import json
 import os
@@ -17,6 +15,7 @@ from typing import Literal, get_args, get_origin
 
 from rwkv_train import program
 from rwkv_train.command_config import ChatConfig as ChatConfig  # for those who open a chat from Python
+from rwkv_train.command_config import explained
 from rwkv_train.config import RENAMED, renamed
 from rwkv_train.files import read_yaml
 
@@ -95,6 +94,11 @@ COMMANDS = {  # most are one word, the benchmarks two
     ),
     "chat": Command(
         "talk to a model in the terminal", "rwkv_train.command_config:ChatConfig", "rwkv_train.chat.command:chat"
+    ),
+    "serve": Command(
+        "serve a model: an OpenAI-like API, corrections, and a page to talk and correct on",
+        "rwkv_train.serve.settings:ServeConfig",
+        "rwkv_train.serve.command:serve",
     ),
     "feedback": Command(
         "learn a file of corrections",
@@ -181,7 +185,7 @@ def parse(name: str, argv: list[str]) -> tuple[object, dict]:
     command.extend(parser)
     parser.add_class_arguments(config, as_group=False, skip={command.positional} - {None})
     if command.positional:
-        parser.add_argument(command.positional, nargs="+", type=str, help=_phrase(config, command.positional))
+        parser.add_argument(command.positional, nargs="+", type=str, help=explained(config, command.positional))
     argv = _with_found_config(_spelled_out(config, argv))
     try:
         for flag, file in pairwise(argv):
@@ -202,7 +206,7 @@ def _parse_flat(parser: ArgumentParser, name: str, argv: list[str]) -> object:
         raise ValueError("this command needs packages that are not here: pip install rwkv_train")
     config = _find(COMMANDS[name].config)
     for f in fields(config):
-        parser.add_argument(f"--{f.name}", type=_value, default=SUPPRESS, help=_phrase(config, f.name))
+        parser.add_argument(f"--{f.name}", type=_value, default=SUPPRESS, help=explained(config, f.name))
     given = vars(parser.parse_args(_spelled_out(config, argv)))
     for f in fields(config):
         if f.name in given and not _fits(given[f.name], f.type):
@@ -294,14 +298,6 @@ def _underscored(argument: str) -> str:
     """--val-share as --val_share; values and everything else stay as they are."""
     flag, equals, value = argument.partition("=")
     return "--" + flag[2:].replace("-", "_") + equals + value if flag.startswith("--") else argument
-
-
-def _phrase(config: type, field: str) -> str:
-    """A setting's explanation: the string under it."""
-    (owner,) = ast.parse(inspect.getsource(config)).body
-    after = dict(pairwise(owner.body))
-    (text,) = [after[node].value.value for node in after if isinstance(node, ast.AnnAssign) and node.target.id == field]
-    return " ".join(text.split())
 
 
 def _find(name: str):

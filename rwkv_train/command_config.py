@@ -1,7 +1,18 @@
 """Settings of the short commands and of the chat; those of a run are in config.py, others beside what they set."""
 
+import ast
+import inspect
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
+
+
+def explained(config: type, field: str) -> str:
+    """A setting's explanation: the string under it."""
+    (owner,) = ast.parse(inspect.getsource(config)).body
+    after = dict(pairwise(owner.body))
+    (text,) = [after[node].value.value for node in after if isinstance(node, ast.AnnAssign) and node.target.id == field]
+    return " ".join(text.split())
 
 
 @dataclass

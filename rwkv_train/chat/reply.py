@@ -16,9 +16,14 @@ class Reply:
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, end: str, state: State, stop: tuple[str, ...] = (), keeps_space: bool = False
+        self,
+        tokenizer: Tokenizer,
+        end: str,
+        state: State | None = None,
+        stop: tuple[str, ...] = (),
+        keeps_space: bool = False,
     ):
-        """state: before its first token."""
+        """state: before its first token, or None if nobody knows it; then `settle` may not know one either."""
         self._tokenizer, self._end, self._keeps_space = tokenizer, end, keeps_space
         self._ends = [text for text in (end, *stop) if text]
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
@@ -52,19 +57,22 @@ class Reply:
         return self.shown[before:]
 
     def finish(self) -> str:
-        """The last piece: what was held back, as no end can follow any more. Only of a text that keeps its space."""
-        if not self._keeps_space or self.done:
+        """The last piece: what was held back and may be shown, now that no end can follow any more."""
+        if self.done:
             return ""
-        before, self.shown = len(self.shown), self._text + self._utf8.decode(b"", final=True)
+        if self._keeps_space:
+            self._text += self._utf8.decode(b"", final=True)
+        before, self.shown = len(self.shown), self._cut(self._text)
+        self._length = len(self._text) if self._keeps_space else len(self._text.rstrip())
         return self.shown[before:]
 
-    def settle(self, now: State) -> tuple[list[int], str, State]:
+    def settle(self, now: State) -> tuple[list[int], str, State | None]:
         """(ids whose every character belongs to the reply, the text that belongs to it beyond them, state between).
 
         now: after the last token.
         """
         count, characters, state = self._kept
-        return self._ids[:count], self._text[characters : self._length], now if state is None else state
+        return self._ids[:count], self._text[characters : self._length], now if count == len(self._ids) else state
 
     def _holds(self, token: int) -> bool:
         """Whether something would be held back after another token."""

@@ -1,0 +1,286 @@
+"""/v1/chat/completions and /v1/completions."""
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Request
+from pydantic import BaseModel
+
+from rwkv_train.serve.batcher import End, Event, Piece
+from rwkv_train.serve.conversation import Asked
+from rwkv_train.serve.errors import ERRORS, ApiError
+from rwkv_train.serve.schemas import ChatRequest, CompletionRequest
+from rwkv_train.serve.service import Running, Service
+from rwkv_train.serve.streams import EventStream, sse, together, unless_gone
+from rwkv_train.serve.tokens import Rights, require
+from rwkv_train.tokenizer import Tokenizer
+
+router = APIRouter(tags=["text"], responses=ERRORS)
+Talker = Annotated[Rights, Depends(require("talk"))]
+SSE = {
+    200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}, "description": "The text, or its events."}
+}
+
+
+class Usage(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: dict[str, int]
+
+
+class Choice(BaseModel):
+    index: int
+    message: dict[str, Any]
+    logprobs: dict[str, Any] | None
+    finish_reason: str
+
+
+class ChatAnswer(BaseModel):
+    """`system_fingerprint` is the version of the weights."""
+
+    id: str
+    object: str = "chat.completion"
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[Choice]
+    usage: Usage
+
+
+class TextChoice(BaseModel):
+    index: int
+    text: str
+    logprobs: dict[str, Any] | None
+    finish_reason: str
+
+
+class TextAnswer(BaseModel):
+    """`system_fingerprint` is the version of the weights."""
+
+    id: str
+    object: str = "text_completion"
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[TextChoice]
+    usage: Usage
+
+
+def service_of(request: Request) -> Service:
+    return request.app.state.service
+
+
+@router.post("/v1/chat/completions", response_model=ChatAnswer, responses=SSE)
+async def chat(request: Request, asked: ChatRequest, rights: Talker) -> Any:
+    """A reply to a conversation. What of it was said here before is not read again."""
+    service = service_of(request)
+    if asked.max_tokens and asked.max_completion_tokens:
+        raise ApiError(400, "max_tokens and max_completion_tokens are the same; give one of them", param="max_tokens")
+    if asked.top_logprobs is not None and not asked.logprobs:
+        raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
+    if asked.stream_options and not asked.stream:
+        raise ApiError(400, "stream_options needs stream: true", param="stream_options")
+    name = service.named(asked.model)
+    format = asked.response_format and asked.response_format.model_dump(by_alias=True, exclude_none=True)
+    if format and format["type"] == "json_schema":
+        format = {"type": "json_schema"} | format["json_schema"]
+    messages, who = [m.plain() for m in asked.messages], service.who(rights, name)
+    running = await service.reply(
+        name,
+        lambda version: service.conversations.whole(messages, who, version),
+        asked,
+        rights,
+        "chatcmpl-",
+        service.most(asked.max_tokens or asked.max_completion_tokens),
+        asked.n,
+        asked.store is not False,
+        format=format,
+        likeliest=(asked.top_logprobs or 0) if asked.logprobs else None,
+    )
+    if asked.stream:
+        usage = bool(asked.stream_options and asked.stream_options.include_usage)
+        return EventStream(_chat_events(service, running, bool(asked.logprobs), usage))
+    return await unless_gone(request, _chat_answer(service, running, bool(asked.logprobs)))
+
+
+async def _chat_answer(service: Service, running: Running, scored: bool) -> dict | None:
+    pieces, ends = await _all(service, [running])
+    choices = [
+        {
+            "index": n,
+            "message": {"role": "assistant", "content": end.shown, "refusal": None},
+            "logprobs": {"content": [_scored(service.tokenizer, p) for p in pieces[0, n]]} if scored else None,
+            "finish_reason": finish(end),
+        }
+        for (_, n), end in sorted(ends.items())
+    ]
+    return _head(running, "chat.completion") | {"choices": choices, "usage": usage_of([running], ends.values())}
+
+
+async def _chat_events(service: Service, running: Running, scored: bool, usage: bool) -> AsyncGenerator[str]:
+    head, ends = _head(running, "chat.completion.chunk"), []
+
+    def chunk(n: int, delta: dict, reason: str | None = None, scores: list | None = None) -> str:
+        choice = {"index": n, "delta": delta, "logprobs": scores and {"content": scores}, "finish_reason": reason}
+        return sse(head | {"choices": [choice]} | ({"usage": None} if usage else {}))
+
+    for n in range(len(running.ids)):
+        yield chunk(n, {"role": "assistant", "content": ""})
+    async with aclosing(service.events(running)) as events:
+        async for event in events:
+            if isinstance(event, Piece) and (event.text or scored):
+                scores = [_scored(service.tokenizer, event)] if scored else None
+                yield chunk(event.choice, {"content": event.text}, scores=scores)
+            if isinstance(event, End):
+                ends.append(event)
+                if event.reason == "error":
+                    yield sse({"error": _broken(event)})
+                    continue
+                if event.text:
+                    yield chunk(event.choice, {"content": event.text})
+                yield chunk(event.choice, {}, finish(event))
+    if usage:
+        yield sse(head | {"choices": [], "usage": usage_of([running], ends)})
+    yield sse("[DONE]")
+
+
+@router.post("/v1/completions", response_model=TextAnswer, responses=SSE)
+async def completions(request: Request, asked: CompletionRequest, rights: Talker) -> Any:
+    """A text goes on. It begins a document, as in training; nothing of it is kept."""
+    service = service_of(request)
+    name, tokenizer = service.named(asked.model), service.tokenizer
+    prompts = [asked.prompt] if isinstance(asked.prompt, str) else asked.prompt
+    if len(prompts) * asked.n > service.config.lanes:
+        raise ApiError(400, f"n times the prompts is at most {service.config.lanes} here", param="n")
+    running = []
+    for number, prompt in enumerate(prompts):
+        ids = [tokenizer.eod, *tokenizer.encode(prompt)]
+        seed = asked if asked.seed is None else asked.model_copy(update={"seed": asked.seed + number * asked.n})
+        running.append(
+            await service.reply(
+                name,
+                lambda version, ids=ids: Asked(None, [], ids, ids, None, ""),
+                seed,
+                rights,
+                "cmpl-",
+                service.most(asked.max_tokens),
+                asked.n,
+                False,
+                end="",
+                likeliest=asked.logprobs,
+            )
+        )
+    if asked.stream:
+        usage = bool(asked.stream_options and asked.stream_options.include_usage)
+        return EventStream(_text_events(service, running, asked, prompts, usage))
+    return await unless_gone(request, _text_answer(service, running, asked, prompts))
+
+
+async def _text_answer(service: Service, running: list[Running], asked: CompletionRequest, prompts: list[str]) -> dict:
+    pieces, ends = await _all(service, running)
+    choices = []
+    for (job, n), end in sorted(ends.items()):
+        scores = _legacy(service.tokenizer, pieces[job, n]) if asked.logprobs is not None else None
+        text = prompts[job] * asked.echo + end.shown
+        index = job * asked.n + n
+        choices.append({"index": index, "text": text, "logprobs": scores, "finish_reason": finish(end)})
+    return _head(running[0], "text_completion") | {"choices": choices, "usage": usage_of(running, ends.values())}
+
+
+async def _text_events(
+    service: Service, running: list[Running], asked: CompletionRequest, prompts: list[str], usage: bool
+) -> AsyncGenerator[str]:
+    head, ends = _head(running[0], "text_completion"), []
+
+    def chunk(job: int, n: int, text: str, reason: str | None = None, scores: dict | None = None) -> str:
+        choice = {"index": job * asked.n + n, "text": text, "logprobs": scores, "finish_reason": reason}
+        return sse(head | {"choices": [choice]})
+
+    if asked.echo:
+        for job, prompt in enumerate(prompts):
+            for n in range(asked.n):
+                yield chunk(job, n, prompt)
+    async with aclosing(together([service.events(each) for each in running])) as events:
+        async for job, event in events:
+            if isinstance(event, Piece) and (event.text or event.scores):
+                scores = _legacy(service.tokenizer, [event]) if event.scores else None
+                yield chunk(job, event.choice, event.text, scores=scores)
+            if isinstance(event, End):
+                ends.append(event)
+                if event.reason == "error":
+                    yield sse({"error": _broken(event)})
+                else:
+                    yield chunk(job, event.choice, event.text, finish(event))
+    if usage:
+        yield sse(head | {"choices": [], "usage": usage_of(running, ends)})
+    yield sse("[DONE]")
+
+
+async def _all(service: Service, running: list[Running]) -> tuple[dict, dict]:
+    """({(job, choice): its pieces}, {(job, choice): its end}) ApiError where one failed."""
+    pieces: dict[tuple[int, int], list[Piece]] = {(j, n): [] for j, r in enumerate(running) for n in range(len(r.ids))}
+    ends: dict[tuple[int, int], End] = {}
+    async with aclosing(together([service.events(each) for each in running])) as events:
+        async for job, event in events:
+            _collect(job, event, pieces, ends)
+    return pieces, ends
+
+
+def _collect(job: int, event: Event, pieces: dict, ends: dict) -> None:
+    if isinstance(event, Piece):
+        pieces[job, event.choice].append(event)
+        return
+    if event.reason == "error":
+        raise ApiError(500, _broken(event)["message"], "model_error")
+    ends[job, event.choice] = event
+
+
+def finish(end: End) -> str:
+    return "stop" if end.reason == "stop" else "length"
+
+
+def usage_of(running: list[Running], ends) -> dict:
+    """Tokens; `cached_tokens` of the prompt were read before."""
+    prompt, written = sum(r.asked.length for r in running), sum(end.count for end in ends)
+    cached = prompt - sum(len(r.asked.read) for r in running)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": written,
+        "total_tokens": prompt + written,
+        "prompt_tokens_details": {"cached_tokens": cached},
+    }
+
+
+def _broken(end: End) -> dict:
+    return {
+        "message": f"the reply broke off: {end.error}",
+        "type": "server_error",
+        "param": None,
+        "code": "model_error",
+    }
+
+
+def _head(running: Running, object: str) -> dict:
+    head = {"id": running.ids[0], "object": object, "created": running.created, "model": running.model}
+    return head | {"system_fingerprint": running.version}
+
+
+def _scored(tokenizer: Tokenizer, piece: Piece) -> dict:
+    def shown(token: int, score: float) -> dict:
+        data = tokenizer.decode_bytes([token])
+        return {"token": data.decode(errors="replace"), "logprob": score, "bytes": list(data)}
+
+    top = [shown(*pair) for pair in piece.scores.likeliest]
+    return shown(piece.token, piece.scores.token) | {"top_logprobs": top}
+
+
+def _legacy(tokenizer: Tokenizer, pieces: list[Piece]) -> dict:
+    tokens = [tokenizer.decode([p.token]) for p in pieces]
+    return {
+        "tokens": tokens,
+        "token_logprobs": [p.scores.token for p in pieces],
+        "top_logprobs": [{tokenizer.decode([t]): score for t, score in p.scores.likeliest} for p in pieces],
+        "text_offset": [sum(map(len, tokens[:n])) for n in range(len(tokens))],
+    }

@@ -1,0 +1,273 @@
+"""Many replies at once: one thread owns the computing, and replies join and leave between two tokens.
+
+A model of another version has lanes of its own until those that began with the old one have ended, so a reply is by one
+version from its first token to its last.
+"""
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+from rwkv_train.chat.reply import Reply
+from rwkv_train.feedback.background import half_the_threads, in_a_line
+from rwkv_train.generation.decoder import Constraint, Decoder, Scores
+from rwkv_train.generation.prefill import prefill
+from rwkv_train.generation.sampling import Sampling, random_numbers
+from rwkv_train.models.base import RWKV
+from rwkv_train.models.state import State
+from rwkv_train.tokenizer import Tokenizer
+
+PIECE = 128  # tokens of prompts that are read between two tokens of the replies
+
+Reason = Literal["stop", "length", "cancelled", "time", "error"]
+
+
+class Full(Exception):
+    """As many replies wait as may."""
+
+
+class Piece(NamedTuple):
+    """What a token brought. text: what can be shown now, perhaps nothing; scores: of the token, where asked for."""
+
+    choice: int
+    token: int
+    text: str
+    scores: Scores | None
+
+
+class End(NamedTuple):
+    """A choice's end.
+
+    text: its last piece; shown: all of it. ids: the tokens that hold exactly that; state: after them, of one lane, or
+    None where nobody knows it. ended: the model wrote the end of the turn. count: tokens written. error: what went
+    wrong, in a line.
+    """
+
+    choice: int
+    reason: Reason
+    text: str
+    shown: str
+    ids: list[int]
+    state: State | None
+    ended: bool
+    count: int
+    error: str = ""
+
+
+Event = Piece | End
+
+
+@dataclass(eq=False)
+class Job:
+    """A prompt, and the replies to it that are asked for.
+
+    prompt: ids, read after `state` (of one lane; None: a document's beginning). seeds: one for each choice.
+    tell(event): called in the batcher's thread. end: the text that ends a reply and belongs to it; "" if it is no turn
+    of a chat. stop: texts before which it ends. constraint: makes a choice's. likeliest: as of `Decoder.add`. seconds:
+    after which it is broken off.
+    """
+
+    model: RWKV
+    prompt: list[int]
+    state: State | None
+    sampling: Sampling
+    seeds: list[int]
+    max_new_tokens: int
+    tell: Callable[[Event], None]
+    end: str = ""
+    stop: tuple[str, ...] = ()
+    constraint: Callable[[], Constraint] | None = None
+    likeliest: int | None = None
+    seconds: float = float("inf")
+
+
+@dataclass(eq=False)
+class _Choice:
+    job: Job
+    number: int
+    reply: Reply
+    count: int = 0
+
+
+@dataclass
+class Load:
+    """What the batcher does now and has done. seconds: of the last step; read: tokens of prompts."""
+
+    lanes: int = 0
+    waiting: int = 0
+    written: int = 0
+    read: int = 0
+    steps: int = 0
+    seconds: float = 0.0
+    observers: list[Callable[[float], None]] = field(default_factory=list)  # each is told a step's seconds
+
+
+class Batcher:
+    """Writes the replies that are submitted, up to `lanes` side by side; `waiting` more may wait.
+
+    A reply is what it would be alone: it has its own seed, and its prompt is cut where it would be cut alone. (Of lanes
+    side by side a model's sums may be in another order: the logits differ by rounding.) flush(): called after every
+    step, for those who gather events.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, lanes: int = 64, waiting: int = 256, flush: Callable[[], None] = lambda: None
+    ):
+        self.tokenizer, self.lanes, self.waiting, self._flush = tokenizer, lanes, waiting, flush
+        self.load = Load()
+        self._asked: queue.Queue[tuple[str, Job | None]] = queue.Queue()
+        self._line: list[tuple[float, Job]] = []  # until when, and what has no lane yet
+        self._decoders: dict[RWKV, Decoder] = {}
+        self._running: dict[tuple[RWKV, int], _Choice] = {}
+        self._until: dict[Job, float] = {}
+        self._lock, self._count = threading.Lock(), 0  # replies submitted and not ended
+        self._thread = threading.Thread(target=self._work, name="batcher", daemon=True)
+        self._thread.start()
+
+    def submit(self, job: Job) -> None:
+        """Take a job, from any thread. Raises Full, and ValueError for more choices than there are lanes."""
+        if len(job.seeds) > self.lanes:
+            raise ValueError(f"this server writes {self.lanes} replies side by side, so n must be at most that")
+        with self._lock:
+            if self._count + len(job.seeds) > self.lanes + self.waiting:
+                raise Full(f"{self._count} replies are being written or wait")
+            self._count += len(job.seeds)
+        self._asked.put(("add", job))
+
+    def cancel(self, job: Job) -> None:
+        """Break a job off, from any thread; its choices end with what was shown. Nothing, where it has ended."""
+        self._asked.put(("drop", job))
+
+    def close(self) -> None:
+        """Break everything off, and end the thread."""
+        self._asked.put(("close", None))
+        self._thread.join()
+
+    def _work(self) -> None:
+        with half_the_threads():
+            while self._take():
+                self._admit()
+                begun, busy = time.monotonic(), list(self._decoders.items())
+                for model, decoder in busy:
+                    self._step(model, decoder)
+                self._out_of_time(time.monotonic())
+                if busy:
+                    self._measured(time.monotonic() - begun)
+                self._flush()
+
+    def _take(self) -> bool:
+        """Take in what was asked, waiting for it where nothing else is to be done. False: close."""
+        block = not (self._decoders or self._line)
+        with suppress(queue.Empty):
+            while True:
+                what, job = self._asked.get(block)
+                block = False
+                if what == "close":
+                    for each in {c.job for c in self._running.values()} | {job for _, job in self._line}:
+                        self._drop(each, "cancelled")
+                    self._flush()
+                    return False
+                if what == "add":
+                    self._line.append((time.monotonic() + job.seconds, job))
+                else:
+                    self._drop(job, "cancelled")
+        return True
+
+    def _admit(self) -> None:
+        """Give lanes to those that wait, in their order."""
+        stop = frozenset([self.tokenizer.eod])
+        while self._line and len(self._running) + len(self._line[0][1].seeds) <= self.lanes:
+            until, job = self._line.pop(0)
+            self._until[job], first = until, 0
+            decoder = self._decoders.setdefault(job.model, Decoder(job.model, piece=PIECE))
+            for number, seed in enumerate(job.seeds):
+                rng, constraint = random_numbers(seed), job.constraint() if job.constraint else None
+                if number:
+                    lane = decoder.beside(first, rng, constraint)
+                else:
+                    more = stop, job.max_new_tokens, job.state, constraint, job.likeliest
+                    lane = first = decoder.add(job.prompt, job.sampling, rng, *more)
+                reply = Reply(self.tokenizer, job.end, stop=job.stop, keeps_space=not job.end)
+                self._running[job.model, lane] = _Choice(job, number, reply)
+            self.load.read += len(job.prompt)
+
+    def _step(self, model: RWKV, decoder: Decoder) -> None:
+        try:
+            for lane, token, state, scores in decoder.step():
+                self._written(decoder, lane, token, state, scores)
+        except Exception as error:  # of the model or its kernels: the replies that it writes end, others go on
+            decoder.close()
+            for key in [key for key in self._running if key[0] is model]:
+                self._end(key, "error", None, in_a_line(error))
+        if not len(decoder):
+            del self._decoders[model]
+
+    def _written(
+        self, decoder: Decoder, lane: int, token: int | None, state: State | None, scores: Scores | None
+    ) -> None:
+        key = decoder.model, lane
+        choice = self._running[key]
+        if token is None:
+            self._end(key, "stop", state)
+            return
+        choice.count += 1
+        self.load.written += 1
+        now = (lambda: decoder.state(lane)) if state is None else lambda: state
+        following = decoder.following(lane) if state is None else None
+        text = choice.reply.push(token, now, following)
+        choice.job.tell(Piece(choice.number, token, text, scores))
+        if choice.reply.done:
+            ended = now()
+            decoder.drop(lane)
+            self._end(key, "stop", ended)
+        elif state is not None:
+            self._end(key, "length", state)
+
+    def _drop(self, job: Job, reason: Reason) -> None:
+        if any(job is waiting for _, waiting in self._line):
+            self._line = [(until, waiting) for until, waiting in self._line if waiting is not job]
+            for number in range(len(job.seeds)):
+                self._ended(job, End(number, reason, "", "", [], None, False, 0))
+        for key in [key for key, choice in self._running.items() if choice.job is job]:
+            model, lane = key
+            decoder, choice = self._decoders[model], self._running[key]
+            state = decoder.state(lane) if choice.count else None
+            decoder.drop(lane)
+            self._end(key, reason, state)
+            if not len(decoder):
+                del self._decoders[model]
+
+    def _out_of_time(self, now: float) -> None:
+        late = [job for job, until in self._until.items() if until < now] + [j for u, j in self._line if u < now]
+        for job in late:
+            self._drop(job, "time")
+
+    def _end(self, key: tuple[RWKV, int], reason: Reason, state: State | None, error: str = "") -> None:
+        """A choice ends; state: after its last token, None if it has none."""
+        choice = self._running.pop(key)
+        reply, text = choice.reply, ""
+        ids: list[int] = []
+        if state is not None:
+            text = reply.finish()
+            ids, rest, state = reply.settle(state)
+            if more := self.tokenizer.encode(rest):
+                ids, state = ids + more, prefill(key[0], more, state)[1]
+        end = End(choice.number, reason, text, reply.shown, ids, state, reply.ended, choice.count, error)
+        self._ended(choice.job, end)
+
+    def _ended(self, job: Job, end: End) -> None:
+        with self._lock:
+            self._count -= 1
+        if not any(choice.job is job for choice in self._running.values()):
+            self._until.pop(job, None)
+        job.tell(end)
+
+    def _measured(self, seconds: float) -> None:
+        self.load.lanes, self.load.waiting = len(self._running), len(self._line)
+        self.load.steps, self.load.seconds = self.load.steps + 1, seconds
+        for observe in self.load.observers:
+            observe(seconds)

@@ -1,0 +1,80 @@
+"""The `serve` command: opens a model and serves it until it is stopped."""
+
+import socket
+import sys
+from dataclasses import dataclass, replace
+
+import uvicorn
+from fastapi import FastAPI
+
+from rwkv_train import program
+from rwkv_train.chat.opening import data_folder
+from rwkv_train.checkpoints.opener import open_model
+from rwkv_train.files import quoted
+from rwkv_train.serve.app import create_app
+from rwkv_train.serve.connections import make_config
+from rwkv_train.serve.service import Service
+from rwkv_train.serve.settings import ServeConfig
+from rwkv_train.serve.tokens import Tokens, check_address
+
+
+@dataclass
+class Opened:
+    """A server that does not listen yet."""
+
+    app: FastAPI
+    service: Service
+    config: ServeConfig
+
+
+def serve(config: ServeConfig) -> int:
+    """Serve a model until Ctrl-C or a signal ends it."""
+    listening = _listen(config)
+    opened = open_server(replace(config, port=listening.getsockname()[1]))
+    server = uvicorn.Server(make_config(opened.app, config.host, config.port, body_bytes=config.body))
+    server.config.load()
+    host = f"[{config.host}]" if ":" in config.host else config.host
+    print(f"serving {', '.join(opened.service.models)} at http://{host}:{opened.config.port}", flush=True)
+    print(f"  talk and correct at /, a live room at /room, the API at /v1; {STOP}", file=sys.stderr, flush=True)
+    server.run(sockets=[listening])
+    return 0 if server.started else 1
+
+
+STOP = "Ctrl-C ends it, after the correction that is being learnt"
+
+
+def open_server(config: ServeConfig) -> Opened:
+    """The app of the settings. Raises ValueError for what cannot be served."""
+    tokens = Tokens.load(config.tokens) if config.tokens else Tokens()
+    check_address(config.host, tokens)
+    _check(config)
+    if not config.model and not program.STARTER.exists():
+        raise ValueError(f"the starter model is not there ({program.STARTER}); name a model with --model")
+    name = config.model or program.STARTER
+    opened = open_model(name, config.tokenizer, config.template, config.dtype, config.device)
+    opened.template.prompt([{"role": "user", "content": "-"}])  # has both roles, or says so now
+    service = Service(opened, config, data_folder(config.folder), name)
+    return Opened(create_app(service, tokens), service, config)
+
+
+def _check(config: ServeConfig) -> None:
+    for name in ("reply_tokens", "most_tokens", "prompt_tokens", "lanes", "body", "rate", "state_memory", "state_disk"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, found {getattr(config, name)}")
+    if config.waiting < 0 or not config.seconds > 0:
+        raise ValueError(f"--waiting and --seconds must not be below 0, found {config.waiting} and {config.seconds}")
+    if config.reply_tokens > config.most_tokens:
+        raise ValueError(f"--reply-tokens {config.reply_tokens} is above --most-tokens {config.most_tokens}")
+
+
+def _listen(config: ServeConfig) -> socket.socket:
+    """A socket that listens, before anything slow is done. Raises ValueError where it cannot be had."""
+    try:
+        family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+        listening = socket.socket(family)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind((config.host, config.port))
+        return listening
+    except (OSError, OverflowError) as error:
+        what = f"{quoted(config.host)}, port {config.port}, cannot be listened on ({error})"
+        raise ValueError(f"{what}; name another --port or --host") from None

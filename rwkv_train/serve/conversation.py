@@ -1,0 +1,89 @@
+"""From messages to tokens: what of a conversation has been read before, and what is to be read now."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rwkv_train.data.templates import Template
+from rwkv_train.models.state import State
+from rwkv_train.serve.sessions import Sessions, Turn, key_of
+from rwkv_train.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A reply that is asked for.
+
+    parent: the turn that it follows, None for the first. messages: those since then, and prompt: their ids. read: the
+    ids to read after `state`: the prompt alone, or with all that was said before it. key: of the conversation before.
+    """
+
+    parent: Turn | None
+    messages: list[dict]
+    prompt: list[int]
+    read: list[int]
+    state: State | None
+    key: str
+
+    @property
+    def length(self) -> int:
+        """Tokens of the conversation up to the reply, read now or before."""
+        return (self.parent.length if self.parent else 0) + len(self.prompt)
+
+
+class Conversations:
+    """How conversations are written for a model, and those that are known."""
+
+    def __init__(self, tokenizer: Tokenizer, template: Template, sessions: Sessions):
+        self.tokenizer, self.template, self.sessions = tokenizer, template, sessions
+
+    def after(self, turn: Turn, messages: list[dict], version: str) -> Asked:
+        """Messages that follow a known turn, for the model of a version. Raises ValueError for what is no message."""
+        return self._asked(turn, messages, version, turn.key)
+
+    def whole(self, messages: Sequence[dict], who: str, version: str) -> Asked:
+        """A whole conversation, of which the longest part that is known is not read again.
+
+        who: names what conversations may be known: of one owner and one profile. Raises ValueError as above.
+        """
+        keys, begun = [(0, who)], who
+        for count, message in enumerate(messages, 1):
+            if message["role"] == "assistant" and count < len(messages):
+                begun = key_of(begun, messages[keys[-1][0] : count - 1], message["content"])
+                keys.append((count, begun))
+        for count, key in reversed(keys[1:]):
+            turn = self.sessions.find(key)
+            if turn is not None:
+                return self.after(turn, list(messages[count:]), version)
+        return self._asked(None, list(messages), version, who)
+
+    def transcript(self, turn: Turn) -> list[dict]:
+        """Messages of a conversation up to a turn's reply, without it, each with the id of its turn."""
+        found = []
+        for each in self.sessions.before(turn):
+            found += [m | {"turn": each.id} for m in each.messages]
+            found.append({"role": "assistant", "content": each.reply, "turn": each.id})
+        return [*found, *(m | {"turn": turn.id} for m in turn.messages)]
+
+    def context(self, turn: Turn) -> list[int]:
+        """Ids before a turn's last message, without the end-of-document token: a `Correction`'s context."""
+        earlier = self.sessions.before(turn)
+        said = [i for piece, _ in self.template.segments(turn.messages[:-1]) for i in self.tokenizer.encode(piece)]
+        return [*(i for each in earlier for i in each.read), *self._opening(earlier[-1] if earlier else None), *said][
+            1:
+        ]
+
+    def _asked(self, parent: Turn | None, messages: list[dict], version: str, key: str) -> Asked:
+        pieces = self.template.prompt(messages)
+        prompt = [*self._opening(parent), *(i for piece in pieces for i in self.tokenizer.encode(piece))]
+        state = self.sessions.state(parent.id) if parent and parent.version == version else None
+        read = prompt
+        if parent and state is None:
+            before = [*self.sessions.before(parent), parent]
+            read = [*(i for turn in before for i in turn.read), *prompt]
+        return Asked(parent, messages, prompt, read, state, key)
+
+    def _opening(self, parent: Turn | None) -> list[int]:
+        """What comes before messages: the end of the document before, or of a reply that did not end itself."""
+        if parent is None:
+            return [self.tokenizer.eod]
+        return [] if parent.ended else self.tokenizer.encode(self.template.end())

@@ -1,0 +1,125 @@
+// Settings in words: of the replies, kept in the browser, and of corrections, kept by the server.
+
+import { button, byId, el, redraw, stored } from "./dom.js";
+import { json } from "./stream.js";
+import { has, t } from "./words.js";
+
+/** What can be chosen about replies: limits of the numbers; an empty field leaves it to the server. */
+const SAMPLING = [
+  { name: "temperature", min: 0, max: 5, step: 0.05 },
+  { name: "top_p", min: 0.01, max: 1, step: 0.01 },
+  { name: "max_output_tokens", min: 1, step: 1 },
+  { name: "presence_penalty", min: -5, max: 5, step: 0.05 },
+  { name: "frequency_penalty", min: -5, max: 5, step: 0.05 },
+  { name: "penalty_decay", min: 0, max: 1, step: 0.001 },
+  { name: "seed", min: 0, step: 1 },
+];
+
+let learning = null; // settings of corrections as the server has them; null if it did not say
+let why = "";
+
+/** Draw both lists. may: {operate}; failed(error) tells a person. */
+export function drawSettings(may, failed) {
+  redraw(
+    byId("panel-settings"),
+    el("section", {}, el("h3", {}, t("settings_replies")), el("p", { class: "fine" }, t("settings_replies_hint")), sampling()),
+    el("section", {}, el("h3", {}, t("settings_corrections")), corrections(may, failed)),
+    el("section", {}, el("h3", {}, t("settings_browser")), browser()),
+  );
+}
+
+/** Read the settings of corrections again. */
+export async function readSettings() {
+  try {
+    learning = (await json("GET", "/v1/feedback/settings")).data;
+    why = "";
+  } catch (error) {
+    learning = null;
+    why = error.message;
+  }
+}
+
+function row(name, field, ...after) {
+  const about = has(`${name}_about`) && el("p", { class: "fine", id: `about-${name}` }, t(`${name}_about`));
+  if (about) field.setAttribute("aria-describedby", about.id);
+  return el("div", { class: "setting" }, el("label", { for: field.id }, t(name)), field, ...after, about);
+}
+
+function sampling() {
+  const chosen = stored.readJson("sampling", {});
+  const keep = (name, value) => {
+    const now = stored.readJson("sampling", {});
+    if (value === "" || Number.isNaN(value)) delete now[name];
+    else now[name] = value;
+    stored.write("sampling", JSON.stringify(now));
+  };
+  const system = el("textarea", { id: "s-instructions", "data-key": "s-instructions", rows: 3 });
+  system.value = chosen.instructions ?? "";
+  system.addEventListener("change", () => keep("instructions", system.value.trim()));
+  const numbers = SAMPLING.map(({ name, min, max, step }) => {
+    const id = `s-${name}`;
+    const field = el("input", { id, "data-key": id, type: "number", min, max, step, placeholder: t("as_server") });
+    field.value = chosen[name] ?? "";
+    field.addEventListener("change", () => {
+      if (field.reportValidity()) keep(name, field.valueAsNumber);
+    });
+    return row(name, field);
+  });
+  return [row("instructions", system), numbers];
+}
+
+function corrections(may, failed) {
+  if (!learning) return el("p", { class: "why" }, why || t("loading"));
+  const hint = el("p", { class: "fine" }, t(may.operate ? "settings_corrections_hint" : "settings_fixed"));
+  return [hint, learning.map((setting) => correctionSetting(setting, may, failed))];
+}
+
+function correctionSetting(setting, may, failed) {
+  const { name, value, choices, description } = setting;
+  const id = `c-${name}`;
+  const key = { id, "data-key": id, disabled: !may.operate };
+  let field;
+  if (choices) {
+    const option = (choice) => {
+      const word = has(`${name}_${choice}`) ? t(`${name}_${choice}`) : choice;
+      return el("option", { value: choice, selected: choice === value }, word);
+    };
+    field = el("select", key, choices.map(option));
+  } else if (typeof value === "boolean") {
+    field = el("input", { ...key, type: "checkbox", checked: value });
+  } else {
+    const whole = setting.type === "int" || setting.type === "integer";
+    const number = typeof value === "number";
+    field = el("input", { ...key, type: number ? "number" : "text", min: number && 0, step: number && (whole ? 1 : "any") });
+    field.value = value;
+  }
+  const send = async (to) => {
+    try {
+      learning = (await json("PATCH", "/v1/feedback/settings", { [name]: to })).data ?? learning;
+      await readSettings();
+    } catch (error) {
+      failed(error);
+    }
+    drawSettings(may, failed);
+  };
+  field.addEventListener("change", () => {
+    if (field.type === "checkbox") return send(field.checked);
+    if (field.type !== "number") return send(field.value);
+    return field.reportValidity() && !Number.isNaN(field.valueAsNumber) && send(field.valueAsNumber);
+  });
+  const back =
+    value !== setting.default &&
+    may.operate &&
+    button(t("back_to", { value: setting.default }), `back-${name}`, () => send(setting.default), { class: "small quiet" });
+  if (has(name)) return row(name, field, back);
+  return el("div", { class: "setting" }, el("label", { for: id }, name), field, back, el("p", { class: "fine" }, description));
+}
+
+function browser() {
+  if (!stored.read("token")) return el("p", { class: "fine" }, t("kept_here"));
+  const forget = (event) => {
+    stored.write("token", null);
+    event.currentTarget.replaceWith(el("p", { class: "fine" }, t("token_forgotten")));
+  };
+  return [el("p", { class: "fine" }, t("kept_here")), button(t("token_forget"), "forget", forget, { class: "small" })];
+}
