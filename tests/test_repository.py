@@ -33,10 +33,13 @@ LAYERS = [
     ["bptt", "generation", "generate", "evaluate", "checkpoints", "data"],
     ["train", "feedback", "plan"],
     ["chat"],
-    ["bench"],
+    ["serve", "bench"],
     ["commands", "cli"],
 ]
-HEAVY = {"lightning": {"train"}, "deepspeed": {"train"}, "wandb": {"train"}, "datasets": {"data"}}
+HEAVY = {
+    **{"lightning": {"train"}, "deepspeed": {"train"}, "wandb": {"train"}, "datasets": {"data"}},
+    **{"fastapi": {"serve"}, "starlette": {"serve"}, "uvicorn": {"serve"}, "llguidance": {"serve"}},
+}
 
 
 def imports(path: Path):
@@ -72,9 +75,12 @@ def test_imports_go_one_way(path):
 
 def test_importing_is_light():
     """No heavy package comes with the command line, and none of the optional ones with the library."""
-    light = "rwkv_train.cli, rwkv_train.config, rwkv_train.data.prepare, rwkv_train.bench.settings"
+    light = "rwkv_train.cli, rwkv_train.config, rwkv_train.data.prepare, rwkv_train.bench.settings, rwkv_train.serve.settings"
     library = "rwkv_train.checkpoints.modelfile, rwkv_train.bptt, rwkv_train.generate"
-    for names, banned in [(light, {"torch", "datasets", "lightning"}), (library, {"datasets", "lightning", "wandb"})]:
+    for names, banned in [
+        (light, {"torch", "datasets", "lightning", "fastapi"}),
+        (library, {"datasets", "lightning", "wandb"}),
+    ]:
         code = f"import sys, {names}; print(*sys.modules)"
         loaded = set(subprocess.check_output([sys.executable, "-c", code], text=True).split())
         assert not loaded & banned

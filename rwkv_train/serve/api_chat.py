@@ -182,8 +182,9 @@ async def _text_answer(service: Service, running: list[Running], asked: Completi
     pieces, ends = await _all(service, running)
     choices = []
     for (job, n), end in sorted(ends.items()):
-        scores = _legacy(service.tokenizer, pieces[job, n]) if asked.logprobs is not None else None
-        text = prompts[job] * asked.echo + end.shown
+        before = prompts[job] * asked.echo
+        scores = _legacy(service.tokenizer, pieces[job, n], len(before)) if asked.logprobs is not None else None
+        text = before + end.shown
         index = job * asked.n + n
         choices.append({"index": index, "text": text, "logprobs": scores, "finish_reason": finish(end)})
     return _head(running[0], "text_completion") | {"choices": choices, "usage": usage_of(running, ends.values())}
@@ -193,6 +194,7 @@ async def _text_events(
     service: Service, running: list[Running], asked: CompletionRequest, prompts: list[str], usage: bool
 ) -> AsyncGenerator[str]:
     head, ends = _head(running[0], "text_completion"), []
+    at = {(job, n): len(prompt) * asked.echo for job, prompt in enumerate(prompts) for n in range(asked.n)}
 
     def chunk(job: int, n: int, text: str, reason: str | None = None, scores: dict | None = None) -> str:
         choice = {"index": job * asked.n + n, "text": text, "logprobs": scores, "finish_reason": reason}
@@ -205,7 +207,8 @@ async def _text_events(
     async with aclosing(together([service.events(each) for each in running])) as events:
         async for job, event in events:
             if isinstance(event, Piece) and (event.text or event.scores):
-                scores = _legacy(service.tokenizer, [event]) if event.scores else None
+                scores = _legacy(service.tokenizer, [event], at[job, event.choice]) if event.scores else None
+                at[job, event.choice] += len(scores["tokens"][0]) if scores else 0
                 yield chunk(job, event.choice, event.text, scores=scores)
             if isinstance(event, End):
                 ends.append(event)
@@ -276,11 +279,20 @@ def _scored(tokenizer: Tokenizer, piece: Piece) -> dict:
     return shown(piece.token, piece.scores.token) | {"top_logprobs": top}
 
 
-def _legacy(tokenizer: Tokenizer, pieces: list[Piece]) -> dict:
-    tokens = [tokenizer.decode([p.token]) for p in pieces]
+def _legacy(tokenizer: Tokenizer, pieces: list[Piece], begin: int = 0) -> dict:
+    """Scores as completions have them. begin: characters before the first of these tokens."""
+
+    def shown(token: int) -> str:
+        data = tokenizer.decode_bytes([token])
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+    tokens = [shown(p.token) for p in pieces]
     return {
         "tokens": tokens,
         "token_logprobs": [p.scores.token for p in pieces],
-        "top_logprobs": [{tokenizer.decode([t]): score for t, score in p.scores.likeliest} for p in pieces],
-        "text_offset": [sum(map(len, tokens[:n])) for n in range(len(tokens))],
+        "top_logprobs": [{shown(t): score for t, score in p.scores.likeliest} for p in pieces],
+        "text_offset": [begin + sum(map(len, tokens[:n])) for n in range(len(tokens))],
     }

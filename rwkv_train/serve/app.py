@@ -73,7 +73,9 @@ async def models(request: Request, rights: Known) -> Any:
 
 
 @router.get("/v1/models/{id}", response_model=Model)
-async def model(request: Request, id: Annotated[str, Path(max_length=200)], rights: Known) -> Any:
+async def model(
+    request: Request, id: Annotated[str, Path(max_length=200, description="A name of /v1/models.")], rights: Known
+) -> Any:
     """One model."""
     service = service_of(request)
     return _model(service, service.named(id), rights)
@@ -108,8 +110,8 @@ async def room() -> Response:
     return FileResponse(PAGE / "room.html")
 
 
-def create_app(service: Service, tokens: Tokens) -> FastAPI:
-    """The app of a service, which it opens and closes."""
+def create_app(service: Service, tokens: Tokens) -> Guard:
+    """The app of a service, which it opens and closes, behind its guard."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
@@ -131,6 +133,4 @@ def create_app(service: Service, tokens: Tokens) -> FastAPI:
     for each in (router, api_chat.router, api_responses.router, api_feedback.router, pages):
         app.include_router(each)
     app.mount("/page", StaticFiles(directory=PAGE), name="page")
-    limits = {"body_bytes": config.body, "rate": config.rate}
-    app.add_middleware(Guard, tokens=tokens, host=config.host, allow=config.allow_host, **limits)
-    return app
+    return Guard(app, tokens, config.host, config.allow_host, body_bytes=config.body, rate=config.rate)

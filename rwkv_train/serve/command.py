@@ -5,7 +5,6 @@ import sys
 from dataclasses import dataclass, replace
 
 import uvicorn
-from fastapi import FastAPI
 
 from rwkv_train import program
 from rwkv_train.chat.opening import data_folder
@@ -13,6 +12,7 @@ from rwkv_train.checkpoints.opener import open_model
 from rwkv_train.files import quoted
 from rwkv_train.serve.app import create_app
 from rwkv_train.serve.connections import make_config
+from rwkv_train.serve.guard import Guard
 from rwkv_train.serve.service import Service
 from rwkv_train.serve.settings import ServeConfig
 from rwkv_train.serve.tokens import Tokens, check_address
@@ -22,7 +22,7 @@ from rwkv_train.serve.tokens import Tokens, check_address
 class Opened:
     """A server that does not listen yet."""
 
-    app: FastAPI
+    app: Guard
     service: Service
     config: ServeConfig
 

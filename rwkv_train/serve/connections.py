@@ -1,11 +1,10 @@
 """Connections that do nothing, or everything very slowly, must not hurt those that do something.
 
-uvicorn waits for ever for a request's head, for a client that does not read, and takes any number of connections. Here
-every wait has an end, and a new connection takes the place of the one that has done nothing for longest.
+uvicorn waits for ever for a request's head and for a client that does not read, and takes any number of connections.
+Here every wait has an end, and a new connection takes the place of the one that has done nothing for longest.
 """
 
 import asyncio
-import copy
 import logging
 import sys
 from contextlib import suppress
@@ -19,13 +18,13 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from rwkv_train.serve.errors import ApiError
+from rwkv_train.serve.tokens import log_without_tokens
 
 MOST = 4096  # connections, where the system allows as many open files
 HEAD_BYTES = 64 << 10
 BODY_FACTOR = 16  # bytes on the wire to a byte of a body, at most: what cuts it into chunks may be longer than itself
 PIPELINED = 8  # requests that wait in a connection for the answer to the one before
-SOCKET_BYTES = 64 << 10  # of a message in a WebSocket
-SOCKET_QUEUE = 64  # messages of a WebSocket that the app has not read
+SOCKET_BYTES, SOCKET_QUEUE = 64 << 10, 64  # of a message in a WebSocket; messages that the app has not read
 LOGGER = "uvicorn.error.http"  # mistakes of clients are no news; the app's are
 
 
@@ -50,8 +49,7 @@ class Places:
         if full and not self.waiting and not self.sending:
             return False
         self.waiting[connection] = None
-        self._entered += 1
-        connection.number = self._entered
+        connection.number = self._entered = self._entered + 1
         if full:
             connection.loop.call_soon(connection.loop.call_soon, self._make_room, connection)
         return True
@@ -65,7 +63,7 @@ class Places:
             oldest.transport.abort()
         elif new in self.waiting:
             self.leave(new)
-            new.refuse_place()
+            new.refuse()
 
     def move(self, connection: "Http", to: "dict[Http, None]") -> None:
         if connection not in to:
@@ -118,15 +116,14 @@ class Http(Reader, HttpToolsProtocol):
         self.most_bytes = HEAD_BYTES + BODY_FACTOR * body_bytes
         self._head_end: asyncio.TimerHandle | None = None
         self._in_head, self._bytes = True, 0  # since the head, or the body, began
-        self._is_socket = False
-        self.number = 0  # of all that entered
+        self._is_socket, self.number = False, 0  # of all that entered
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
         if self.places.enter(self):
             self._await_head(self.head_seconds)
         else:
-            self.refuse_place()
+            self.refuse()
 
     def connection_lost(self, error: Exception | None) -> None:
         self.places.leave(self)
@@ -142,7 +139,7 @@ class Http(Reader, HttpToolsProtocol):
             return
         self._settle()
         if self._in_head and self._bytes > HEAD_BYTES:
-            self._refuse(431, f"the request's head has more than {HEAD_BYTES:,} bytes; send less")
+            self.refuse(431, f"the request's head has more than {HEAD_BYTES:,} bytes; send less")
         elif self._bytes > self.most_bytes:
             self.transport.abort()
 
@@ -163,12 +160,10 @@ class Http(Reader, HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        if self.transport.is_closing():
-            self.places.move(self, self.places.waiting)
-            self._watch()
-            return
         self._settle()
-        if self in self.places.waiting:
+        if self.transport.is_closing():
+            self._watch()
+        elif self in self.places.waiting:
             self._await_head(self.timeout_keep_alive + self.head_seconds)
 
     def _await_head(self, seconds: float | None) -> None:
@@ -180,8 +175,7 @@ class Http(Reader, HttpToolsProtocol):
     def _settle(self) -> None:
         """Be counted among those that wait, send or are answered."""
         in_progress = self.cycle and not self.cycle.response_complete
-        busy = self.pipeline or (in_progress and not self.cycle.more_body)
-        places = self.places
+        busy, places = self.pipeline or (in_progress and not self.cycle.more_body), self.places
         places.move(self, places.busy if busy else places.sending if in_progress else places.waiting)
 
     def handle_websocket_upgrade(self) -> None:
@@ -191,15 +185,12 @@ class Http(Reader, HttpToolsProtocol):
             self.places.leave(self)
             super().handle_websocket_upgrade()
         else:
-            self._refuse(503, "the server has no room for another WebSocket; try again later")
-
-    def refuse_place(self) -> None:
-        self._refuse(503, "the server has no room for another connection; try again")
+            self.refuse()
 
     def send_400_response(self, msg: str) -> None:
-        self._refuse(400, "this is no HTTP/1.1 request")
+        self.refuse(400, "this is no HTTP/1.1 request")
 
-    def _refuse(self, status: int, message: str) -> None:
+    def refuse(self, status: int = 503, message: str = "the server has no room for one more; try again later") -> None:
         """An error in place of the app's answer, and the end of the connection."""
         answer = ApiError(status, message, headers={"Connection": "close", "Cache-Control": "no-store"}).answer()
         head = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}".encode(), *map(b": ".join, answer.raw_headers)]
@@ -237,15 +228,6 @@ class Socket(Reader, WebSocketsSansIOProtocol):
     async def run_asgi(self) -> None:
         await super().run_asgi()
         self._watch()
-
-
-class PathsAlone(logging.Filter):
-    """Takes queries out of what is logged: they are what people wrote, maybe even a token."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        if isinstance(record.args, tuple):
-            record.args = tuple(a.partition("?")[0] if isinstance(a, str) else a for a in record.args)
-        return True
 
 
 def raise_open_files(most: int = 1 << 16) -> int:
@@ -293,13 +275,8 @@ def make_config(
     request. shutdown_seconds: for what is in progress when the server stops.
     """
     room, backlog = share_files(raise_open_files())
-    most = room if most is None else min(most, room)
-    places = Places(most, most // 2 if sockets is None else sockets)
+    places = Places(most := min(most or room, room), most // 2 if sockets is None else sockets)
     slow = {"places": places, "write_seconds": write_seconds}
-    log = copy.deepcopy(LOGGING_CONFIG) | {"filters": {"paths": {"()": PathsAlone}}}
-    for handler in log["handlers"].values():
-        handler["filters"] = ["paths"]
-    log["loggers"][LOGGER] = {"level": "ERROR"}
     return uvicorn.Config(
         app,
         host=host,
@@ -314,7 +291,7 @@ def make_config(
         workers=1,
         proxy_headers=False,
         server_header=False,
-        log_config=log,
+        log_config=log_without_tokens(LOGGING_CONFIG, {LOGGER: {"level": "ERROR"}}),
         log_level=log_level,
         access_log=access_log,
         backlog=backlog,

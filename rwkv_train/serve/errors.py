@@ -8,10 +8,11 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
-from starlette.routing import Match
+from starlette.routing import Match, Mount
 
 from rwkv_train.files import quoted
 
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 FULL = {errno.ENOSPC, errno.EDQUOT}
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 CODES = {401: "invalid_api_key", 429: "rate_limit_exceeded"}
@@ -108,8 +109,9 @@ async def _http_exception(request: Request, error: HTTPException) -> JSONRespons
 
 def _methods(request: Request) -> set[str]:
     """The methods of all routes that a request's path is for; Starlette names those of one."""
-    matching = [route for route in request.app.routes if route.matches(request.scope)[0] != Match.NONE]
-    return {method for route in matching for method in getattr(route, "methods", None) or ()}
+    routes = [route for route in request.app.routes if not isinstance(route, Mount)]  # which takes any
+    scopes = [{**request.scope, "method": method} for method in METHODS]
+    return {s["method"] for s in scopes if any(route.matches(s)[0] == Match.FULL for route in routes)}
 
 
 async def _wrong_request(request: Request, error: RequestValidationError) -> JSONResponse:

@@ -74,10 +74,7 @@ class Grammars:
             why = _line(matcher.get_error())
             raise ValueError(f"The schema cannot be followed at {self._place(schema, why)}: {why}")
         constraint = Constraint(matcher, self._vocab_size, self._eod)
-        try:
-            constraint.mask()
-        except ValueError as error:
-            raise ValueError(f"The schema cannot be followed: no text begins one that satisfies it. {error}") from None
+        constraint.mask()  # raises where no text can begin
         return constraint
 
     def _place(self, schema: dict, why: str) -> str:
@@ -85,13 +82,13 @@ class Grammars:
         from llguidance import LLMatcher
 
         shared = {name: schema[name] for name in ("$defs", "definitions") if name in schema}
-        place, until = "#", time.monotonic() + SEARCH_SECONDS
-        inner = _children(schema)
+        place, inner, until = "#", _children(schema), time.monotonic() + SEARCH_SECONDS
         while time.monotonic() < until and (child := next(inner, None)):
             grammar = _grammar(json.dumps(shared | child[1]))
             if _line(LLMatcher.validate_grammar(grammar, self._tokenizer, limits=self._limits)) == why:
                 place, inner = place + child[0], _children(child[1])
-        return place
+        place = json.dumps(place, ensure_ascii=False)[1:-1]  # a name may hold a line break
+        return place if len(place) < 150 else f"...{place[-150:]}"
 
 
 class Constraint:
@@ -107,14 +104,18 @@ class Constraint:
         """
         packed = self._matcher.compute_bitmask()
         if self._matcher.is_error():
-            raise ValueError(f"The schema is too complex for this text: {_line(self._matcher.get_error())}")
+            raise ValueError(f"The schema cannot be followed from here: {_line(self._matcher.get_error())}")
         bits = np.unpackbits(np.frombuffer(packed, np.uint8), count=self._vocab_size, bitorder="little")
         return torch.from_numpy(bits.view(np.bool_))
 
     def accept(self, token: int) -> None:
-        """Go on by a token that `mask` allows. ValueError for any other, after which the sequence cannot go on."""
+        """Go on by a token that `mask` allows.
+
+        Raises ValueError for any other, and where a limit is reached; the sequence cannot go on.
+        """
         if self.ended or not self._matcher.consume_token(token):
-            raise ValueError(f"Token {token} is not allowed here by the schema.")
+            why = _line(self._matcher.get_error()) or "the text has ended"
+            raise ValueError(f"The schema cannot be followed past token {token}: {why}")
 
     @property
     def complete(self) -> bool:
@@ -219,5 +220,5 @@ def _line(error: str) -> str:
         return "pattern: " + text.rpartition("error: ")[2].strip()[:190]
     if text.startswith("oneOf constraints"):
         return "oneOf is followed only where no two of its options can both match; use anyOf"
-    line = text.partition("\n")[0].strip()
+    line = text.partition("\n")[0].strip().replace("NoExtensionBias", "no token can begin or continue such a text")
     return line.replace("Unimplemented keys", "these keywords are not supported")[:200]

@@ -18,14 +18,14 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[str]):
-        super().__init__()
+    def __init__(self, events: AsyncGenerator[str], status_code: int = 200):
+        super().__init__(status_code=status_code)
         self.events = events
         del self.headers["content-length"]
         self.headers["x-accel-buffering"] = "no"  # of proxies
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         async with aclosing(self.events):
             pump, gone = asyncio.ensure_future(self._pump(send)), asyncio.ensure_future(_gone(receive))
             try:

@@ -1,8 +1,9 @@
-"""Who may talk, teach and operate: a file of tokens, or everybody on this machine alone."""
+"""Who may talk, teach and operate: a file of tokens, or everybody on this machine alone. No token gets into a log."""
 
 import hashlib
 import hmac
 import ipaddress
+import logging
 import os
 import re
 import sys
@@ -161,3 +162,19 @@ def require(right: Right) -> Callable[..., Awaitable[Rights]]:
         return rights
 
     return rights_of
+
+
+class PathsAlone(logging.Filter):
+    """Takes queries out of what is logged: they are what people wrote, maybe even a token."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if isinstance(record.args, tuple):
+            record.args = tuple(a.partition("?")[0] if isinstance(a, str) else a for a in record.args)
+        return True
+
+
+def log_without_tokens(config: dict, loggers: dict) -> dict:
+    """A configuration of logging with further loggers, in which all handlers leave out queries."""
+    handlers = {name: handler | {"filters": ["paths"]} for name, handler in config["handlers"].items()}
+    filters = {"paths": {"()": PathsAlone}}
+    return config | {"handlers": handlers, "filters": filters, "loggers": config["loggers"] | loggers}

@@ -5,6 +5,7 @@ import json
 import random
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -31,27 +32,36 @@ def in_string(text: bytes) -> bool:
     return text.replace(b"\\\\", b"").replace(b'\\"', b"").count(b'"') % 2 == 1
 
 
-def nearest_to_the_end(text: bytes, ids: list[int], table: list[bytes]) -> int:
-    """An id that closes what is open, or else one that opens nothing, if there is any."""
-    order = [b'"'] if in_string(text) else [b"}", b"]", b"null", b"n", b"0", b"1", b"-", b'"', b":", b","]
-    by_bytes = {table[i]: i for i in reversed(ids)}
-    return next((by_bytes[end] for end in order if end in by_bytes), ids[0])
+@functools.cache
+def has_text(name: str) -> torch.Tensor:
+    """bool [V]: ids that stand for bytes, the end of document aside."""
+    tokenizer, _ = made(name)
+    return torch.tensor([bool(token) for token in tokenizer.table] + [False] * WIDER).index_fill(
+        0, torch.tensor(tokenizer.eod), False
+    )
 
 
-def written(constraint: Constraint, tokenizer: Tokenizer, seed: int, freely: int = 25) -> bytes:
+def nearest_to_the_end(text: bytes, mask: torch.Tensor, tokenizer: Tokenizer) -> int:
+    """An id that closes what is open, or else one that opens as little as there is."""
+    order = '"' if in_string(text) else '}],:n01-"'
+    ids = [tokenizer.encode(letter)[0] for letter in order]
+    return next((i for i in ids if mask[i]), int(mask.int().argmax()))
+
+
+def written(constraint: Constraint, name: str, seed: int, freely: int = 25) -> bytes:
     """A text of ids taken at random, and then of those that lead to its end."""
-    rng, ids = random.Random(seed), []
+    (tokenizer, _), rng, ids = made(name), random.Random(seed), []
     for n in range(2000):
         mask = constraint.mask()
-        assert mask.shape == (tokenizer.vocab_size + WIDER,)
+        assert mask.shape == (tokenizer.vocab_size + WIDER,) and mask.dtype == torch.bool
         assert bool(mask[tokenizer.eod]) == constraint.complete
-        may = [i for i in mask.nonzero().flatten().tolist() if i != tokenizer.eod]
-        assert all(i < tokenizer.vocab_size and tokenizer.table[i] for i in may)
-        assert constraint.ended == (not may)
-        if constraint.complete and (not may or n >= freely or rng.random() < 0.3):
-            return tokenizer.decode_bytes(ids)
+        mask[tokenizer.eod] = False
+        assert not (mask & ~has_text(name)).any() and constraint.ended == (not mask.any())
         text = tokenizer.decode_bytes(ids)
-        ids.append(rng.choice(may) if n < freely else nearest_to_the_end(text, may, tokenizer.table))
+        if constraint.complete and (constraint.ended or n >= freely or rng.random() < 0.3):
+            return text
+        may = mask.nonzero()
+        ids.append(int(may[rng.randrange(len(may))]) if n < freely else nearest_to_the_end(text, mask, tokenizer))
         constraint.accept(ids[-1])
     raise AssertionError(f"no end: {tokenizer.decode_bytes(ids)}")
 
@@ -114,26 +124,24 @@ schemas = st.recursive(
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-@settings(max_examples=25)
+@settings(max_examples=60)
 @given(schemas, st.integers(0, 2**32))
 def test_what_is_written_satisfies_the_schema(name, schema, seed):
-    tokenizer, grammars = made(name)
-    text = written(grammars.json_schema(schema), tokenizer, seed).decode("utf-8")
+    text = written(made(name)[1].json_schema(schema), name, seed).decode("utf-8")
     assert satisfies(json.loads(text), schema), text
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_an_object_of_any_kind(name):
-    tokenizer, grammars = made(name)
     for seed in range(15):
-        text = written(grammars.json_object(), tokenizer, seed)
+        text = written(made(name)[1].json_object(), name, seed)
         assert text.startswith(b"{") and isinstance(json.loads(text.decode("utf-8")), dict)
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_a_text_that_the_tokenizer_wrote_is_accepted(name):
     tokenizer, grammars = made(name)
-    for value in ({"a": ["é\U0001f600", -1.5e3, {}, []], "b": None}, {"t": "\x00\\\"\n"}, {}):
+    for value in ({"a": ["é\U0001f600", -1.5e3, {}, []], "b": None}, {"t": '\x00\\"\n'}, {}):
         for layout in ({}, {"indent": 2}, {"separators": (",", ":")}):
             constraint = grammars.json_object()
             for token in tokenizer.encode(json.dumps(value, ensure_ascii=False, **layout)):
@@ -151,7 +159,7 @@ def test_the_end_may_come_where_more_may_follow():
         assert number.complete and not number.ended and number.mask()[tokenizer.eod]
     number.accept(tokenizer.eod)
     assert number.ended
-    with pytest.raises(ValueError, match="not allowed"):
+    with pytest.raises(ValueError, match="cannot be followed past"):
         number.accept(tokenizer.encode("3")[0])
 
 
@@ -185,7 +193,7 @@ class Odd(Tokenizer):
     """Ids of the same bytes, pieces of a character, ids without bytes, an end that has some."""
 
     name, vocab_size, eod = "odd", 9, 4
-    table = [b'"', b'"', b"\xc3", b"\xa9", b'"', b"", b"\xff[0]", b"\xff", b'\xa9"']
+    table = (b'"', b'"', b"\xc3", b"\xa9", b'"', b"", b"\xff[0]", b"\xff", b'\xa9"')
 
 
 def test_odd_vocabularies():
@@ -194,9 +202,9 @@ def test_odd_vocabularies():
         assert allowed(constraint) == before
         constraint.accept(token)
     assert allowed(constraint) == [4] and constraint.ended
-    for token in (5, 6, 7, 9, 10, 999, 0):
-        constraint = Grammars(Odd(), 11).json_schema({"const": 1})
-        with pytest.raises(ValueError, match="not allowed"):
+    for token in (5, 6, 7, 9, 10, 999, 2):
+        constraint = Grammars(Odd(), 11).json_schema({"const": "éé"})
+        with pytest.raises(ValueError, match="cannot be followed past"):
             constraint.accept(token)
 
 
@@ -209,11 +217,11 @@ REFUSED = {
     "remote": ({"$ref": "http://example.com/x.json"}, "does not fetch"),
     "file": ({"$ref": "file:///etc/passwd"}, "does not fetch"),
     "never": ({"type": "object", "properties": {"a": False}, "required": ["a"]}, "required property 'a'"),
-    "loop": ({"$ref": "#"}, "no text begins"),
+    "loop": ({"$ref": "#"}, "no token can begin"),
     "ours": ({"x-guidance": {"item_separator": ";"}}, "x-guidance"),
     "list": ([], "must be an object, not list"),
     "nan": ({"minimum": float("nan")}, "no JSON"),
-    "half a pair": ({"const": "\ud800"}, "surrogate"),
+    "half a pair": ({"const": "\ud800"}, "hex escape|surrogate"),
     "deep": (functools.reduce(lambda inner, _: {"items": inner}, range(200), {}), "recursion limit"),
     "deeper": (functools.reduce(lambda inner, _: {"items": inner}, range(100_000), {}), "no JSON"),
     "large": ({"const": "x" * MAX_SCHEMA}, "characters"),
@@ -246,7 +254,7 @@ def test_a_text_beyond_the_limits_is_told():
     constraint = grammars.json_schema({"type": "string", "minLength": 10**9})
     (quote,), (many,) = tokenizer.encode('"'), tokenizer.encode("-" * 64)
     constraint.accept(quote)
-    with pytest.raises(ValueError, match="too (complex|many)"):
+    with pytest.raises(ValueError, match=r"cannot be followed (from|past)"):
         for _ in range(1000):
             constraint.mask()
             constraint.accept(many)
@@ -254,8 +262,7 @@ def test_a_text_beyond_the_limits_is_told():
 
 
 def test_a_brace_in_a_text_ends_no_schema():
-    tokenizer, grammars = made("bytes")
     words = ['} // x /* \n%json {"', '# \\ " %llguidance {}\nstart: /a/', "}}"]
     schema = {"type": "object", "properties": {w: {"const": w} for w in words}, "required": words}
-    text = written(grammars.json_schema(schema), tokenizer, 0)
+    text = written(made("bytes")[1].json_schema(schema), "bytes", 0)
     assert json.loads(text).items() >= {w: w for w in words}.items()

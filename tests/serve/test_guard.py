@@ -1,14 +1,13 @@
-"""What a request must pass, who may do what, and how errors are told."""
+"""What a request must pass, and how errors are told."""
 
 import asyncio
 import errno
-import hmac
 import json
-import stat
+import traceback
 from typing import Annotated, Any
 
 import pytest
-from fastapi import Depends, FastAPI, WebSocket
+from fastapi import APIRouter, Depends, FastAPI, WebSocket
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import PlainTextResponse, StreamingResponse
 from starlette.testclient import TestClient, WebSocketDenialResponse
@@ -22,7 +21,6 @@ from rwkv_train.serve.guard import (
     Rate,
     Rights,
     Tokens,
-    check_address,
     check_json,
     install_errors,
     require,
@@ -45,7 +43,7 @@ class Ask(BaseModel):
 
 
 def small_app(tokens: Tokens) -> FastAPI:
-    app = FastAPI(responses=ERRORS)
+    app, routes = FastAPI(responses=ERRORS), APIRouter()
     app.state.tokens = tokens
     install_errors(app)
 
@@ -57,7 +55,7 @@ def small_app(tokens: Tokens) -> FastAPI:
     async def teach(profile: str, rights: Annotated[Rights, Depends(require("teach"))]) -> bool:
         return rights.may_teach(profile)
 
-    @app.delete("/v1/teach")
+    @routes.delete("/v1/teach")
     async def operate(rights: Annotated[Rights, Depends(require("operate"))]) -> None: ...
 
     @app.get("/page")
@@ -81,6 +79,7 @@ def small_app(tokens: Tokens) -> FastAPI:
         await socket.accept()
         await socket.send_text("hello")
 
+    app.include_router(routes)
     return app
 
 
@@ -98,100 +97,6 @@ def told(answer, status: int) -> dict:
     """The error of an answer, which has OpenAI's shape."""
     assert answer.status_code == status, answer.text
     return ErrorAnswer.model_validate(answer.json(), strict=True).error.model_dump()
-
-
-def tokens_file(tmp_path, text: str, mode: int = 0o600):
-    path = tmp_path / "tokens.yaml"
-    path.write_text(text)
-    path.chmod(mode)
-    return path
-
-
-def test_tokens_of_a_file(tmp_path, capsys):
-    path = tokens_file(
-        tmp_path,
-        f'viewers: {{token: "{VIEWER}", talk: true}}\n'
-        f'owner: {{token: "{OWNER}", talk: true, teach: [starter], operate: true}}\n'
-        'teacher: {token: "teacher-token-01", teach: true}\n',
-    )
-    tokens = Tokens.load(path)
-    assert {token: tokens.of(f"Bearer {token}") for token in TOKENS} == TOKENS
-    assert tokens.of_token(OWNER) == tokens.of(f"bearer   {OWNER} ") == TOKENS[OWNER]
-    assert tokens.of_token("teacher-token-01").may_teach("any") and not TOKENS[VIEWER].may_teach("starter")
-    assert TOKENS[OWNER].may_teach("starter") and not TOKENS[OWNER].may_teach("other")
-    assert not capsys.readouterr().err
-    assert not any(token in f"{tokens!r} {vars(tokens)}" for token in TOKENS)
-
-
-@pytest.mark.parametrize(
-    "header", [None, "", "Bearer", f"Basic {OWNER}", OWNER, f"Bearer {OWNER}x", "Bearer \xff\ud800"]
-)
-def test_unknown_tokens(header):
-    with pytest.raises(ApiError) as refused:
-        Tokens(TOKENS).of(header)
-    assert refused.value.status == 401 and refused.value.headers == {"WWW-Authenticate": "Bearer"}
-    assert OWNER not in str(refused.value)
-    assert Tokens().of(header) == Rights("local", True, True, True)
-
-
-def test_every_token_is_compared(monkeypatch):
-    compared = []
-    same = hmac.compare_digest
-    monkeypatch.setattr(hmac, "compare_digest", lambda a, b: compared.append(a) or same(a, b))
-    for token in (VIEWER, OWNER):
-        compared.clear()
-        Tokens(TOKENS).of_token(token)
-        assert len(compared) == len(TOKENS)
-
-
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("", "no tokens"),
-        ("- a", "no tokens"),
-        ("a: x", "must have a token"),
-        ("a: {talk: true}", '"a" has no token'),
-        ("a: {token: 12345678901234567890, talk: true}", "in quotes"),
-        ("a: {token: short, talk: true}", "16"),
-        ("a: {token: with a space in it, talk: true}", "no spaces"),
-        (f"a: {{token: {OWNER}, talk: 1}}", "talk must be true or false"),
-        (f"a: {{token: {OWNER}, teach: [1]}}", "teach must be"),
-        (f"a: {{token: {OWNER}, teach: starter}}", "teach must be"),
-        (f"a: {{token: {OWNER}, admin: true}}", '"admin"'),
-        (f"a: {{token: {OWNER}}}", "may do nothing"),
-        (f"a/b: {{token: {OWNER}, talk: true}}", "is no name"),
-        (f"1: {{token: {OWNER}, talk: true}}", "is no name"),
-        (f"a: {{token: {OWNER}, talk: true}}\nb: {{token: {OWNER}, talk: true}}", '"b" has the token of "a"'),
-        (f"a: {{token: {OWNER}, talk: true}}\na: {{token: {VIEWER}, talk: true}}", "stands twice"),
-        ("a: {", "no YAML"),
-    ],
-)
-def test_wrong_files_of_tokens(tmp_path, text, said):
-    path = tokens_file(tmp_path, text)
-    with pytest.raises(ValueError) as refused:
-        Tokens.load(path)
-    message = str(refused.value)
-    assert said in message and message.startswith(str(path)) and "\n" not in message and OWNER not in message
-
-
-def test_a_file_of_tokens_that_others_read_is_told(tmp_path, capsys):
-    path = tokens_file(tmp_path, f"a: {{token: {OWNER}, talk: true}}", 0o644)
-    Tokens.load(path)
-    assert f"chmod 600 {path}" in capsys.readouterr().err
-    path.chmod(stat.S_IRUSR)
-    Tokens.load(path)
-    assert not capsys.readouterr().err
-    with pytest.raises(ValueError, match=r"missing\.yaml: the file of tokens cannot be read"):
-        Tokens.load(tmp_path / "missing.yaml")
-
-
-def test_addresses():
-    for host in ("127.0.0.1", "127.8.9.1", "::1", "localhost", "LocalHost"):
-        check_address(host, Tokens())
-    for host in ("0.0.0.0", "::", "", "192.168.1.2", "localhost.evil.example", "::ffff:8.8.8.8", "2130706433"):
-        with pytest.raises(ValueError, match="--tokens"):
-            check_address(host, Tokens())
-        check_address(host, Tokens(TOKENS))
 
 
 @pytest.mark.parametrize(
@@ -306,7 +211,7 @@ def test_a_rate_remembers_a_fixed_number_of_names():
         assert len(rate._left) <= 10
 
 
-def test_who_is_counted(monkeypatch):
+def test_who_is_counted():
     ours = client(Tokens(TOKENS), rate=2, clock=lambda: 0.0)
     other = TestClient(ours.app, ours.base_url, client=("2001:db8::1", 1))
     neighbour = TestClient(ours.app, ours.base_url, client=("2001:db8::2", 1))  # most likely the same person
@@ -463,7 +368,7 @@ def test_a_wrong_field_is_named(body, param, said):
     assert error["param"] == param and said in error["message"]
 
 
-def test_errors(caplog):
+def test_errors():
     ours = client()
     assert told(ours.post("/v1/ask"), 400)["message"] == "the body is missing; send JSON"
     assert told(ours.get("/v1/teach"), 400)["param"] == "profile"
@@ -490,7 +395,7 @@ def test_mistakes_reach_the_server_and_tell_no_token():
     app = TestClient(Guard(small_app(Tokens(TOKENS)), Tokens(TOKENS)), "http://localhost")
     with pytest.raises(KeyError) as mistake:
         app.get("/fail/bug", headers=bearer(OWNER))
-    assert OWNER not in str(mistake.getrepr(style="long")).replace(f'bearer("{OWNER}")', "")
+    assert OWNER not in "".join(traceback.format_exception(mistake.value))
 
 
 def test_errors_are_described():

@@ -44,8 +44,10 @@ function draw(holder) {
 export const badge = (status) => el("span", { class: `badge badge-${status}` }, t(`status_${status}`));
 
 function head(feedback, act) {
-  const takeBack = button(t("undo"), "undo", act(() => corrections.undo(feedback.id)), {
+  const leaving = corrections.leaving(feedback.id);
+  const takeBack = button(t(leaving ? "undoing" : "undo"), "undo", act(() => corrections.undo(feedback.id)), {
     class: "small",
+    disabled: leaving,
     "aria-label": t("undo_which", { id: feedback.id }),
   });
   return el(
@@ -53,7 +55,7 @@ function head(feedback, act) {
     { class: "card-head" },
     el("h3", {}, t(`kind_${feedback.kind}`, { id: feedback.id })),
     badge(feedback.status),
-    feedback.status !== "undone" && takeBack,
+    corrections.undoable(feedback) && takeBack,
   );
 }
 
@@ -63,8 +65,8 @@ function body(feedback, act) {
   if (corrections.unfinished(feedback)) parts.push(...onTheWay(feedback));
   if (status === "undone" && feedback.answer) parts.push(sentence(t("undone_was", { answer: feedback.answer })));
   if (status === "outdated") parts.push(sentence(t("outdated_why")));
-  if (status === "failed" && !outcome) parts.push(sentence(t("failed_why")));
-  if (outcome && status !== "undone") parts.push(...ended(feedback, outcome, act));
+  if (status === "failed") parts.push(sentence(t("failed_why", { why: outcome?.why ?? "" }), "why"));
+  else if (outcome && status !== "undone") parts.push(...ended(feedback, outcome, act));
   if (status === "learnt" && feedback.kind !== "bad" && feedback.of === null) parts.push(more(feedback, act));
   return parts;
 }
@@ -104,21 +106,18 @@ function ended(feedback, outcome, act) {
   }
   if (outcome.note) parts.push(sentence(outcome.note, "fine"));
   if (outcome.accepted) {
-    parts.push(questions(feedback, outcome.paraphrases, "keep", act), questions(feedback, outcome.contrasts, "also", act));
+    parts.push(questions(feedback, outcome.paraphrases, "keep", act));
+    parts.push(questions(feedback, outcome.contrasts, "also", act));
   }
   parts.push(how(feedback, outcome));
   return parts.filter(Boolean);
 }
 
-function compared({ question }, outcome) {
+function compared({ question, answer }, outcome) {
   const pair = (word, text, kind) => [el("dt", {}, t(word)), el("dd", { class: kind }, text || t("nothing_said"))];
-  return el(
-    "dl",
-    { class: "compared" },
-    pair("asked", question),
-    pair("before", outcome.answer_before, "was"),
-    pair("after", outcome.answer_after, outcome.accepted ? "is" : ""),
-  );
+  const learnt = [pair("before", outcome.answer_before, "was"), pair("after", outcome.answer_after, "is")];
+  const still = [answer && pair("should_be", answer), pair("still", outcome.answer_before)];
+  return el("dl", { class: "compared" }, pair("asked", question), outcome.accepted ? learnt : still);
 }
 
 /** Questions that were taken along (refused by "keep") or kept as they were (refused by "also"). */
@@ -145,19 +144,21 @@ function questions(feedback, texts, kind, act) {
 
 function refusal(feedback, text, kind, act) {
   const said = corrections.belonging(feedback.id).findLast((f) => f.kind === kind && f.question === text);
-  if (!said || said.status === "undone") {
-    const send = act(() => corrections.submit({ kind, question: text, of: feedback.id, model: feedback.model }));
+  const tried = said && said.status !== "undone";
+  const badges = tried && [el("span", { class: "fine" }, t(`refused_${kind}`)), badge(said.status)];
+  if (!tried || !corrections.undoable(said)) {
+    const send = act(() => corrections.submit({ kind, question: text, of: feedback.id }));
     const label = t(`refuse_${kind}_which`, { question: text });
-    return button(t(`refuse_${kind}`), `${kind}-${text}`, send, { class: "small", "aria-label": label });
+    const refuse = button(t(`refuse_${kind}`), `${kind}-${text}`, send, { class: "small", "aria-label": label });
+    const why = tried && said.outcome && el("span", { class: "fine" }, whyNot(said.outcome.why));
+    return el("span", { class: "row" }, badges, why, refuse);
   }
   const takeBack = act(() => corrections.undo(said.id));
   const label = t("undo_which", { id: said.id });
   return el(
     "span",
     { class: "row" },
-    el("span", { class: "fine" }, t(`refused_${kind}`)),
-    badge(said.status),
-    said.outcome && !said.outcome.accepted && el("span", { class: "fine" }, whyNot(said.outcome.why)),
+    badges,
     button(t("undo"), `${kind}-${text}`, takeBack, { class: "small", "aria-label": label }),
   );
 }
@@ -188,7 +189,7 @@ function more(feedback, act) {
   const send = (kind) =>
     act(async () => {
       if (!input.value.trim()) return input.focus();
-      await corrections.submit({ kind, question: input.value.trim(), of: feedback.id, model: feedback.model });
+      await corrections.submit({ kind, question: input.value.trim(), of: feedback.id });
     });
   const others = corrections.belonging(feedback.id).filter(({ question, status, kind }) => {
     const listed = kind === "keep" ? feedback.outcome.paraphrases : feedback.outcome.contrasts;

@@ -8,7 +8,7 @@ import { drawSettings, readSettings } from "./settings.js";
 import { drawHelp, shortcuts } from "./shortcuts.js";
 import { confirmed, notice, shell } from "./shell.js";
 import * as store from "./store.js";
-import { backoff, json, pause } from "./stream.js";
+import { json, serverBack } from "./stream.js";
 import * as talk from "./talk.js";
 import { drawTurn } from "./turns.js";
 import { drawList, drawWelcome } from "./side.js";
@@ -33,15 +33,7 @@ let watching = false;
 async function watchServer() {
   if (watching) return;
   watching = true;
-  for (let n = 0; ; n++) {
-    await pause(backoff(Math.min(n, 3)));
-    try {
-      await json("GET", "/health");
-      break;
-    } catch {
-      continue;
-    }
-  }
+  await serverBack();
   watching = false;
   notice(null);
   announce(t("server_back"));
@@ -69,6 +61,7 @@ function drawOne(turn, number) {
     number,
     siblings: talk.siblings(conversation, turn),
     running: talk.running(turn),
+    unsettled: talk.unsettled(turn),
     edit: edit?.turn === turn.id ? edit : null,
     may: may(),
     act: {
@@ -80,7 +73,7 @@ function drawOne(turn, number) {
       },
       save: () => saveEdit(turn),
       again: () => ask(turn.parent, turn.user),
-      rate: (kind) => correct({ kind, response_id: turn.response }),
+      rate: (kind) => correct(turn, { kind }),
       step: (by) => step(turn, by),
       failed,
     },
@@ -127,9 +120,13 @@ async function ask(parent, text) {
   return took;
 }
 
-async function correct(body) {
+/** Send a correction of a turn's reply; returns whether the server took it. */
+async function correct(turn, body) {
+  const corrected = conversation;
   try {
-    await corrections.submit({ model, ...body });
+    const { model: profile, id } = await corrections.submit({ response_id: turn.response, ...body });
+    turn.corrected = [...(turn.corrected ?? []), `${profile}/${id}`];
+    store.save(corrected);
     return true;
   } catch (error) {
     failed(error);
@@ -138,7 +135,7 @@ async function correct(body) {
 }
 
 function beginEdit(turn, kind) {
-  const right = corrections.ofReply(turn.response).findLast((f) => f.kind === "answer" && corrections.counts(f));
+  const right = corrections.ofReply(turn).findLast((f) => f.kind === "answer" && corrections.counts(f));
   edit = { turn: turn.id, kind, text: kind === "reply" ? (right?.answer ?? turn.reply) : turn.user };
   keep();
   draw();
@@ -162,7 +159,7 @@ async function saveEdit(turn) {
     if (await ask(turn.parent, text.trim())) keep();
     return;
   }
-  if (await correct({ kind: "answer", response_id: turn.response, answer: text.trim() })) endEdit(turn);
+  if (await correct(turn, { kind: "answer", answer: text.trim() })) endEdit(turn);
 }
 
 function step(turn, by) {
@@ -222,8 +219,14 @@ const stop = () => {
 };
 
 function drawPanel() {
-  if (isOpen("corrections")) drawHistory(may(), model, failed);
+  if (isOpen("corrections")) drawHistory(may(), failed);
   if (isOpen("settings")) drawSettings(may(), failed);
+}
+
+/** Read the corrections of the model that is chosen, and how it learns. */
+async function taught() {
+  await corrections.use(may().teach ? model : null);
+  if (isOpen("settings")) await readSettings(may().teach ? model : null);
 }
 
 /** Read what the server has: models, corrections, and how interrupted replies ended. */
@@ -234,8 +237,7 @@ async function begin() {
     const option = ({ id }) => el("option", { value: id, selected: id === model }, id);
     byId("model").replaceChildren(...models.map(option));
     byId("model").hidden = models.length < 2;
-    await Promise.all([corrections.refresh(), talk.settleAll(conversation, draw)]);
-    if (isOpen("settings")) await readSettings();
+    await Promise.all([taught(), talk.settleAll(conversation, draw)]);
   } catch (error) {
     failed(error);
   }
@@ -252,8 +254,7 @@ byId("new").addEventListener("click", () => (go(store.begun()), say.focus()));
 byId("model").addEventListener("change", (event) => {
   model = event.target.value;
   stored.write("model", model);
-  draw();
-  drawPanel();
+  taught().catch(failed).then(draw).then(drawPanel);
 });
 say.addEventListener("input", () => (fit(say), keep()));
 say.addEventListener("keydown", (event) => {
@@ -276,7 +277,7 @@ corrections.onChange((id) => {
 });
 
 panels(async (name) => {
-  if (name === "settings") await readSettings();
+  if (name === "settings") await readSettings(may().teach ? model : null);
   drawPanel();
 });
 const lastButton = (name) => [...byId("turns").querySelectorAll(`[data-key^="${name}-"]`)].at(-1)?.click();

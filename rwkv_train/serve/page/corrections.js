@@ -1,6 +1,6 @@
 // Corrections as the server has them, and the one that is being learnt as it is learnt.
 //
-// Only one stream of events is open at a time, since a browser opens six connections to a server, for all tabs together.
+// Only one stream of events is open at a time: a browser opens six connections to a server, for all its tabs together.
 
 import { announce } from "./dom.js";
 import { backoff, events, json, pause, request } from "./stream.js";
@@ -9,6 +9,8 @@ import { t } from "./words.js";
 const known = new Map(); // id -> feedback object
 const seen = new Map(); // id -> what its events said: {phase, watch, steps, gate}
 const listeners = new Set();
+const undoing = new Set(); // ids that are being taken back, which waits for its turn
+let model = null; // the profile whose corrections these are; null where none may be taught
 let following = null; // AbortController while a stream is open
 let behind = true; // whether the list was never read, or events may have been missed
 
@@ -33,15 +35,41 @@ export const progress = (id) => seen.get(String(id)) ?? nothing();
 
 const nothing = () => ({ phase: "received", watch: null, steps: [], gate: null });
 
-/** Those that were made on a reply, not counting what belongs to another one. */
-export const ofReply = (response) => all().filter((f) => response && f.response_id === response && !f.of);
+/** Whether one is being taken back. */
+export const leaving = (id) => undoing.has(String(id));
+
+/** Whether one can be taken back. */
+export const undoable = ({ status }) => ["waiting", "learning", "learnt", "outdated"].includes(status);
+
+/** Those made on the reply of a turn. A server that was restarted knows no replies of theirs; the turn knows ids. */
+export function ofReply({ response, user, corrected = [] }) {
+  const here = (f) => f.response_id === null && f.question === user && corrected.includes(`${f.model}/${f.id}`);
+  return all().filter((f) => response && f.of === null && (f.response_id === response || here(f)));
+}
 
 /** Those that belong to a correction: other ways to ask it, and questions that keep their answers. */
 export const belonging = (id) => all().filter((f) => f.of !== null && String(f.of) === String(id));
 
+const at = (path) => `/v1/feedback${path}?model=${encodeURIComponent(model)}`;
+const at1 = (id, path = "") => at(`/${encodeURIComponent(id)}${path}`);
+
+/** Speak of the corrections of a profile from now on; null for none. Raises ServerError. */
+export async function use(profile) {
+  if (profile !== model) {
+    model = profile;
+    known.clear();
+    seen.clear();
+    following?.abort();
+    following = null;
+  }
+  await refresh();
+}
+
 /** Read them all again, and follow what is not finished. Raises ServerError. */
 export async function refresh() {
-  const { data } = await json("GET", "/v1/feedback");
+  const asked = model;
+  const { data } = model === null ? { data: [] } : await json("GET", at(""));
+  if (asked !== model) return;
   known.clear();
   for (const feedback of data) known.set(String(feedback.id), feedback);
   behind = false;
@@ -51,7 +79,7 @@ export async function refresh() {
 
 /** Send one; returns it as received. Raises ServerError. */
 export async function submit(body) {
-  const feedback = await json("POST", "/v1/feedback", body);
+  const feedback = await json("POST", "/v1/feedback", { ...body, model });
   known.set(String(feedback.id), feedback);
   announce(t("received_said"));
   tell(null);
@@ -61,24 +89,33 @@ export async function submit(body) {
 
 /** Take one back; returns the ids that went with it. Raises ServerError. */
 export async function undo(id) {
-  const { undone } = await json("DELETE", `/v1/feedback/${encodeURIComponent(id)}`);
-  announce(t("undone_said"));
-  await refresh();
-  return undone;
+  undoing.add(String(id));
+  tell(id);
+  try {
+    const { undone } = await json("DELETE", at1(id));
+    announce(t("undone_said"));
+    return undone;
+  } finally {
+    undoing.delete(String(id));
+    await refresh();
+  }
 }
 
 /** Learn all together; resolves when that is done. Raises ServerError. */
 export async function sleep() {
   const controller = new AbortController();
   try {
-    const stream = events(await request("GET", "/v1/feedback/events", undefined, controller.signal));
-    await json("POST", "/v1/feedback/sleep");
+    const stream = events(await request("GET", at("/events"), undefined, controller.signal));
+    await json("POST", at("/sleep"));
     for await (const [name, data] of stream) if (name === "slept") return data;
   } finally {
     controller.abort();
     await refresh();
   }
 }
+
+/** All as training data, a Blob. Raises ServerError. */
+export const exported = async () => (await request("GET", at("/export"))).blob();
 
 /** Read the events of a finished one again, for its curve. The server may have forgotten them; then nothing changes. */
 export async function replay(id) {
@@ -129,7 +166,7 @@ document.addEventListener("visibilitychange", () => {
 async function watch(feedback, signal) {
   const id = String(feedback.id);
   const quiet = !unfinished(feedback);
-  const stream = events(await request("GET", `/v1/feedback/${encodeURIComponent(id)}/events`, undefined, signal));
+  const stream = events(await request("GET", at1(id, "/events"), undefined, signal));
   const now = nothing();
   for await (const [name, data] of stream) {
     seen.set(id, now);

@@ -23,7 +23,9 @@ export function curve(steps) {
   const x = (step) => LEFT + ((step - first) / count) * (WIDTH - LEFT - RIGHT);
   const y = (loss) => TOP + (1 - loss / highest) * (HEIGHT - TOP - BOTTOM);
   const points = shown.map(({ step, loss }) => `${x(step).toFixed(1)},${y(loss).toFixed(1)}`);
-  const what = last ? t("curve_said", { from: short(shown[0].loss), to: short(last.loss), n: last.step }) : t("curve_empty");
+  const what = last
+    ? t("curve_said", { from: short(shown[0].loss), to: short(last.loss), n: last.step })
+    : t("curve_empty");
   const text = (at, up, words, anchor, kind = "curve-text") =>
     svg("text", { x: at, y: up, "text-anchor": anchor, class: kind, "aria-hidden": "true" }, words);
   return svg(

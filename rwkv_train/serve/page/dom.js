@@ -5,7 +5,7 @@ const SVG = "http://www.w3.org/2000/svg";
 /** By id. */
 export const byId = (id) => document.getElementById(id);
 
-/** An element. props: attributes; `on` is {event: handler}; true writes the bare attribute, null and false write none. */
+/** An element. props: attributes, of which true is written bare and null or false not at all; on: {event: handler}. */
 export function el(tag, props = {}, ...children) {
   return fill(document.createElement(tag), props, children);
 }
@@ -21,8 +21,13 @@ function fill(node, { on = {}, ...attributes }, children) {
     node.setAttribute(name, value === true ? "" : value);
   }
   for (const [event, handler] of Object.entries(on)) node.addEventListener(event, handler);
-  node.append(...children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false));
+  node.append(...present(children));
   return node;
+}
+
+/** What is there of children, in lists of any depth: so a part that is left out may be null or false. */
+function present(children) {
+  return children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false);
 }
 
 /** A button that says what it does. key: by which focus finds it again after the part around it was drawn anew. */
@@ -36,7 +41,7 @@ export function redraw(holder, ...fresh) {
   const key = inside?.dataset.key;
   const selection = key && "selectionStart" in inside ? [inside.selectionStart, inside.selectionEnd] : null;
   const opened = new Map([...holder.querySelectorAll("details[data-key]")].map((d) => [d.dataset.key, d.open]));
-  holder.replaceChildren(...fresh.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false));
+  holder.replaceChildren(...present(fresh));
   for (const details of holder.querySelectorAll("details[data-key]")) {
     if (opened.has(details.dataset.key)) details.open = opened.get(details.dataset.key);
   }

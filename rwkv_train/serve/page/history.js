@@ -3,7 +3,6 @@
 import { badge, card } from "./card.js";
 import * as corrections from "./corrections.js";
 import { announce, button, byId, el, redraw } from "./dom.js";
-import { request } from "./stream.js";
 import { t, when } from "./words.js";
 
 const AT_ONCE = 50; // corrections that are listed before one asks for more
@@ -11,17 +10,21 @@ let shown = AT_ONCE;
 let sleeping = false;
 const typed = { question: "", answer: "" }; // kept while the panel is drawn anew
 
-/** Draw the list. may: {teach}; model: the one that is taught; failed(error) tells a person. */
-export function drawHistory(may, model, failed) {
+/** Draw the list. may: {teach}; failed(error) tells a person. */
+export function drawHistory(may, failed) {
   const holder = byId("panel-corrections");
-  const again = () => drawHistory(may, model, failed);
+  const again = () => drawHistory(may, failed);
+  const more = () => {
+    shown += AT_ONCE;
+    again();
+  };
   const newest = corrections.all().reverse();
   const items = newest.slice(0, shown).map((feedback) => item(feedback, failed));
   redraw(
     holder,
-    may.teach ? teach(model, failed) : el("p", { class: "fine" }, t("may_not_teach")),
+    may.teach ? teach(failed) : el("p", { class: "fine" }, t("may_not_teach")),
     newest.length ? el("ol", { class: "history", reversed: true }, items) : el("p", {}, t("no_corrections")),
-    newest.length > shown && button(t("more", { n: newest.length - shown }), "more", () => ((shown += AT_ONCE), again())),
+    newest.length > shown && button(t("more", { n: newest.length - shown }), "more", more),
     newest.length > 0 && may.teach && foot(again, failed),
   );
 }
@@ -42,7 +45,12 @@ function item(feedback, failed) {
     el(
       "summary",
       { "data-key": `summary-${id}` },
-      el("span", { class: "history-line" }, el("span", { class: "text" }, question ?? t("a_text")), badge(feedback.status)),
+      el(
+        "span",
+        { class: "history-line" },
+        el("span", { class: "text" }, question ?? t("a_text")),
+        badge(feedback.status),
+      ),
       el("span", { class: "fine text" }, meaning(kind, answer, feedback)),
       created && el("time", { class: "fine", datetime: new Date(created * 1000).toISOString() }, when(created)),
     ),
@@ -57,19 +65,20 @@ function meaning(kind, answer, { rejected, of }) {
   return t("means_answer", { answer: answer ?? "" });
 }
 
-function teach(model, failed) {
+function teach(failed) {
   const field = (name) => {
-    const area = el("textarea", { id: `teach-${name}`, "data-key": `teach-${name}`, rows: 2, maxlength: 2000, required: true });
+    const id = `teach-${name}`;
+    const area = el("textarea", { id, "data-key": id, rows: 2, maxlength: 2000, required: true });
     area.value = typed[name];
     area.addEventListener("input", () => (typed[name] = area.value));
-    return [el("label", { for: area.id }, t(`teach_${name}`)), area];
+    return [el("label", { for: id }, t(`teach_${name}`)), area];
   };
   const send = async (event) => {
     event.preventDefault();
     const { question, answer } = { question: typed.question.trim(), answer: typed.answer.trim() };
     if (!question || !answer) return;
     try {
-      await corrections.submit({ kind: "answer", question, answer, model });
+      await corrections.submit({ kind: "answer", question, answer });
       typed.question = typed.answer = "";
       event.target.reset();
     } catch (error) {
@@ -105,7 +114,7 @@ function foot(again, failed) {
   };
   const download = async () => {
     try {
-      const url = URL.createObjectURL(await (await request("GET", "/v1/feedback/export")).blob());
+      const url = URL.createObjectURL(await corrections.exported());
       el("a", { href: url, download: "corrections.jsonl" }).click();
       setTimeout(() => URL.revokeObjectURL(url), 60_000);
     } catch (error) {
@@ -115,7 +124,11 @@ function foot(again, failed) {
   return el(
     "div",
     { class: "history-foot" },
-    button(t(sleeping ? "sleeping" : "sleep"), "sleep", sleep, { class: "small", disabled: sleeping, title: t("sleep_about") }),
+    button(t(sleeping ? "sleeping" : "sleep"), "sleep", sleep, {
+      class: "small",
+      disabled: sleeping,
+      title: t("sleep_about"),
+    }),
     button(t("export"), "export", download, { class: "small", title: t("export_about") }),
   );
 }

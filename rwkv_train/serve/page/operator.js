@@ -92,7 +92,7 @@ function rules({ policy }, send) {
     return el("div", { class: "setting" }, el("label", { for: control.id }, t(`limit_${name}`)), control);
   });
   return form(
-    t("policy"),
+    t("rules"),
     change,
     el("div", { class: "setting" }, el("label", { for: "operator-pick" }, t("policy")), pick),
     limits,
@@ -106,14 +106,20 @@ function muting({ muted }, send) {
     typed.mute = "";
     target.reset();
   };
-  const items = muted.map((user) =>
-    el("li", {}, button(t("unmute", { user }), `unmute-${user}`, () => send({ type: "mute", user, on: false }), { class: "small" })),
-  );
+  const items = muted.map((user) => {
+    const unmute = () => send({ type: "mute", user, on: false });
+    return el("li", {}, button(t("unmute", { user }), `unmute-${user}`, unmute, { class: "small" }));
+  });
   return form(
     t("mute_title"),
     mute,
     muted.length ? el("ul", { class: "plain" }, items) : el("p", { class: "fine" }, t("muted_nobody")),
     el("label", { for: "operator-mute" }, t("mute_who")),
-    el("div", { class: "row" }, field("mute", { required: true, maxlength: 60 }), el("button", { type: "submit" }, t("mute_go"))),
+    el(
+      "div",
+      { class: "row" },
+      field("mute", { required: true, maxlength: 60 }),
+      el("button", { type: "submit", "data-key": "mute-go" }, t("mute_go")),
+    ),
   );
 }

@@ -152,8 +152,8 @@ function drawLearnt() {
   );
 }
 
-function learntCard({ status, question, outcome }) {
-  const pair = (word, words, kind) => [el("dt", {}, t(word)), el("dd", { class: `text ${kind}` }, words || t("nothing_said"))];
+function learntCard({ status, question, answer, outcome }) {
+  const pair = (word, words, kind) => [el("dt", {}, t(word)), el("dd", { class: kind }, words || t("nothing_said"))];
   const good = status === "learnt";
   return el(
     "section",
@@ -163,9 +163,10 @@ function learntCard({ status, question, outcome }) {
       el(
         "dl",
         { class: "compared" },
-        pair("asked", question, ""),
-        pair("before", outcome.answer_before, "was"),
-        pair("after", outcome.answer_after, good ? "is" : ""),
+        pair("asked", question),
+        good
+          ? [pair("before", outcome.answer_before, "was"), pair("after", outcome.answer_after, "is")]
+          : [pair("should_be", answer), pair("still", outcome.answer_before)],
       ),
     outcome && good && el("p", { class: "fine" }, driftInWords(outcome.drift)),
   );

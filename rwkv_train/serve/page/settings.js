@@ -16,23 +16,29 @@ const SAMPLING = [
 ];
 
 let learning = null; // settings of corrections as the server has them; null if it did not say
+let address = ""; // of those settings
 let why = "";
+const CHOICES = { trainable: ["upper", "full", "localised", "lora", "state"] }; // where the server names none
+
+const part = (title, ...parts) => el("section", {}, el("h3", {}, t(title)), parts);
+const fine = (text, props = {}) => el("p", { class: "fine", ...props }, text);
 
 /** Draw both lists. may: {operate}; failed(error) tells a person. */
 export function drawSettings(may, failed) {
   redraw(
     byId("panel-settings"),
-    el("section", {}, el("h3", {}, t("settings_replies")), el("p", { class: "fine" }, t("settings_replies_hint")), sampling()),
-    el("section", {}, el("h3", {}, t("settings_corrections")), corrections(may, failed)),
-    el("section", {}, el("h3", {}, t("settings_browser")), browser()),
+    part("settings_replies", fine(t("settings_replies_hint")), sampling()),
+    part("settings_corrections", corrections(may, failed)),
+    part("settings_browser", browser()),
   );
 }
 
-/** Read the settings of corrections again. */
-export async function readSettings() {
+/** Read the settings of corrections of a profile; null where none may be taught. */
+export async function readSettings(model) {
+  address = `/v1/feedback/settings?model=${encodeURIComponent(model)}`;
   try {
-    learning = (await json("GET", "/v1/feedback/settings")).data;
-    why = "";
+    learning = model === null ? null : (await json("GET", address)).data;
+    why = model === null ? t("may_not_teach") : "";
   } catch (error) {
     learning = null;
     why = error.message;
@@ -40,7 +46,7 @@ export async function readSettings() {
 }
 
 function row(name, field, ...after) {
-  const about = has(`${name}_about`) && el("p", { class: "fine", id: `about-${name}` }, t(`${name}_about`));
+  const about = has(`${name}_about`) && fine(t(`${name}_about`), { id: `about-${name}` });
   if (about) field.setAttribute("aria-describedby", about.id);
   return el("div", { class: "setting" }, el("label", { for: field.id }, t(name)), field, ...after, about);
 }
@@ -70,12 +76,12 @@ function sampling() {
 
 function corrections(may, failed) {
   if (!learning) return el("p", { class: "why" }, why || t("loading"));
-  const hint = el("p", { class: "fine" }, t(may.operate ? "settings_corrections_hint" : "settings_fixed"));
+  const hint = fine(t(may.operate ? "settings_corrections_hint" : "settings_fixed"));
   return [hint, learning.map((setting) => correctionSetting(setting, may, failed))];
 }
 
 function correctionSetting(setting, may, failed) {
-  const { name, value, choices, description } = setting;
+  const { name, value, choices = CHOICES[setting.name], description } = setting;
   const id = `c-${name}`;
   const key = { id, "data-key": id, disabled: !may.operate };
   let field;
@@ -89,14 +95,13 @@ function correctionSetting(setting, may, failed) {
     field = el("input", { ...key, type: "checkbox", checked: value });
   } else {
     const whole = setting.type === "int" || setting.type === "integer";
-    const number = typeof value === "number";
-    field = el("input", { ...key, type: number ? "number" : "text", min: number && 0, step: number && (whole ? 1 : "any") });
+    const number = typeof value === "number" && { type: "number", min: 0, step: whole ? 1 : "any" };
+    field = el("input", { ...key, type: "text", ...number });
     field.value = value;
   }
   const send = async (to) => {
     try {
-      learning = (await json("PATCH", "/v1/feedback/settings", { [name]: to })).data ?? learning;
-      await readSettings();
+      learning = (await json("PATCH", address, { [name]: to })).data;
     } catch (error) {
       failed(error);
     }
@@ -107,19 +112,22 @@ function correctionSetting(setting, may, failed) {
     if (field.type !== "number") return send(field.value);
     return field.reportValidity() && !Number.isNaN(field.valueAsNumber) && send(field.valueAsNumber);
   });
+  const choice = `${name}_${setting.default}`;
+  const shownDefault = has(choice) ? t(choice) : setting.default;
+  const reset = () => send(setting.default);
   const back =
     value !== setting.default &&
     may.operate &&
-    button(t("back_to", { value: setting.default }), `back-${name}`, () => send(setting.default), { class: "small quiet" });
+    button(t("back_to", { value: shownDefault }), `back-${name}`, reset, { class: "small quiet" });
   if (has(name)) return row(name, field, back);
-  return el("div", { class: "setting" }, el("label", { for: id }, name), field, back, el("p", { class: "fine" }, description));
+  return el("div", { class: "setting" }, el("label", { for: id }, name), field, back, fine(description));
 }
 
 function browser() {
-  if (!stored.read("token")) return el("p", { class: "fine" }, t("kept_here"));
+  if (!stored.read("token")) return fine(t("kept_here"));
   const forget = (event) => {
     stored.write("token", null);
-    event.currentTarget.replaceWith(el("p", { class: "fine" }, t("token_forgotten")));
+    event.currentTarget.replaceWith(fine(t("token_forgotten")));
   };
-  return [el("p", { class: "fine" }, t("kept_here")), button(t("token_forget"), "forget", forget, { class: "small" })];
+  return [fine(t("kept_here")), button(t("token_forget"), "forget", forget, { class: "small" })];
 }

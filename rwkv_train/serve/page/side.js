@@ -9,8 +9,8 @@ export function drawList(current, act) {
   const items = all().map(({ id, title }) =>
     el(
       "li",
-      { class: id === current ? "current" : "" },
-      button(title || t("new_conversation"), `go-${id}`, () => act.go(id), { "aria-current": id === current && "true" }),
+      { class: id === current && "current" },
+      button(title, `go-${id}`, () => act.go(id), { "aria-current": id === current && "true" }),
       button("\u00d7", `remove-${id}`, () => act.remove(id), {
         class: "quiet",
         "aria-label": t("delete_which", { title }),

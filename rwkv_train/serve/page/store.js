@@ -119,7 +119,8 @@ export function path(conversation) {
 
 /** A new turn after `parent`, which is looked at from now on. */
 export function add(conversation, parent, user) {
-  const turn = { id: newId(), parent, user, reply: "", response: null, status: "streaming", why: "", created: Date.now() };
+  const begun = { reply: "", response: null, status: "streaming", why: "", created: Date.now() };
+  const turn = { id: newId(), parent, user, ...begun };
   conversation.turns[turn.id] = turn;
   conversation.shown[parent] = turn.id;
   return turn;

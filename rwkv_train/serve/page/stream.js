@@ -3,6 +3,14 @@
 import { stored } from "./dom.js";
 import { t } from "./words.js";
 
+const ERRORS = {
+  401: "error_token",
+  403: "error_forbidden",
+  413: "error_large",
+  503: "error_busy",
+  507: "error_disk",
+};
+
 /** What went wrong. status: of HTTP, 0 where the server was not reached; its message is one line for people. */
 export class ServerError extends Error {
   constructor(status, message) {
@@ -50,9 +58,8 @@ async function told(response) {
     message = response.statusText; // not from our server, as from a proxy before it
   }
   const seconds = response.headers.get("Retry-After");
-  const known = { 401: "error_token", 403: "error_forbidden", 413: "error_large", 503: "error_busy", 507: "error_disk" };
   if (response.status === 429) return seconds ? t("error_often_seconds", { seconds }) : t("error_often");
-  if (known[response.status]) return t(known[response.status], { message });
+  if (ERRORS[response.status]) return t(ERRORS[response.status], { message });
   return response.status >= 500 ? t("error_server", { message }) : t("error_request", { message });
 }
 
@@ -114,3 +121,15 @@ export function pause(milliseconds, signal) {
 
 /** Wait before try number `n` (from 0): longer each time, up to half a minute, and not all pages at once. */
 export const backoff = (n) => Math.min(30_000, 1000 * 2 ** n) * (0.75 + Math.random() / 2);
+
+/** Resolves when the server can be reached again. */
+export async function serverBack() {
+  for (let n = 0; ; n++) {
+    await pause(backoff(Math.min(n, 3)));
+    try {
+      return await json("GET", "/health");
+    } catch {
+      continue;
+    }
+  }
+}

@@ -8,6 +8,10 @@ import { t } from "./words.js";
 const KEEP_EVERY = 700; // ms between writes of a reply that is coming in
 const SETTLE_TRIES = 8; // times that the server is asked whether a reply has ended
 const runs = new Map(); // turn id -> {controller, done} of the replies that this page is reading
+const settling = new Set(); // ids of turns whose end the server is being asked for
+
+/** Whether the server is being asked how the reply of a turn ended. */
+export const unsettled = (turn) => settling.has(turn.id);
 
 export const running = (turn) => runs.has(turn.id);
 
@@ -119,6 +123,7 @@ function took(turn, object) {
 
 /** Ask the server how a reply ended that this page no longer reads. Where it cannot say, what was shown stays. */
 export async function settle(conversation, turn) {
+  settling.add(turn.id);
   try {
     for (let n = 0; n < SETTLE_TRIES; n++) {
       const object = await json("GET", `/v1/responses/${encodeURIComponent(turn.response)}`);
@@ -131,15 +136,20 @@ export async function settle(conversation, turn) {
     }
   } catch (error) {
     if (error.status === 404) turn.status = turn.status === "stopped" ? "stopped" : "incomplete";
+  } finally {
+    settling.delete(turn.id);
   }
   save(conversation);
 }
 
 /** Settle all replies of a conversation that were coming in when the page was left. */
 export async function settleAll(conversation, changed) {
-  const left = Object.values(conversation.turns).filter((turn) => turn.status === "streaming" && !running(turn));
+  const open = (turn) => turn.status === "streaming" && !running(turn) && !unsettled(turn);
+  const left = Object.values(conversation.turns).filter((turn) => open(turn));
   for (const turn of left) {
-    await settle(conversation, turn);
+    const settled = settle(conversation, turn);
+    changed();
+    await settled;
     changed();
   }
 }

@@ -1,4 +1,4 @@
-// Before anything is drawn: the theme and language chosen earlier, so that nothing flashes. No module, since those wait.
+// Before anything is drawn: the theme and language chosen earlier, so that nothing flashes. Modules would come later.
 (() => {
   const root = document.documentElement;
   try {

@@ -8,24 +8,28 @@ import { t } from "./words.js";
 /**
  * A turn.
  *
- * siblings: the turns beside it, itself among them. running: whether its reply is being written by this page.
+ * siblings: the turns beside it, itself among them. running: whether this page is reading its reply; unsettled: whether
+ * the server is being asked how that ended.
  * edit: null, or {kind: "message"|"reply", text} where it is being edited. may: {teach}.
  * act: {edit(kind), cancel(), typed(text), save(), again(), rate(kind), step(by), failed(error)}
  */
-export function drawTurn(turn, { number, siblings, running, edit, may, act }) {
+export function drawTurn(turn, { number, siblings, running, unsettled, edit, may, act }) {
+  const busy = running || unsettled;
   return el(
     "article",
-    { class: "turn", "data-turn": turn.id, "aria-label": t("turn", { n: number }) },
+    { class: "turn", "data-turn": turn.id, "aria-label": t("turn", { n: number }), "aria-busy": busy && "true" },
     asked(turn, running, edit, act),
     reply(turn, running, edit, act),
     el("div", { class: "row actions" }, actions(turn, running, may, act), branches(turn, siblings, act)),
-    corrections.ofReply(turn.response).map((feedback) => card(String(feedback.id), act.failed)),
+    corrections.ofReply(turn).map((feedback) => card(String(feedback.id), act.failed)),
   );
 }
 
 function asked(turn, running, edit, act) {
   const who = el("h2", { class: "who" }, t("you"));
-  if (edit?.kind === "message") return el("div", { class: "asked editing" }, who, editor(turn, edit, act, "edit_message"));
+  if (edit?.kind === "message") {
+    return el("div", { class: "asked editing" }, who, editor(turn, edit, act, "edit_message"));
+  }
   const change = button(t("edit"), `edit-${turn.id}`, () => act.edit("message"), {
     class: "small quiet",
     "aria-label": t("edit_which"),
@@ -37,7 +41,7 @@ function asked(turn, running, edit, act) {
 function reply(turn, running, edit, act) {
   const who = el("h2", { class: "who" }, t("model_says"));
   if (edit?.kind === "reply") return el("div", { class: "reply" }, who, editor(turn, edit, act, "edit_reply"));
-  const right = corrections.ofReply(turn.response).findLast((f) => f.kind === "answer" && corrections.counts(f));
+  const right = corrections.ofReply(turn).findLast((f) => f.kind === "answer" && corrections.counts(f));
   return el(
     "div",
     { class: running ? "reply running" : "reply" },

@@ -57,5 +57,7 @@ export function driftInWords(drift) {
 }
 
 /** A time in seconds since 1970 as a person says it. */
-export const when = (seconds) =>
-  new Intl.DateTimeFormat(document.documentElement.lang, { dateStyle: "medium", timeStyle: "short" }).format(seconds * 1000);
+export function when(seconds) {
+  const style = { dateStyle: "medium", timeStyle: "short" };
+  return new Intl.DateTimeFormat(document.documentElement.lang, style).format(seconds * 1000);
+}

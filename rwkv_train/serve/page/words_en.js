@@ -29,7 +29,8 @@ export const en = {
   // talking
   welcome_title: "Talk, correct, and watch it learn",
   welcome_text:
-    "If a reply is wrong, press Correct and write what it should have been. The model learns it within a minute or so, and you see what else changed.",
+    "If a reply is wrong, press Correct and write what it should have been. The model learns it within a minute or " +
+    "so, and you see what else changed.",
   welcome_try: "For example:",
   example_1: "What is the capital of France?",
   example_2: "What does snorble mean?",
@@ -97,6 +98,8 @@ export const en = {
   asked: "Asked",
   before: "Before",
   after: "After",
+  should_be: "Should be",
+  still: "Still says",
   not_learnt: "Not learnt, and nothing was changed: {why}",
   why_drift: "everything else would change too much (drift {a}, the most that is allowed is {b}).",
   why_still: "after all steps the model still says “{b}”.",
@@ -118,7 +121,7 @@ export const en = {
   refuse_also_which: "Do not protect this one; it gets the same answer: {question}",
   refused_keep: "Refused; it keeps its own answer:",
   refused_also: "Included; it gets the same answer:",
-  how_learnt: "How it was learnt",
+  how_learnt: "How it went",
   how_numbers: "{steps} steps in {seconds} s, loss {from} → {to} nats a token.",
   say_more: "Say more about it",
   say_more_question: "A question",
@@ -127,10 +130,11 @@ export const en = {
   belongs_also: "Asked also:",
   belongs_keep: "Keeps its answer:",
   undo: "Undo",
+  undoing: "Undoing…",
   undo_which: "Undo {id}",
   undone_was: "Taken back. It had been: “{answer}”",
   outdated_why: "A later correction of the same question counts instead.",
-  failed_why: "Something broke while it was learnt; nothing was changed. Undo it, or correct the reply again.",
+  failed_why: "Something broke while it was learnt; nothing was changed. Correct it again. {why}",
   received_said: "Correction received.",
   undone_said: "Undone. The model is as it was before.",
   said_learnt: "Learnt. The answer is now: {answer}",
@@ -143,7 +147,7 @@ export const en = {
 
   // the history
   no_corrections: "Nothing was corrected yet.",
-  may_not_teach: "You may read the corrections, but not teach this model.",
+  may_not_teach: "You may not teach this model.",
   a_text: "(a text)",
   means_answer: "→ {answer}",
   means_bad: "anything but: {rejected}",
@@ -181,7 +185,9 @@ export const en = {
   // the help
   help_title: "Help",
   help_text:
-    "Write a message and send it. Under a reply: Correct edits it in place and teaches the model; Good keeps it, Bad forbids it, Again asks once more. Editing your own message, or asking again, makes a branch; ‹ and › step through them.",
+    "Write a message and send it. Under a reply: Correct edits it in place and teaches the model; Good keeps it, Bad " +
+    "forbids it, Again asks once more. Editing your own message, or asking again, makes a branch; ‹ and › step " +
+    "through them.",
   help_keys: "Keys",
   key_send: "send, or save an edit",
   key_line: "a new line",
@@ -199,7 +205,8 @@ export const en = {
   key_help: "this help",
 
   // what goes wrong
-  error_unreachable: "The server cannot be reached. What you typed is kept; check that the server runs, then try again.",
+  error_unreachable:
+    "The server cannot be reached. What you typed is kept; check that the server runs, then try again.",
   error_broke: "The connection to the server broke.",
   error_token: "The server wants a token. Send again to give one.",
   error_forbidden: "Your token does not allow that: {message}",
