@@ -110,6 +110,7 @@ COMMANDS = {  # most are one word, the benchmarks two
     "bench memory": _bench("memory", "draw training memory by length of the text, beside transformers"),
     "bench generate": _bench("generate", "time generation beside the package rwkv and transformers"),
     "bench gpu": _bench("gpu", "check and time everything that runs on a GPU"),
+    "bench serve": _bench("serve", "load a server: many sessions, while corrections are learnt, beside rwkvserve"),
     "bench feedback": _bench("feedback", "measure corrections: learnt, kept, understood, and all else left alone?"),
     "export": Command(
         "write a model as .pth, .safetensors or a Hugging Face folder",

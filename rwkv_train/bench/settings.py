@@ -259,3 +259,53 @@ class FeedbackBench:
 
     plot: str | None = None
     """also draw them, to NAME.svg or NAME.png"""
+
+
+@dataclass
+class ServeBench:
+    """Load a server: sessions side by side, while corrections are learnt, after long histories (4 min on 2 cores).
+
+    The server is a process of its own; the clients are in this one and share the processor with it.
+    """
+
+    model: str | None = None
+    """checkpoint, runs/NAME, or a folder with model.pth; the small one that comes along if not given"""
+
+    tokenizer: str | None = None
+    """world, bytes or a tokenizer JSON; known where tokenizer.json lies with the model"""
+
+    sessions: list[int] = field(default_factory=lambda: [1, 16])
+    """sessions that stream side by side, one row of the table for each"""
+
+    tokens: int = 128
+    """tokens of a reply, at most"""
+
+    seconds: float = 5.0
+    """time for which each of them streams"""
+
+    crowd: int = 64
+    """sessions that stream while corrections are learnt, and before"""
+
+    turns: int = 4
+    """turns of each of its conversations, after which it begins another"""
+
+    crowd_seconds: float = 20.0
+    """time for which the crowd streams without corrections"""
+
+    corrections: int = 3
+    """corrections that are then learnt, one after another; one more is learnt before"""
+
+    history: list[int] = field(default_factory=lambda: [10, 10_000])
+    """tokens said before a turn whose first token is timed"""
+
+    company: int = 15
+    """others beside which a text must be what it is alone"""
+
+    peers: bool = True
+    """also load the PyPI package rwkvserve, if it is installed"""
+
+    repeats: int = 5
+    """times that each is measured, in turns"""
+
+    json: str | None = None
+    """also write the figures to this file"""

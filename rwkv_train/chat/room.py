@@ -3,7 +3,7 @@
 import random
 from collections import deque
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 Pick = Literal["fifo", "random", "newest"]
 MINUTE = 60.0
@@ -28,10 +28,12 @@ class Room:
         queue: messages that wait at most; to a full queue `newest` still takes one and drops the oldest instead
         per_user: messages of one user that wait at most
         rate: messages of one user that are taken in any minute, at most
-        longest: characters of a message, at most
+        longest: characters of a message, and of a name, at most
         operators: users whose messages may be commands ("!/help"); those wait in a line of their own, go first,
             and only `queue` limits them. Names are as the room gives them, so it must not let people choose freely.
         seed: for picking at random
+
+    Raises ValueError for a limit below 1.
     """
 
     def __init__(
@@ -45,11 +47,10 @@ class Room:
         operators: frozenset[str] = frozenset(),
         seed: int = 0,
     ):
-        for name, value in (("queue", queue), ("per_user", per_user), ("rate", rate), ("longest", longest)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, found {value}")
+        _check(pick, queue=queue, per_user=per_user, rate=rate, longest=longest)
         self.prefix, self.pick_policy, self.operators = prefix, pick, operators
         self.queue, self.per_user, self.rate, self.longest = queue, per_user, rate, longest
+        self.muted: set[str] = set()
         self._rng = random.Random(seed)
         self._waiting: list[Message] = []
         self._commands: deque[Message] = deque()
@@ -58,11 +59,45 @@ class Room:
     def __len__(self) -> int:
         return len(self._waiting) + len(self._commands)
 
+    @property
+    def policy(self) -> dict:
+        """What `configure` sets."""
+        return {"pick": self.pick_policy, "queue": self.queue, "per_user": self.per_user, "rate": self.rate}
+
+    def configure(
+        self, pick: Pick | None = None, queue: int | None = None, per_user: int | None = None, rate: int | None = None
+    ) -> None:
+        """Change the rules for what comes from now on; None leaves one as it is. ValueError as at the start, changing
+        nothing."""
+        given = {"queue": queue, "per_user": per_user, "rate": rate}
+        limits = {name: getattr(self, name) if value is None else value for name, value in given.items()}
+        pick = self.pick_policy if pick is None else pick
+        _check(pick, **limits)
+        self.pick_policy = pick
+        self.queue, self.per_user, self.rate = limits.values()
+
+    def mute(self, user: str, on: bool = True) -> None:
+        """Take nothing more of a user, and let go of what waits; or take it again. ValueError for what is no name."""
+        user = name_of(user)
+        if not user:
+            raise ValueError("name the user; this is no name")
+        (self.muted.add if on else self.muted.discard)(user)
+        if on:
+            self._waiting = [message for message in self._waiting if message.user != user]
+            self._commands = deque(message for message in self._commands if message.user != user)
+
+    def waiting(self) -> list[Message]:
+        """What waits, next first where that is known: at random it is as it came."""
+        newest = self.pick_policy == "newest"
+        return [*self._commands, *(reversed(self._waiting) if newest else self._waiting)]
+
     def offer(self, line: str, now: float) -> str:
         """Take a line "user: text" that came at `now` (seconds); returns "taken", or why it is not."""
         message = self._parse(line)
         if isinstance(message, str):
             return message
+        if message.user in self.muted:
+            return "muted"
         if message.command:
             if len(self._commands) >= self.queue:
                 return "queue full"
@@ -77,7 +112,7 @@ class Room:
         if len(self._waiting) >= self.queue:
             if self.pick_policy != "newest":
                 return "queue full"
-            del self._waiting[0]
+            del self._waiting[: len(self._waiting) + 1 - self.queue]
         self._waiting.append(message)
         self._taken.append((now, message.user))
         return "taken"
@@ -94,18 +129,31 @@ class Room:
     def _parse(self, line: str) -> Message | str:
         # Only printable characters: a message must not move the reader's cursor, or a name look like another one.
         user, colon, text = line.partition(":")
-        user, text = _printable(user).strip(), _printable(text, JOINERS).strip()
+        user, text = name_of(user), _printable(text, JOINERS).strip()
         if not (user and colon and text.startswith(self.prefix)):
             return "not for us"
         text = text.removeprefix(self.prefix).strip()
         if not text:
             return "empty"
-        if len(text) > self.longest:
+        if max(len(text), len(user)) > self.longest:
             return "too long"
         command = text.startswith("/") and not text.startswith("//")
         if command and user not in self.operators:
             return "not an operator"
         return Message(user, text, command)
+
+
+def name_of(user: str) -> str:
+    """A user's name as the room knows it; "" if nothing is left of it."""
+    return _printable(user).strip()
+
+
+def _check(pick: str, **limits: int) -> None:
+    if pick not in get_args(Pick):
+        raise ValueError(f"pick must be one of {', '.join(get_args(Pick))}, found {pick!r}")
+    for name, value in limits.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, found {value}")
 
 
 def _printable(text: str, besides: str = "") -> str:

@@ -43,7 +43,7 @@ class Profile:
         self.folder, self.base, self.config = folder, base, config
         self._memory = memory_of(base.device) if memory is None else memory
         folder.mkdir(parents=True, exist_ok=True)
-        self._lock = FileLock(folder / "lock")
+        self._lock = FileLock(folder / "lock", thread_local=False)  # closed in whichever thread
         try:
             self._lock.acquire(timeout=0)
         except Timeout:

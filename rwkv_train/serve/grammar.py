@@ -8,8 +8,8 @@ text are all allowed, and a model that loves white space cannot go on with it fo
 The text may be split into ids in any way. (The library would force the tokenizer's own ids wherever the grammar
 leaves one text alone; it first spells that text out, which for the pattern `^a{1000000000}$` never ends.)
 
-Limits. Those of the library bound the work of one token and the memory of one sequence (about 20 MB at most). They do
-not bound reading a schema, which may take minutes or overflow the stack and end the process, so `checked` bounds the
+Limits. Those of the library bound the work of one token and the memory of one sequence (at most 25 MB were seen). They
+do not bound reading a schema, which may take minutes or overflow the stack and end the process, so `checked` bounds the
 schema's size and whatever in it was seen to do that. What passes is read within about a second, most in 2 ms.
 """
 
@@ -51,6 +51,7 @@ class Grammars:
         self._vocab_size, self._eod = vocab_size, tokenizer.eod
         self._tokenizer = LLTokenizer(_Vocabulary(tokenizer, vocab_size), slices=LLTokenizer.json_slices())
         self._limits = LLParserLimits(
+            max_items_in_row=10_000,  # of an object, some 2500 properties that may all be left out
             max_lexer_states=20_000,  # 1 to 2 kB each
             max_grammar_size=200_000,
             initial_lexer_fuel=500_000,
@@ -171,10 +172,14 @@ def checked(schema: dict) -> str:
         ("references ($ref)", sum(key == "$ref" for key, _ in met), MAX_REFERENCES),
         ("patternProperties", named["patternProperties"], MAX_PATTERNED),
         ("properties beside minProperties or maxProperties", named["properties"] * counts, MAX_COUNTED),
-        ("least common multiple, times number, of all multipleOf", math.lcm(*multiples) * len(multiples), MAX_MULTIPLE),
+        (
+            "for multipleOf (their least common multiple, times their number)",
+            math.lcm(*multiples) * len(multiples),
+            MAX_MULTIPLE,
+        ),
     ):
         if number > most:
-            raise ValueError(f"The schema is too complex: {what}: {number}, at most {most}. Make it smaller.")
+            raise ValueError(f"The schema is too complex: more than {most} {what}. Make it smaller.")
     return text
 
 
@@ -189,8 +194,9 @@ def _pairs(schema: object) -> Iterator[tuple[str, object]]:
 
 
 def _digits(number: int | float) -> int:
-    """Of 1.50, 15: the library divides by that, and the point costs it nothing."""
-    return int("".join(map(str, Decimal(str(number)).as_tuple().digits)).rstrip("0") or 1)
+    """Of 0.15, 15: the library divides by that, and the point costs it nothing."""
+    _, digits, exponent = Decimal(str(number)).as_tuple()
+    return int("".join(map(str, digits))) * 10 ** max(exponent, 0)
 
 
 def _grammar(schema: str) -> str:

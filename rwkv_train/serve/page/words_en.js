@@ -118,7 +118,7 @@ export const en = {
   refuse_keep: "Refuse",
   refuse_keep_which: "Refuse this wording; it keeps its own answer: {question}",
   refuse_also: "Include",
-  refuse_also_which: "Do not protect this one; it gets the same answer: {question}",
+  refuse_also_which: "Include this one; it gets the same answer: {question}",
   refused_keep: "Refused; it keeps its own answer:",
   refused_also: "Included; it gets the same answer:",
   how_learnt: "How it went",

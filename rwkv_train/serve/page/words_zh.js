@@ -116,7 +116,7 @@ export const zh = {
   refuse_keep: "拒绝",
   refuse_keep_which: "拒绝这种问法，它保持自己的答案：{question}",
   refuse_also: "包括",
-  refuse_also_which: "不保护这个问题，它得到同样的答案：{question}",
+  refuse_also_which: "包括这个问题，它得到同样的答案：{question}",
   refused_keep: "已拒绝，保持自己的答案：",
   refused_also: "已包括，得到同样的答案：",
   how_learnt: "学习过程",
