@@ -13,7 +13,7 @@ from tqdm import tqdm
 from rwkv_train.bench.correction_cases import Case
 from rwkv_train.bench.fact_cases import small_talk
 from rwkv_train.bench.invented_cases import invented_cases
-from rwkv_train.bench.measure import Times, about, installed, machine, number, table, target, write_json
+from rwkv_train.bench.measure import Times, about, machine, number, table, target, write_json
 from rwkv_train.bench.serve_clients import CALL, Client, Load, Reply, Turn, serving, talk
 from rwkv_train.bench.serve_peer import PEER, load_peer
 from rwkv_train.bench.settings import ServeBench
@@ -113,9 +113,14 @@ class Bench:
     async def run(self) -> None:
         config = self.config
         total = (
-            2 * config.repeats * len(config.sessions) + config.repeats * len(config.history) + 4 + config.corrections
+            2 * config.repeats * len(config.sessions) + config.repeats * len(config.history) + 3 + config.corrections
         )
         with tqdm(total=total, desc="bench serve", file=sys.stderr) as bar:
+            first, *cases = invented_cases(config.corrections + 1)
+            async with Client(self.address) as client:
+                await self._learn(
+                    client, [first], bar
+                )  # it waits for what is rehearsed with all corrections to be made
             await talk(self.address, 1, self.goes_on, asyncio.sleep(0))  # the first one is slow
             for _ in range(config.repeats):
                 for count in config.sessions:
@@ -125,8 +130,8 @@ class Bench:
             self.texts = [await self._alone(question) for question in self.questions[: config.repeats]]
             bar.update()
             await self._time_histories(bar)
-            if config.corrections:
-                await self._crowd(bar)
+            if cases:
+                await self._crowd(cases, bar)
 
     async def _load(self, what: str, count: int, turn: Turn, until: Awaitable) -> None:
         self.loads.setdefault(what, []).append(await talk(self.address, count, turn, until))
@@ -146,16 +151,13 @@ class Bench:
     def _question(self, session: int, count: int) -> str:
         return self.questions[(7 * session + count) % len(self.questions)]
 
-    async def _crowd(self, bar: tqdm) -> None:
+    async def _crowd(self, cases: list[Case], bar: tqdm) -> None:
         """Many sessions, first while nothing is learnt, then while corrections are."""
-        cases = invented_cases(self.config.corrections + 1)
         async with Client(self.address) as client:
-            await self._learn(client, cases[:1], bar)  # makes what is rehearsed with all others
-            self.learnt.clear()
             idle = asyncio.sleep(self.config.crowd_seconds)
             await self._load(IDLE, self.config.crowd, self.converses, idle)
             bar.update()
-            await self._load(LEARNING, self.config.crowd, self.converses, self._learn(client, cases[1:], bar))
+            await self._load(LEARNING, self.config.crowd, self.converses, self._learn(client, cases, bar))
 
     async def _learn(self, client: Client, cases: list[Case], bar: tqdm) -> None:
         """Submit corrections, all at once, and wait until the last was tried."""
@@ -163,8 +165,8 @@ class Bench:
         for case in cases:
             body = {"kind": "answer", "question": case.question, "answer": case.answer}
             sent.append((await client.ask("POST", "/v1/feedback", body))["id"])
-        for number in sent:
-            while (found := await client.ask("GET", f"/v1/feedback/{number}"))["status"] in ("waiting", "learning"):
+        for id in sent:
+            while (found := await client.ask("GET", f"/v1/feedback/{id}"))["status"] in ("waiting", "learning"):
                 await asyncio.sleep(POLL)
             self.learnt.append(found)
             bar.update()
@@ -242,7 +244,7 @@ class Bench:
             for why in sorted(set(found.failed)):
                 print(f"{what}: failed {found.failed.count(why)} times: {why}")
         if self.learnt:
-            print("corrections: " + ", ".join(map(_outcome, self.learnt)))
+            print("corrections, the first alone: " + ", ".join(map(_outcome, self.learnt)))
         targets = self._targets(ours, times, peer)
         print("\n" + table(targets))
         results = {

@@ -142,7 +142,7 @@ class Client:
 
     async def _send(self, method: str, path: str, body: dict | None) -> dict[str, str]:
         """The headers of the answer, by their names in small letters."""
-        if self._streams is None:
+        if self._streams is None or self._streams[0].at_eof():  # a server ends a connection that was idle for long
             self._streams = await asyncio.open_connection(*self.address, limit=LIMIT)
         reader, writer = self._streams
         data = b"" if body is None else json.dumps(body).encode()

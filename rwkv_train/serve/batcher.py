@@ -10,7 +10,10 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
 
 from rwkv_train.chat.reply import Reply
 from rwkv_train.feedback.background import half_the_threads, in_a_line
@@ -23,6 +26,7 @@ from rwkv_train.tokenizer import Tokenizer
 
 PIECE = 128  # tokens of prompts that are read between two tokens of the replies
 
+T = TypeVar("T")
 Reason = Literal["stop", "length", "cancelled", "time", "error"]
 
 
@@ -85,11 +89,33 @@ class Job:
     seconds: float = float("inf")
 
 
+class _Bound:
+    """A constraint that ends its text, and no other one, where it cannot be followed any further."""
+
+    def __init__(self, constraint: Constraint, vocab_size: int, eod: int):
+        self._constraint, self._only_eod, self.error = constraint, torch.arange(vocab_size) == eod, ""
+
+    def mask(self) -> Tensor:
+        return self._only_eod if self.error else self._tried(self._constraint.mask, self._only_eod)
+
+    def accept(self, token: int) -> None:
+        if not self.error:
+            self._tried(lambda: self._constraint.accept(token), None)
+
+    def _tried(self, call: Callable[[], T], otherwise: T) -> T:
+        try:
+            return call()
+        except ValueError as error:
+            self.error = str(error)
+            return otherwise
+
+
 @dataclass(eq=False)
 class _Choice:
     job: Job
     number: int
     reply: Reply
+    bound: _Bound | None
     count: int = 0
 
 
@@ -185,14 +211,16 @@ class Batcher:
             self._until[job], first = until, 0
             decoder = self._decoders.setdefault(job.model, Decoder(job.model, piece=PIECE))
             for number, seed in enumerate(job.seeds):
-                rng, constraint = random_numbers(seed), job.constraint() if job.constraint else None
+                rng, bound = random_numbers(seed), None
+                if job.constraint:
+                    bound = _Bound(job.constraint(), job.model.config.vocab_size, self.tokenizer.eod)
                 if number:
-                    lane = decoder.beside(first, rng, constraint)
+                    lane = decoder.beside(first, rng, bound)
                 else:
-                    more = stop, job.max_new_tokens, job.state, constraint, job.likeliest
+                    more = stop, job.max_new_tokens, job.state, bound, job.likeliest
                     lane = first = decoder.add(job.prompt, job.sampling, rng, *more)
                 reply = Reply(self.tokenizer, job.end, stop=job.stop, keeps_space=not job.end)
-                self._running[job.model, lane] = _Choice(job, number, reply)
+                self._running[job.model, lane] = _Choice(job, number, reply, bound)
             self.load.read += len(job.prompt)
 
     def _step(self, model: RWKV, decoder: Decoder) -> None:
@@ -212,7 +240,8 @@ class Batcher:
         key = decoder.model, lane
         choice = self._running[key]
         if token is None:
-            self._end(key, "stop", state)
+            error = choice.bound.error if choice.bound else ""
+            self._end(key, "error" if error else "stop", state, error)
             return
         choice.count += 1
         self.load.written += 1

@@ -3,8 +3,8 @@
 A grammar is one of bytes. At every token the library walks a trie of all ids' bytes and says which of them the text so
 far may go on with; whether a token ends in the middle of a character makes no difference to it.
 
-White space between JSON's parts is at most one space, or a line break and 16 spaces: a compact, a usual and an indented
-text are all allowed, and a model that loves white space cannot go on with it for ever. There is none before or after.
+White space between JSON's parts is at most one space, as Python's json writes it: a model that loves white space cannot
+go on with it for ever, or end its turn by it. There is none before or after.
 The text may be split into ids in any way. (The library would force the tokenizer's own ids wherever the grammar
 leaves one text alone; it first spells that text out, which for the pattern `^a{1000000000}$` never ends.)
 
@@ -25,7 +25,7 @@ import torch
 
 from rwkv_train.tokenizer import Tokenizer
 
-WHITE_SPACE = r"[ ]|\n[ ]{0,16}"
+WHITE_SPACE = r"[ ]"
 EXTENSION = "x-guidance"  # a key of a schema that changes the library's syntax of JSON; ours alone may
 MAX_SCHEMA = 32_768  # characters of JSON
 MAX_REFERENCES = 256  # a chain of 1500 overflows the stack

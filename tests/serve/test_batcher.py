@@ -157,6 +157,30 @@ def test_a_model_that_fails_ends_its_own_replies(batcher, model):
     assert end.reason == "error" and "finite" in end.error and good.ends()[0].reason == "length"
 
 
+class Fails:
+    """Allows all, and cannot be followed past its third token."""
+
+    def __init__(self):
+        self.left = 3
+
+    def mask(self):
+        return torch.ones(257, dtype=torch.bool)
+
+    def accept(self, token):
+        self.left -= 1
+        if not self.left:
+            raise ValueError("too deep")
+
+
+def test_a_constraint_that_cannot_be_followed_ends_its_own_reply(batcher, model):
+    good, bad = Client(), Client()
+    expected = alone(batcher, model, prompt=PROMPTS[0], most=30)
+    batcher.submit(good.job(model, PROMPTS[0], most=30))
+    batcher.submit(bad.job(model, PROMPTS[0], most=30, constraint=Fails))
+    end = bad.ends()[0]
+    assert (end.reason, end.error, end.count) == ("error", "too deep", 3) and good.ends()[0].ids == expected.ids
+
+
 def test_choices_share_one_prompt(batcher, model):
     client = Client()
     read = batcher.load.read
