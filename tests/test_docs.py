@@ -1,5 +1,6 @@
 """README and docs keep their promises: the two lines, every command, every example, every link."""
 
+import asyncio
 import io
 import re
 import shlex
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import uvicorn
 from bench_toys import TOY
 from feedback_toys import BYTES, CONFIG
 from helpers import random_model
@@ -19,13 +21,14 @@ from rwkv_train.tokenizer import train_bpe
 
 ROOT = Path(__file__).parent.parent
 PAGES = {path.name: path.read_text(encoding="utf-8") for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]}
-TASKS = ["train.md", "data.md", "correct.md", "plan.md", "survive.md", "speed.md", "library.md"]
+TASKS = ["train.md", "data.md", "correct.md", "plan.md", "survive.md", "speed.md", "library.md", "serve.md"]
 SMALL = ["--train.steps=2", "--train.epochs=null", "--data.lanes=2", "--data.chunk-len=16", "--data.horizon=2"]
 FEWER = {  # than in test_bench.py
     "bench wkv": ["--operators=[wkv7]", "--tokens=[5]", "--dtypes=[fp32]", "--repeats=1"],
     "bench train": ["--peers=false", "--precisions=[fp32]", "--repeats=1", "--json=train.json"],
     "bench memory": ["--lora-size="],
     "bench generate": ["--peers=false", "--repeats=1"],
+    "serve": ["--port=0"],
 }
 SENTENCE = "It was a bright cold day, and the clocks were striking thirteen. "
 CASE = '{"question": "Hi", "answer": "Hello", "paraphrases": ["Hi!"], "neighbours": [{"question": "Ho"}]}\n'
@@ -119,6 +122,7 @@ def newcomer(folder, monkeypatch):
 def test_commands_run(newcomer, capsys, monkeypatch):
     """Each once, in the order in which somebody reads the pages."""
     monkeypatch.setattr("rwkv_train.bench.case_sets.SINGLES", 1)
+    monkeypatch.setattr(uvicorn.Server, "main_loop", lambda self: asyncio.sleep(0))  # a server that begins, and ends
     ran = {}
     for argv in commands():
         name = " ".join(argv[: 1 + (argv[0] == "bench")])

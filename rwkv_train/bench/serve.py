@@ -194,9 +194,8 @@ class Bench:
             return await client.ask("POST", "/v1/responses", body)
 
         one, two = [(await said(SENTENCE * n))["usage"]["input_tokens"] for n in (1, 2)]
-        short = (await said("Hi."))["usage"]["input_tokens"]
         count = -(-(length - 2 * one + two) // (two - one))
-        found = await said(SENTENCE * count if length > short else "Hi.")
+        found = await said(SENTENCE * count if length >= one else "Hi.")
         return found["id"], found["usage"]["total_tokens"]
 
     async def _alone(self, question: str) -> "Alone":

@@ -81,8 +81,8 @@ class LiveRoom:
             if hasattr(stream, "reconfigure"):  # bytes that are no UTF-8 are a mistake of one line, not the end
                 stream.reconfigure(encoding="utf-8", errors=errors, newline="\n")
         self._printed = pieces
-        for work, its in ((self._read, lines), (self._write, printed)):
-            threading.Thread(target=work, args=(its, pieces), daemon=True).start()
+        for work, its in ((self._read, (lines,)), (self._write, (printed, pieces))):
+            threading.Thread(target=work, args=its, daemon=True).start()
 
     # Answering
 
@@ -266,7 +266,7 @@ class LiveRoom:
 
     # Standard input and output
 
-    def _read(self, lines: Iterable[str], pieces: queue.Queue) -> None:
+    def _read(self, lines: Iterable[str]) -> None:
         for line in typed_lines(lines):
             try:
                 verdict = self._offer(line)

@@ -223,7 +223,9 @@ def kept(page, server):
 
 
 def begin_long_reply(page):
-    page.evaluate("localStorage.setItem('rwkv.sampling', JSON.stringify({temperature: 3, max_output_tokens: 4096}))")
+    """Of the model without corrections, since its likeliest reply to that does not end by itself."""
+    page.evaluate("localStorage.setItem('rwkv.sampling', JSON.stringify({temperature: 0, max_output_tokens: 4096}))")
+    page.get_by_label("Model", exact=True).select_option("base")
     page.get_by_label("Your message").fill(STORY)
     page.keyboard.press("Enter")
     expect(reply(page)).not_to_be_empty(timeout=REPLY)

@@ -137,7 +137,7 @@ export async function follow() {
         if (behind) await refresh();
         const next = all().find((f) => f.status === "learning") ?? all().find((f) => f.status === "waiting");
         if (!next) return;
-        const ended = await watch(next, signal);
+        const ended = next.status === "waiting" ? await turnOf(next, signal) : await watch(next, signal);
         if (!ended) behind = true; // the stream ended early: see what became of it, a little later
         failures = ended ? 0 : failures + 1;
       } catch (error) {
@@ -161,6 +161,27 @@ document.addEventListener("visibilitychange", () => {
   behind = true;
   follow();
 });
+
+/** Wait until it is the turn of one, as all events tell; returns whether they told anything. */
+async function turnOf(feedback, signal) {
+  const id = String(feedback.id);
+  const controller = new AbortController();
+  signal.addEventListener("abort", () => controller.abort(), { once: true });
+  try {
+    const stream = events(await request("GET", at("/events"), undefined, controller.signal));
+    behind = true;
+    const { status } = await json("GET", at1(id), undefined, signal); // it may have begun before the stream did
+    if (status !== "waiting") return true;
+    for await (const [name, data] of stream) {
+      if (name !== "watch") return true;
+      seen.set(id, { ...nothing(), phase: "preparing", watch: data }); // the model is got to know before the first one
+      tell(id);
+    }
+    return false;
+  } finally {
+    controller.abort();
+  }
+}
 
 /** Read the events of one from the beginning; returns whether they came to their end. */
 async function watch(feedback, signal) {

@@ -6,6 +6,7 @@ import { t } from "./words.js";
 const PICKS = ["fifo", "random", "newest"];
 const LIMITS = ["queue", "per_user", "rate"];
 const typed = { mute: "", answer: "", question: "" }; // kept while the panel is drawn anew
+let fixed = null; // the turn whose correction is being typed, however many are answered meanwhile
 const changed = {}; // rules that were changed and not sent yet
 
 /** Draw the panel for an operator, hide it for others. send(message) -> whether it went. */
@@ -51,12 +52,16 @@ const form = (title, submit, ...parts) =>
   );
 
 function correcting({ transcript }, send) {
-  const last = transcript.at(-1);
+  const last = fixed ?? transcript.at(-1);
+  const answer = field("answer", { rows: 2, required: true, maxlength: 2000 }, "textarea");
+  answer.addEventListener("input", () => (fixed = answer.value ? last : null));
   const teach = (target) => {
     const message = { type: "teach", answer: typed.answer.trim() };
     if (typed.question.trim()) message.question = typed.question.trim();
+    else if (last?.id) message.id = last.id;
     if (!message.answer || !send(message)) return;
     typed.answer = typed.question = "";
+    fixed = null;
     target.reset();
   };
   return form(
@@ -64,7 +69,7 @@ function correcting({ transcript }, send) {
     teach,
     last && el("p", { class: "fine text" }, t("fix_last", last)),
     el("label", { for: "operator-answer" }, t("fix_answer")),
-    field("answer", { rows: 2, required: true, maxlength: 2000 }, "textarea"),
+    answer,
     el("label", { for: "operator-question" }, t("fix_question")),
     field("question", { maxlength: 2000 }),
     el("button", { type: "submit", class: "main-button", "data-key": "teach" }, t("fix_go")),

@@ -24,8 +24,7 @@ let sent = ""; // what was sent last, to be typed again if it is refused
 const heard = {
   welcome({ name, operator, policy, transcript, muted }) {
     Object.assign(room, { name, operator, policy, transcript, muted: muted ?? [], now: null });
-    byId("name").value = name;
-    stored.write("name", name);
+    byId("name").value = name; // which the server may have made another, where somebody else has it
     notice(null);
     draw();
   },
@@ -43,8 +42,8 @@ const heard = {
     room.now.reply += text;
     byId("now").querySelector("[data-reply]").textContent = room.now.reply;
   },
-  answered({ user, text, reply }) {
-    room.transcript = [...room.transcript, { user, text, reply }].slice(-SAID);
+  answered({ user, text, reply, id }) {
+    room.transcript = [...room.transcript, { user, text, reply, id }].slice(-SAID);
     room.now = null;
     drawNow();
     drawTranscript();
