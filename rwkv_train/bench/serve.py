@@ -3,10 +3,9 @@
 import asyncio
 import sys
 import tempfile
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import median, quantiles
 
 from tqdm import tqdm
 
@@ -14,74 +13,21 @@ from rwkv_train.bench.correction_cases import Case
 from rwkv_train.bench.fact_cases import small_talk
 from rwkv_train.bench.invented_cases import invented_cases
 from rwkv_train.bench.measure import Times, about, machine, number, table, target, write_json
-from rwkv_train.bench.serve_clients import CALL, Client, Load, Reply, Turn, serving, talk
+from rwkv_train.bench.serve_clients import CALL, Client, Load, Measured, Reply, Turn, centile, serving, talk
 from rwkv_train.bench.serve_peer import PEER, load_peer
 from rwkv_train.bench.settings import ServeBench
 
 OVER_ONE, OVER_IDLE, OVER_SHORT = 6.0, 2.0, 1.1  # the targets of issue 19
 BEGIN = "User: {}\n\nAssistant:"
-BOLD = {"temperature": 1.3, "top_p": 1.0}  # of texts that go on: the starter's are longer with it
+WILD = {"temperature": 5.0, "top_p": 1.0}  # nearly any token comes next, so nearly no text ends before it has to
 SENTENCE = "The ship left the harbour in the morning, and nobody on the shore knew when it would be back. "
 TIMED = 8  # tokens of a reply whose first one is timed
 TURNS = 3  # that are timed in a row
-NEAREST = 5  # tokens whose log probabilities are compared
+TEXTS, NEAREST = 20, 5  # that are compared, and the tokens whose log probabilities are
 LONGEST = 30_000  # tokens of a history, which the server reads in one request
 IDLE, LEARNING = "the crowd, nothing is learnt", "the crowd, corrections are learnt"
 POLL = 0.2  # seconds between looks at a correction
 MANY = 10**9  # requests a minute
-
-
-@dataclass(frozen=True)
-class Measured:
-    """Of loads of one kind: tokens/s of each; seconds to the first piece of text and between two, of all replies."""
-
-    rates: list[float]
-    firsts: list[float]
-    gaps: list[float]
-    replies: int
-    tokens: int
-    failed: list[str]
-
-    @classmethod
-    def of(cls, loads: Sequence[Load]) -> "Measured":
-        replies = [reply for load in loads for reply in load.replies]
-        firsts, gaps = [f for load in loads for f in load.firsts], [g for load in loads for g in load.gaps]
-        tokens, failed = sum(reply.tokens for reply in replies), [f for load in loads for f in load.failed]
-        return cls([load.rate for load in loads], firsts, gaps, len(replies), tokens, failed)
-
-    @property
-    def rate(self) -> float:
-        return median(self.rates)
-
-    def row(self, what: str) -> dict[str, str]:
-        spread = f" ({number(min(self.rates))}-{number(max(self.rates))})" if len(self.rates) > 1 else ""
-        return {
-            "what": what,
-            "tokens/s": number(self.rate) + spread,
-            "first piece, ms: p50": number(1e3 * centile(self.firsts, 50)),
-            "p99": number(1e3 * centile(self.firsts, 99)),
-            "between pieces, ms: p50": number(1e3 * centile(self.gaps, 50)),
-            " p99": number(1e3 * centile(self.gaps, 99)),
-            "replies": f"{self.replies:,}",
-            "tokens of one": number(self.tokens / max(1, self.replies)),
-            "failed": f"{len(self.failed)}",
-        }
-
-    def plain(self) -> dict:
-        """For JSON."""
-        spans = {"first_s": self.firsts, "between_s": self.gaps}
-        told = {
-            name: {f"p{p}": centile(x, p) for p in (50, 90, 99)} | {"most": max(x, default=None)}
-            for name, x in spans.items()
-        }
-        return {"tokens_s": self.rates, "replies": self.replies, "tokens": self.tokens, "failed": self.failed} | told
-
-
-def centile(values: Sequence[float], of_hundred: int) -> float:
-    """What so many of a hundred values are below; no number where there are none."""
-    if len(values) < 2:
-        return values[0] if values else float("nan")
-    return quantiles(values, n=100, method="inclusive")[of_hundred - 1]
 
 
 def serve(config: ServeBench) -> int:
@@ -92,6 +38,7 @@ def serve(config: ServeBench) -> int:
     command += [f"--lanes={max(64, config.crowd, config.company + 1, *config.sessions)}"]
     command += [f"--model={_absolute(config.model)}"] * bool(config.model)
     command += [f"--tokenizer={_absolute(config.tokenizer)}"] * bool(config.tokenizer)
+    command += [f"--dtype={config.dtype}"] * bool(config.dtype)
     with tempfile.TemporaryDirectory() as folder, serving(command, Path(folder), "serving") as address:
         bench = Bench(config, address)
         asyncio.run(bench.run())
@@ -112,22 +59,18 @@ class Bench:
 
     async def run(self) -> None:
         config = self.config
-        total = (
-            2 * config.repeats * len(config.sessions) + config.repeats * len(config.history) + 3 + config.corrections
-        )
+        total = config.repeats * (2 * len(config.sessions) + len(config.history)) + 3 + config.corrections
         with tqdm(total=total, desc="bench serve", file=sys.stderr) as bar:
             first, *cases = invented_cases(config.corrections + 1)
             async with Client(self.address) as client:
-                await self._learn(
-                    client, [first], bar
-                )  # it waits for what is rehearsed with all corrections to be made
+                await self._learn(client, [first], bar)  # which waits for what is rehearsed with each of them
             await talk(self.address, 1, self.goes_on, asyncio.sleep(0))  # the first one is slow
             for _ in range(config.repeats):
                 for count in config.sessions:
                     for what, turn in ((_goes_on(count), self.goes_on), (_turns(count), self.converses)):
                         await self._load(what, count, turn, asyncio.sleep(config.seconds))
                         bar.update()
-            self.texts = [await self._alone(question) for question in self.questions[: config.repeats]]
+            self.texts = await self._compare()
             bar.update()
             await self._time_histories(bar)
             if cases:
@@ -137,8 +80,8 @@ class Bench:
         self.loads.setdefault(what, []).append(await talk(self.address, count, turn, until))
 
     async def goes_on(self, client: Client, session: int, count: int, last: Reply | None) -> Reply:
-        """A text that goes on, for as long as the model wants."""
-        body = BOLD | {"max_tokens": self.config.tokens, "stream_options": {"include_usage": True}, "seed": count}
+        """A text that goes on, mostly for as many tokens as it may."""
+        body = WILD | {"max_tokens": self.config.tokens, "stream_options": {"include_usage": True}, "seed": count}
         return await client.stream("/v1/completions", body | {"prompt": BEGIN.format(self._question(session, count))})
 
     async def converses(self, client: Client, session: int, count: int, last: Reply | None) -> Reply:
@@ -198,33 +141,31 @@ class Bench:
         found = await said(SENTENCE * count if length >= one else "Hi.")
         return found["id"], found["usage"]["total_tokens"]
 
-    async def _alone(self, question: str) -> "Alone":
-        """A text by itself, and then beside others that are being written all the while."""
-        body = {
-            "prompt": BEGIN.format(question),
-            "temperature": 0,
-            "max_tokens": self.config.tokens,
-            "logprobs": NEAREST,
-        }
+    async def _compare(self) -> list["Alone"]:
+        """Texts by themselves, and then beside others that are being written all the while."""
+        usual = {"temperature": 0, "max_tokens": self.config.tokens, "logprobs": NEAREST}
+        bodies = [usual | {"prompt": BEGIN.format(question)} for question in self.questions[:TEXTS]]
+        begun, others = asyncio.Event(), set()
+
+        async def ask(client: Client) -> list[dict]:
+            found = [await client.ask("POST", "/v1/completions", body) for body in bodies]
+            return [each["choices"][0]["logprobs"] for each in found]
+
+        async def later(client: Client) -> list[dict]:
+            await begun.wait()
+            return await ask(client)
+
+        async def other(client: Client, session: int, count: int, last: Reply | None) -> Reply:
+            if count:
+                others.add(session)
+            if len(others) == self.config.company:
+                begun.set()
+            return await self.goes_on(client, session, count, last)
+
         async with Client(self.address) as client:
-            alone = await client.ask("POST", "/v1/completions", body)
-            begun = asyncio.Event()
-
-            async def ask() -> dict:
-                await begun.wait()
-                return await client.ask("POST", "/v1/completions", body)
-
-            async def other(other: Client, session: int, count: int, last: Reply | None) -> Reply:
-                if count == 1:
-                    others.add(session)
-                    if len(others) == self.config.company:
-                        begun.set()
-                return await self.goes_on(other, session, count, last)
-
-            others: set[int] = set()
-            asked = asyncio.ensure_future(ask())
-            await talk(self.address, self.config.company, other, asked)
-        return Alone.of(alone["choices"][0]["logprobs"], asked.result()["choices"][0]["logprobs"])
+            alone, among = await ask(client), asyncio.ensure_future(later(client))
+            await talk(self.address, self.config.company, other, among)
+        return list(map(Alone.of, alone, among.result()))
 
     def tell(self, peer: dict[int, Measured], why_not: str) -> int:
         """Print the tables, and write the figures; the exit code."""
@@ -236,8 +177,9 @@ class Bench:
         times = {length: Times(seconds) for length, seconds in self.histories.items()}
         print("\n" + table([{"tokens before": f"{n:,}", "first piece of a turn": t.shown()} for n, t in times.items()]))
         same, differ = sum(text.same for text in self.texts), max(text.difference for text in self.texts)
-        told = f"{same} of {len(self.texts)} texts are the same alone and among {config.company} others"
-        print(f"\n{told}; their log probabilities differ by {differ:.1e} at most")
+        told = f"{same} of {len(self.texts)} greedy texts are the same alone and among {config.company} others"
+        length = sum(text.tokens for text in self.texts)
+        print(f"\n{told} ({length:,} tokens); log probabilities differ by {differ:.1e} at most")
         failed = [why for found in ours.values() for why in found.failed]
         for what, found in ours.items():
             for why in sorted(set(found.failed)):

@@ -7,12 +7,14 @@ import os
 import re
 import subprocess
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median, quantiles
 from types import TracebackType
 
 from rwkv_train.bench.apart import PACKAGE
+from rwkv_train.bench.measure import number
 
 STARTING, ENDING = 300.0, 120.0  # seconds in which a server must be there, or have ended
 SILENT = 300.0  # seconds without a byte, after which a request has failed
@@ -21,7 +23,7 @@ CALL = "from rwkv_train.cli import main; main()"  # what `python -c` runs
 ENDS = ("response.completed", "response.incomplete")
 
 
-class Failed(Exception):
+class Failed(ValueError):
     """A request that was refused, or broke off."""
 
 
@@ -231,3 +233,56 @@ async def talk(address: tuple[str, int], sessions: int, turn: Turn, until: Await
 
     await asyncio.gather(timing(), *map(session, range(sessions)))
     return load
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Of loads of one kind: tokens/s of each; seconds to the first piece of text and between two, of all replies."""
+
+    rates: list[float]
+    firsts: list[float]
+    gaps: list[float]
+    replies: int
+    tokens: int
+    failed: list[str]
+
+    @classmethod
+    def of(cls, loads: Sequence[Load]) -> "Measured":
+        replies = [reply for load in loads for reply in load.replies]
+        firsts, gaps = [f for load in loads for f in load.firsts], [g for load in loads for g in load.gaps]
+        tokens, failed = sum(reply.tokens for reply in replies), [f for load in loads for f in load.failed]
+        return cls([load.rate for load in loads], firsts, gaps, len(replies), tokens, failed)
+
+    @property
+    def rate(self) -> float:
+        return median(self.rates)
+
+    def row(self, what: str) -> dict[str, str]:
+        spread = f" ({number(min(self.rates))}-{number(max(self.rates))})" if len(self.rates) > 1 else ""
+        return {
+            "what": what,
+            "tokens/s": number(self.rate) + spread,
+            "first piece, ms: p50": number(1e3 * centile(self.firsts, 50)),
+            "p99": number(1e3 * centile(self.firsts, 99)),
+            "between pieces, ms: p50": number(1e3 * centile(self.gaps, 50)),
+            " p99": number(1e3 * centile(self.gaps, 99)),
+            "replies": f"{self.replies:,}",
+            "tokens of one": number(self.tokens / max(1, self.replies)),
+            "failed": f"{len(self.failed)}",
+        }
+
+    def plain(self) -> dict:
+        """For JSON."""
+        spans = {"first_s": self.firsts, "between_s": self.gaps}
+        told = {
+            name: {f"p{p}": centile(x, p) for p in (50, 90, 99)} | {"most": max(x, default=None)}
+            for name, x in spans.items()
+        }
+        return {"tokens_s": self.rates, "replies": self.replies, "tokens": self.tokens, "failed": self.failed} | told
+
+
+def centile(values: Sequence[float], of_hundred: int) -> float:
+    """What so many of a hundred values are below; no number where there are none."""
+    if len(values) < 2:
+        return values[0] if values else float("nan")
+    return quantiles(values, n=100, method="inclusive")[of_hundred - 1]

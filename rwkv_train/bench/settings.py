@@ -274,11 +274,14 @@ class ServeBench:
     tokenizer: str | None = None
     """world, bytes or a tokenizer JSON; known where tokenizer.json lies with the model"""
 
+    dtype: Literal["fp32", "fp16", "bf16", "int8"] | None = None
+    """number format of the weights in memory; that of the file if not given"""
+
     sessions: list[int] = field(default_factory=lambda: [1, 16])
     """sessions that stream side by side, one row of the table for each"""
 
     tokens: int = 128
-    """tokens of a reply, at most"""
+    """tokens of a reply, at most; replies in a conversation end earlier"""
 
     seconds: float = 5.0
     """time for which each of them streams"""

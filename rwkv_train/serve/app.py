@@ -1,5 +1,6 @@
 """The FastAPI app: routes, what guards them, and the page."""
 
+import sys
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from pathlib import Path as File
@@ -14,6 +15,7 @@ from rwkv_train.serve import api_chat, api_feedback, api_responses
 from rwkv_train.serve.api_chat import service_of
 from rwkv_train.serve.errors import ERRORS, install_errors
 from rwkv_train.serve.guard import Guard
+from rwkv_train.serve.room import LiveRoom
 from rwkv_train.serve.service import Service
 from rwkv_train.serve.tokens import Rights, Tokens, require
 
@@ -101,22 +103,25 @@ pages = APIRouter(include_in_schema=False)
 
 
 @pages.get("/")
-async def page() -> Response:
+async def chat_page() -> Response:
     return FileResponse(PAGE / "index.html")
 
 
 @pages.get("/room")
-async def room() -> Response:
+async def room_page() -> Response:
     return FileResponse(PAGE / "room.html")
 
 
 def create_app(service: Service, tokens: Tokens) -> Guard:
     """The app of a service, which it opens and closes, behind its guard."""
+    room = LiveRoom(service, service.config)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
-        async with service:
+        async with service, room:
             app.state.service = service
+            if service.config.room:
+                room.feed(sys.stdin, sys.stdout)
             yield
 
     app = FastAPI(
@@ -132,5 +137,6 @@ def create_app(service: Service, tokens: Tokens) -> Guard:
     install_errors(app)
     for each in (router, api_chat.router, api_responses.router, api_feedback.router, pages):
         app.include_router(each)
+    room.attach(app)
     app.mount("/page", StaticFiles(directory=PAGE), name="page")
     return Guard(app, tokens, config.host, config.allow_host, body_bytes=config.body, rate=config.rate)

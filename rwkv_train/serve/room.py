@@ -27,6 +27,7 @@ from rwkv_train.serve.settings import ServeConfig
 PIECE_SECONDS = 0.05  # pieces that come faster are sent together
 QUEUE_SECONDS = 0.2  # and so is what the queue becomes
 PRINTED = 10_000  # pieces that may wait to be printed
+PRINT_SECONDS = 1.0  # for what is left of them when the room ends
 UNDONE = ("waiting", "learning", "learnt", "outdated")  # what can be
 
 
@@ -52,6 +53,7 @@ class LiveRoom:
         self._stale = False
         self._tasks: set[asyncio.Task] = set()
         self._printed: queue.Queue[str | None] | None = None
+        self._writer: threading.Thread | None = None
 
     def attach(self, app: FastAPI) -> None:
         """Have an app serve the room's WebSocket; its `state.tokens` says who may do what."""
@@ -72,6 +74,8 @@ class LiveRoom:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._print(None)
+        if self._writer:
+            await asyncio.to_thread(self._writer.join, PRINT_SECONDS)
 
     def feed(self, lines: Iterable[str], printed: TextIO | None = None) -> None:
         """Take messages from lines "user: text" as well, as of standard input, and print all answers (to standard
@@ -81,8 +85,9 @@ class LiveRoom:
             if hasattr(stream, "reconfigure"):  # bytes that are no UTF-8 are a mistake of one line, not the end
                 stream.reconfigure(encoding="utf-8", errors=errors, newline="\n")
         self._printed = pieces
-        for work, its in ((self._read, (lines,)), (self._write, (printed, pieces))):
-            threading.Thread(target=work, args=its, daemon=True).start()
+        self._writer = threading.Thread(target=self._write, args=(printed, pieces), daemon=True)
+        self._writer.start()
+        threading.Thread(target=self._read, args=(lines,), daemon=True).start()
 
     # Answering
 

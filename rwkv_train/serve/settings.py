@@ -82,6 +82,9 @@ class ServeConfig:
     state_disk: int = 4096
     """MB of conversations' states on the disk"""
 
+    room: bool = False
+    """also read lines "user: text" of a live chat from standard input, for the room at /room, and print its answers"""
+
     prefix: str = ""
     """room: only messages that begin with it are taken"""
 

@@ -308,6 +308,7 @@ def test_which_lines_are_for_the_room():
         "a: !/fix": "not an operator",
         "a: !\x1b[2J\udcff:\t)": "too long",
         "c: !\x1b:\t)\udcff": "taken",
+        "abcdef: !a": "too long",
         "op: !/fix": "taken",
     }
     assert {line: room.offer(line, 0.0) for line in wanted} == wanted
@@ -344,6 +345,37 @@ def test_room_policies(events, policy, queue, per_user, rate):
             waiting = [*waiting[full:], (user, str(number))]
             taken.append((now, user))
         assert len(room) == len(waiting)
+
+
+def test_rules_change_while_a_room_runs():
+    room = Room("", queue=3)
+    for user in "abc":
+        assert room.offer(f"{user}: x", 0.0) == "taken"
+    room.configure(queue=2)
+    assert room.offer("d: x", 0.0) == "queue full" and len(room) == 3  # what waits is answered
+    room.configure("newest", rate=1)
+    assert room.policy == {"pick": "newest", "queue": 2, "per_user": 3, "rate": 1}
+    assert room.offer("d: x", 0.0) == "taken" and room.offer("d: y", 0.0) == "too many this minute"
+    assert [message.user for message in room.waiting()] == ["d", "c"]  # the oldest went
+    for wrong in ({"pick": "oldest"}, {"queue": 0}, {"per_user": -1}, {"queue": 5, "rate": 0}):
+        with pytest.raises(ValueError, match=f"{list(wrong)[-1]} must be .*found"):
+            room.configure(**wrong)
+    assert room.policy == {"pick": "newest", "queue": 2, "per_user": 3, "rate": 1}
+    assert room.pick().user == "d" and room.pick().user == "c" and room.waiting() == []
+
+
+def test_nothing_is_taken_of_whom_a_room_has_muted():
+    room = Room("", operators=frozenset({"ann"}))
+    for line in ("ann: a", "bob: b", "ann: /help"):
+        room.offer(line, 0.0)
+    assert room.waiting() == [Message("ann", "/help", True), Message("ann", "a"), Message("bob", "b")]
+    room.mute(" a\x1bnn ")
+    assert room.muted == {"ann"} and room.waiting() == [Message("bob", "b")]
+    assert {room.offer(line, 0.0) for line in ("ann: a", "a\u200dnn: b", "ann: /help")} == {"muted"}
+    room.mute("ann", False)
+    assert room.offer("ann: a", 0.0) == "taken"
+    with pytest.raises(ValueError, match="no name"):
+        room.mute("\t")
 
 
 def test_random_picks_everybody_and_a_seed_repeats_it():

@@ -353,7 +353,7 @@ def test_on_a_phone_the_room_is_not_wider_than_the_screen(visit):
     assert overflow(page) <= 0
 
 
-def test_a_room_with_two_viewers(visit):
+def test_a_room_with_two_viewers(visit, server):
     ada, bo = visit("/room"), visit("/room")
     for page, name in ((ada, "Ada"), (bo, "Bo")):
         expect(page.get_by_text("Connected")).to_be_visible()
@@ -372,7 +372,9 @@ def test_a_room_with_two_viewers(visit):
     button(bo, "Teach").click()
     for page in (ada, bo):
         expect(page.locator("#learnt .compared")).to_be_visible(timeout=LEARNT)
-        expect(page.locator("#learnt dd.is")).to_have_text("Hello, room.")
+        newest = page.request.get(f"{server.url}/v1/feedback").json()["data"][-1]
+        assert (newest["question"], newest["answer"]) == ("Hello", "Hello, room.")
+        assert page.locator("#learnt dd.is").text_content() == newest["outcome"]["answer_after"]
     button(bo, "Undo the last correction").click()
     expect(ada.get_by_text("The last correction was taken back.").first).to_be_visible(timeout=LEARNT)
 

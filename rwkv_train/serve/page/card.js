@@ -82,7 +82,9 @@ function onTheWay(feedback) {
   });
   const parts = [el("ol", { class: "phases" }, items)];
   const last = now.steps.at(-1);
-  if (now.phase === "received") parts.push(sentence(t(`status_${feedback.status}_long`), "fine"));
+  if (now.phase === "received" && corrections.waitsForModel(feedback)) {
+    parts.push(el("progress", { "aria-label": t("phase_preparing") }), sentence(t("waits_for_model"), "fine"));
+  } else if (now.phase === "received") parts.push(sentence(t(`status_${feedback.status}_long`), "fine"));
   if (now.phase === "preparing") parts.push(...preparing(now.watch));
   if (last) parts.push(sentence(t("step_now", { n: last.step, loss: last.loss.toFixed(3) }), "fine"), curve(now.steps));
   return parts;

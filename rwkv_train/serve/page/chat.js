@@ -1,7 +1,7 @@
 // The chat page: what is looked at, what is typed, and what the buttons under a reply do.
 
 import * as corrections from "./corrections.js";
-import { announce, byId, composing, el, fit, redraw, stored } from "./dom.js";
+import { announce, byId, composing, fit, redraw, stored } from "./dom.js";
 import { drawHistory } from "./history.js";
 import { isOpen, panels, retitle } from "./panels.js";
 import { drawSettings, readSettings } from "./settings.js";
@@ -11,7 +11,7 @@ import * as store from "./store.js";
 import { json, serverBack } from "./stream.js";
 import * as talk from "./talk.js";
 import { drawTurn } from "./turns.js";
-import { drawList, drawWelcome } from "./side.js";
+import { drawList, drawModels, drawWelcome } from "./side.js";
 import { t } from "./words.js";
 
 const say = byId("say");
@@ -23,15 +23,12 @@ let model = stored.read("model");
 
 const may = () => models.find(({ id }) => id === model) ?? { talk: true, teach: true, operate: false };
 
-/** Say what went wrong; where the server is gone, watch until it is back. */
-function failed(error) {
-  notice(error.message);
-  if (error.status === 0) watchServer();
-}
+let watching = false; // whether the server is gone and looked for
 
-let watching = false;
-async function watchServer() {
-  if (watching) return;
+/** Say what went wrong; where the server is gone, watch until it is back. */
+async function failed(error) {
+  notice(error.message);
+  if (error.status !== 0 || watching) return;
   watching = true;
   await serverBack();
   watching = false;
@@ -83,6 +80,15 @@ function drawOne(turn, number) {
 const atEnd = () => transcript.scrollHeight - transcript.scrollTop - transcript.clientHeight < 80;
 const toEnd = () => transcript.scrollTo({ top: transcript.scrollHeight });
 
+/** Show how far the reply of a turn is. */
+function show(its, turn) {
+  const line = byId("turns").querySelector(`[data-turn="${turn.id}"] [data-reply]`);
+  if (its !== conversation || !line || !talk.running(turn)) return;
+  const follow = atEnd();
+  line.textContent = turn.reply;
+  if (follow) toEnd();
+}
+
 /** Ask after the turn `parent`; returns whether the server took it. */
 async function ask(parent, text) {
   const asked = conversation;
@@ -96,12 +102,15 @@ async function ask(parent, text) {
     toEnd();
     if (document.activeElement === document.body) transcript.focus({ preventScroll: true }); // its button is gone
   };
+  let waits = false; // whether pieces wait for the next frame: a screen shows no more than that
   const piece = (turn) => {
-    const line = byId("turns").querySelector(`[data-turn="${turn.id}"] [data-reply]`);
-    if (asked !== conversation || !line) return;
-    const follow = atEnd();
-    line.textContent = turn.reply;
-    if (follow) toEnd();
+    if (waits) return;
+    waits = true;
+    show(asked, turn);
+    requestAnimationFrame(() => {
+      waits = false;
+      show(asked, turn);
+    });
   };
   const began = () => {
     took = true;
@@ -159,7 +168,9 @@ async function saveEdit(turn) {
     if (await ask(turn.parent, text.trim())) keep();
     return;
   }
-  if (await correct(turn, { kind: "answer", answer: text.trim() })) endEdit(turn);
+  if (!(await correct(turn, { kind: "answer", answer: text.trim() }))) return;
+  endEdit(turn);
+  [...byId("turns").querySelectorAll(`[data-turn="${turn.id}"] .card`)].at(-1)?.scrollIntoView({ block: "nearest" });
 }
 
 function step(turn, by) {
@@ -234,9 +245,7 @@ async function begin() {
   try {
     models = (await json("GET", "/v1/models")).data.filter((m) => m.talk !== false);
     if (!models.some(({ id }) => id === model)) model = models[0]?.id ?? null;
-    const option = ({ id }) => el("option", { value: id, selected: id === model }, id);
-    byId("model").replaceChildren(...models.map(option));
-    byId("model").hidden = models.length < 2;
+    drawModels(models, model);
     await Promise.all([taught(), talk.settleAll(conversation, draw)]);
   } catch (error) {
     failed(error);
@@ -246,10 +255,7 @@ async function begin() {
 }
 
 byId("composer").addEventListener("submit", send);
-byId("stop").addEventListener("click", () => {
-  stop();
-  say.focus();
-});
+byId("stop").addEventListener("click", () => (stop(), say.focus()));
 byId("new").addEventListener("click", () => (go(store.begun()), say.focus()));
 byId("model").addEventListener("change", (event) => {
   model = event.target.value;
@@ -280,8 +286,7 @@ panels(async (name) => {
   if (name === "settings") await readSettings(may().teach ? model : null);
   drawPanel();
 });
-const lastButton = (name) => [...byId("turns").querySelectorAll(`[data-key^="${name}-"]`)].at(-1)?.click();
-shortcuts({ stop, lastButton, create: () => byId("new").click() });
+shortcuts(stop);
 conversation = store.open(store.active()) ?? store.fresh(store.active() ?? undefined);
 shell(() => {
   drawHelp();

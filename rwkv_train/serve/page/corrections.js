@@ -35,6 +35,12 @@ export const progress = (id) => seen.get(String(id)) ?? nothing();
 
 const nothing = () => ({ phase: "received", watch: null, steps: [], gate: null });
 
+/** Whether one waits although none is before it: the server gets to know the model first. */
+export function waitsForModel(feedback) {
+  const [first] = all().filter(unfinished);
+  return feedback.status === "waiting" && first === feedback && !all().some(({ status }) => status === "learning");
+}
+
 /** Whether one is being taken back. */
 export const leaving = (id) => undoing.has(String(id));
 
@@ -70,10 +76,12 @@ export async function refresh() {
   const asked = model;
   const { data } = model === null ? { data: [] } : await json("GET", at(""));
   if (asked !== model) return;
+  const open = all().filter(unfinished);
   known.clear();
   for (const feedback of data) known.set(String(feedback.id), feedback);
   behind = false;
   tell(null);
+  open.forEach(({ id }) => over(get(id)));
   follow();
 }
 
@@ -83,8 +91,16 @@ export async function submit(body) {
   known.set(String(feedback.id), feedback);
   announce(t("received_said"));
   tell(null);
+  over(feedback);
   follow();
   return feedback;
+}
+
+/** Say what became of one that is over, and read how it went if nobody watched. */
+function over(feedback) {
+  if (!feedback || unfinished(feedback) || feedback.status === "undone") return;
+  announce(t(`said_${feedback.status}`, { answer: feedback.outcome?.answer_after ?? "" }));
+  if (!progress(feedback.id).steps.length) replay(feedback.id);
 }
 
 /** Take one back; returns the ids that went with it. Raises ServerError. */
@@ -220,7 +236,7 @@ async function finish(id, data, quiet) {
     tell(id);
     return true;
   }
-  announce(t(`said_${get(id).status}`, { answer: get(id).outcome?.answer_after ?? "" }));
+  over(get(id));
   behind = true; // others may be outdated by it
   tell(null);
   return true;

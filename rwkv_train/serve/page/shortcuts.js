@@ -20,25 +20,26 @@ const LISTED = [
   ["Alt+H", "key_help"],
 ];
 
-/** Listen for the keys. act: {stop() -> whether anything was stopped, lastButton(name), create()} */
-export function shortcuts(act) {
+/** Listen for the keys. stop(): break off the reply; returns whether one was being written. */
+export function shortcuts(stop) {
+  const last = (name) => () => [...byId("turns").querySelectorAll(`[data-key^="${name}-"]`)].at(-1)?.click();
   const keys = {
     KeyM: () => byId("say").focus(),
-    KeyN: act.create,
-    KeyE: () => act.lastButton("edit"),
-    KeyC: () => act.lastButton("correct"),
-    KeyG: () => act.lastButton("good"),
-    KeyB: () => act.lastButton("bad"),
-    KeyR: () => act.lastButton("again"),
-    Comma: () => act.lastButton("branch_before"),
-    Period: () => act.lastButton("branch_after"),
+    KeyN: () => byId("new").click(),
+    KeyE: last("edit"),
+    KeyC: last("correct"),
+    KeyG: last("good"),
+    KeyB: last("bad"),
+    KeyR: last("again"),
+    Comma: last("branch_before"),
+    Period: last("branch_after"),
     KeyL: () => byId("open-corrections").click(),
     KeyS: () => byId("open-settings").click(),
     KeyH: help,
   };
   addEventListener("keydown", (event) => {
     if (composing(event) || document.querySelector("dialog[open]")) return;
-    if (event.key === "Escape" && !event.defaultPrevented && act.stop()) event.preventDefault();
+    if (event.key === "Escape" && !event.defaultPrevented && stop()) event.preventDefault();
     const run = event.altKey && !event.ctrlKey && !event.metaKey && !event.shiftKey && keys[event.code];
     if (!run) return;
     event.preventDefault();

@@ -1,4 +1,4 @@
-// The list of conversations, and what is shown before the first message.
+// The list of conversations, the choice of models, and what is shown before the first message.
 
 import { button, byId, el, redraw } from "./dom.js";
 import { all } from "./store.js";
@@ -36,4 +36,11 @@ export function drawWelcome(talking, tryIt) {
     el("p", { class: "fine" }, t("welcome_try")),
     el("ul", { class: "examples" }, examples),
   );
+}
+
+/** Fill the choice of models; one alone is no choice. */
+export function drawModels(models, current) {
+  const option = ({ id }) => el("option", { value: id, selected: id === current }, id);
+  byId("model").replaceChildren(...models.map(option));
+  byId("model").hidden = models.length < 2;
 }

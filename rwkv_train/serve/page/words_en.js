@@ -85,6 +85,9 @@ export const en = {
   status_undone: "undone",
   status_outdated: "outdated",
   status_waiting_long: "It is safe on the disk, and waits for its turn.",
+  waits_for_model:
+    "It is safe on the disk. The server first gets to know the model, so that it sees what must not change; after a " +
+    "start that takes a minute or two.",
   status_learning_long: "Its turn has come.",
   phase_received: "Received",
   phase_preparing: "Preparing",
