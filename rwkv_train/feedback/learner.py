@@ -101,7 +101,8 @@ class Learner:
                 old.replace(path)
             with half_the_threads():
                 first = self._profile.begun_with
-                self._rehearsal = RehearsalSet.kept(path, self.base, self.form, first.trainable, first.layers)
+                settings = first.trainable, first.layers
+                self._rehearsal = RehearsalSet.kept(path, self.base, self.form, *settings, self._watched)
         return self._rehearsal
 
     @property
@@ -151,16 +152,18 @@ class Learner:
         """
         return self.learn(kept_question(self.journal, text, of))
 
-    def receive(self, correction: Correction | Reading) -> int:
+    def receive(self, correction: Correction | Reading, about: dict | None = None) -> int:
         """Record a correction with the settings of now, at once and from any thread; returns its number.
 
-        The question is recorded as the template writes it: white space around it makes no other question. Raises
-        ValueError, before anything is recorded, for one that cannot be learnt.
+        about: what else to keep of it, for whoever shows it. The question is recorded as the template writes it: white
+        space around it makes no other question. Raises ValueError, before anything is recorded, for one that cannot be
+        learnt.
         """
         self.check(correction)
         if isinstance(correction, Correction):
             correction = replace(correction, question=self.form.template.clean(correction.question))
-        return self.journal.append("received", **asdict(correction), config=asdict(self.config))["id"]
+        more = {"about": about} if about else {}
+        return self.journal.append("received", **asdict(correction), config=asdict(self.config), **more)["id"]
 
     def commit(self, number: int, tick: Tick = lambda step, loss: None) -> Outcome:
         """Learn a received correction. Corrections are committed in the order in which they were received.

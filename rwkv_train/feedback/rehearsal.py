@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from rwkv_train.checkpoints.weightfile import read_weights, write_safetensors
+from rwkv_train.feedback.background import Watch
 from rwkv_train.feedback.curvature import Curvature
 from rwkv_train.feedback.decode import Form, decode, lanes_at_once, sampled
 from rwkv_train.feedback.texts import divergence, is_large, log_probs
@@ -59,12 +60,21 @@ class RehearsalSet:
 
     @classmethod
     def of_model(
-        cls, base: RWKV, form: Form, count: int = 512, trainable: Trainable = "upper", layers: int = 0
+        cls,
+        base: RWKV,
+        form: Form,
+        count: int = 512,
+        trainable: Trainable = "upper",
+        layers: int = 0,
+        watch: Watch = lambda what, items: items,
     ) -> "RehearsalSet":
         """`count` dialogues of one turn, and the curvature of the matrices that are trained. Always the same.
 
         A question that comes to no end is cut: a model that knows no dialogues has to keep what it says there, too.
+        watch: shows which of its parts is being made.
         """
+        parts = iter(watch("getting to know the model", range(2 * TURNS + 2)))
+        next(parts)
         rng = torch.Generator().manual_seed(0)
         rows, questions, dialogues = [], [], []
         for row in _with_a_message(base, form, "user", [[form.tokenizer.eod]] * count, rng):
@@ -73,6 +83,7 @@ class RehearsalSet:
                 questions.append(text)
             else:
                 rows.append(row)
+        next(parts)
         if questions:
             prompts, end = list(map(form.prompt, questions)), form.template.end()
             replies = decode(base, form.tokenizer, prompts, end, max_new_tokens=LONGEST, rng=rng)
@@ -81,15 +92,26 @@ class RehearsalSet:
         # Only for the curvature: what the model says late in a dialogue has to stay as well.
         longer = [row for row in dialogues[::LATER] if _ended(form, "assistant", row)]
         for role in ["user", "assistant"] * (TURNS - 1) if longer else []:
+            next(parts)
             grown = _with_a_message(base, form, role, longer, rng)
             longer = [row for row in grown if _ended(form, role, row)] or longer
+        next(parts)
         samples = free_running(base, form, rng)
+        next(parts)
         curvature = Curvature.measure(base, *curved_names(base, trainable, layers), rows + longer + samples)
+        for _ in parts:  # there are fewer of a model that writes no dialogues
+            pass
         return cls(base, form, rows, list(dict.fromkeys(questions)), samples, curvature)
 
     @classmethod
     def kept(
-        cls, path: Path, base: RWKV, form: Form, trainable: Trainable = "upper", layers: int = 0
+        cls,
+        path: Path,
+        base: RWKV,
+        form: Form,
+        trainable: Trainable = "upper",
+        layers: int = 0,
+        watch: Watch = lambda what, items: items,
     ) -> "RehearsalSet":
         """The one in a file; made and written there if there is none, and told if there is one of no use."""
         if path.is_file():
@@ -97,7 +119,7 @@ class RehearsalSet:
                 return cls.load(path, base, form)
             except ValueError as error:
                 print(f"{path} is made anew: {error}. A replay may give other weights than before", file=sys.stderr)
-        cls.of_model(base, form, trainable=trainable, layers=layers).save(path)
+        cls.of_model(base, form, trainable=trainable, layers=layers, watch=watch).save(path)
         return cls.load(path, base, form)
 
     def save(self, path: Path) -> None:

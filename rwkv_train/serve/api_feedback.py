@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import fields
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from fastapi import APIRouter, Body, Depends, Path, Query, Request
 from fastapi.responses import PlainTextResponse
@@ -12,6 +12,7 @@ from pydantic import BaseModel
 
 from rwkv_train.command_config import explained
 from rwkv_train.feedback import Correction, FeedbackConfig
+from rwkv_train.feedback.trainable import Trainable
 from rwkv_train.files import quoted
 from rwkv_train.serve.api_chat import service_of
 from rwkv_train.serve.errors import ERRORS, ApiError
@@ -77,6 +78,7 @@ class Setting(BaseModel):
     value: float | int | str
     default: float | int | str
     type: Literal["number", "integer", "text"]
+    choices: list[str] | None
     description: str
 
 
@@ -256,6 +258,7 @@ def _settings(service: Service, name: str) -> dict:
                 "value": getattr(config, f.name),
                 "default": f.default,
                 "type": types[type(f.default)],
+                "choices": list(get_args(Trainable)) if f.name == "trainable" else None,
                 "description": explained(FeedbackConfig, f.name),
             }
             for f in fields(FeedbackConfig)

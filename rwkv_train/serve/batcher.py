@@ -24,7 +24,7 @@ from rwkv_train.models.base import RWKV
 from rwkv_train.models.state import State
 from rwkv_train.tokenizer import Tokenizer
 
-PIECE = 128  # tokens of prompts that are read between two tokens of the replies
+PIECE = 64  # tokens of prompts that are read between two tokens of the replies
 
 T = TypeVar("T")
 Reason = Literal["stop", "length", "cancelled", "time", "error"]

@@ -71,7 +71,7 @@ def _listen(config: ServeConfig) -> socket.socket:
     """A socket that listens, before anything slow is done. Raises ValueError where it cannot be had."""
     try:
         family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-        listening = socket.socket(family)
+        listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # so asyncio sends without delay
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind((config.host, config.port))
         return listening

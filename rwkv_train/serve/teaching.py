@@ -5,7 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from contextlib import suppress
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
@@ -21,13 +21,8 @@ BASE = "base"  # the name of the model without corrections
 Tell = Callable[[str, int | None, str, dict], None]
 
 
-@dataclass(frozen=True)
-class Received:
-    """What is known of a correction besides its journal's record, in this process."""
-
-    kind: str
-    response: str | None
-    created: float
+class Stopped(BaseException):
+    """The server stops, and what is being prepared waits for the next start. No `Exception`: nothing has failed."""
 
 
 class Teaching:
@@ -40,7 +35,6 @@ class Teaching:
     def __init__(self, learners: dict[str, Learner], tell: Tell):
         self.learners, self._tell = learners, tell
         self.now: tuple[str, int] | None = None  # what is being learnt
-        self._known: dict[tuple[str, int], Received] = {}
         self._failed: dict[tuple[str, int], str] = {}  # of those whose failure could not be recorded either
         self._versions: WeakKeyDictionary[RWKV, str] = WeakKeyDictionary()
         self._ending = threading.Event()
@@ -71,8 +65,8 @@ class Teaching:
 
     def receive(self, name: str, kind: str, correction: Correction, response: str | None = None) -> int:
         """Keep a correction, on the disk, and have it learnt; its number. ValueError, OSError as `Learner.receive`."""
-        number = self.learners[name].receive(correction)
-        self._known[name, number] = Received(kind, response, time.time())
+        about = {"kind": kind, "response": response, "time": int(time.time())}
+        number = self.learners[name].receive(correction, about)
         self._tell(name, number, "received", {"id": number})
         self._submit(lambda: self._commit(name, number))
         return number
@@ -122,8 +116,8 @@ class Teaching:
 
     def _shown(self, name: str, record: dict, old: set[int]) -> dict:
         number, ledger = record["id"], self.learners[name].journal.ledger
-        known, how = self._known.get((name, number)), ledger.committed.get(number)
-        kind = (
+        about, how = record.get("about", {}), ledger.committed.get(number)
+        usual = (
             "keep" if record.get("keeps") else "also" if record.get("of") else "answer" if record["answer"] else "bad"
         )
         status, outcome = "waiting", None
@@ -145,19 +139,24 @@ class Teaching:
             "id": number,
             "object": "feedback",
             "model": name,
-            "kind": known.kind if known else kind,
+            "kind": about.get("kind", usual),
             "status": status,
             "question": record["question"],
             "answer": ledger.sequence.get(number, record)["answer"],
             "rejected": record["rejected"],
             "of": record.get("of"),
-            "response_id": known.response if known else None,
-            "created_at": known and int(known.created),
+            "response_id": about.get("response"),
+            "created_at": about.get("time"),
             "outcome": outcome,
         }
 
     def _submit(self, work: Callable[[], object]) -> None:
-        self._background.submit(lambda: None if self._ending.is_set() else work())
+        def run() -> None:
+            with suppress(Stopped):
+                if not self._ending.is_set():
+                    work()
+
+        self._background.submit(run)
 
     def _commit(self, name: str, number: int) -> None:
         learner = self.learners[name]
@@ -173,7 +172,7 @@ class Teaching:
             self._failed[name, number] = in_a_line(error)
         finally:
             self.now = None
-            self._tell(name, number, "done", self.one(name, number))
+        self._tell(name, number, "done", self.one(name, number))
 
     def _undone(self, name: str, number: int) -> list[int]:
         with half_the_threads():
@@ -210,6 +209,8 @@ class Teaching:
     def _watch(self, name: str, what: str, items: Sequence) -> Iterable:
         number = self.now[1] if self.now and self.now[0] == name else None
         for n, item in enumerate(items):
+            if self._ending.is_set():
+                raise Stopped
             self._tell(name, number, "watch", {"what": what, "n": n, "of": len(items)})
             yield item
 

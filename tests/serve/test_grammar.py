@@ -164,7 +164,7 @@ def test_the_end_may_come_where_more_may_follow():
 
 
 def test_white_space_is_bounded():
-    tokenizer, grammars = made("bytes")
+    _, grammars = made("bytes")
     constraint = grammars.json_object()
     constraint.accept(ord("{") + 1)
     assert {b + 1 for b in b" \n\t\r"} & set(allowed(constraint)) == {ord(" ") + 1}
