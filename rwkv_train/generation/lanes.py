@@ -170,7 +170,7 @@ def recorder(device: torch.device) -> Recorder | None:
 
 def take(model: RWKV, lanes: Lanes, needs: Needs, graphs: bool = True) -> Eager | Recorded:
     """What runs the steps of some lanes; `give_back` it. graphs: with a CUDA graph where there can be one."""
-    record = recorder(model.device) if graphs else None
+    record = recorder(model.device) if graphs and not needs.masked else None
     if record is None or (kept := _graphs(model)).failed:
         return Eager(lanes, needs)
     size = 1 << (len(lanes.token) - 1).bit_length()

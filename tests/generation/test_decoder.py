@@ -236,7 +236,6 @@ class Cycle:
         self.left -= 1
 
 
-@pytest.mark.parametrize("generation", [4, 7])
 def test_a_prompt_in_pieces_is_the_prompt(generation):
     """Others go on being written meanwhile, and a short prompt does not wait for a long one."""
     model = models(generation)
@@ -253,7 +252,7 @@ def test_a_prompt_in_pieces_is_the_prompt(generation):
 
 
 def test_texts_beside_one_another_read_their_prompt_once():
-    model = models(7)
+    model = models("rwkv7")
     alone = decoded(model, [4, 4][:1], MIXED)[4][0]
     decoder, written = Decoder(model, piece=4), {}
     one = decoder.add(PROMPTS[4], MIXED[4], random_numbers(4), STOP, MOST[4])
@@ -268,7 +267,7 @@ def test_texts_beside_one_another_read_their_prompt_once():
 
 
 def test_a_constraint_binds_its_own_text(how):
-    model = models(7)
+    model = models("rwkv7")
     alone = decoded(model, [0], MIXED)[0][0]
     decoder, written, cycle = Decoder(model), {}, Cycle(model.config.vocab_size, 5)
     free = decoder.add(PROMPTS[0], MIXED[0], random_numbers(0), STOP, MOST[0])
@@ -281,10 +280,12 @@ def test_a_constraint_binds_its_own_text(how):
 
 def test_scores_are_the_models_own(how):
     """Those of a token are of what was read before it, whatever the settings that chose it."""
-    model = models(4)
+    model = models("rwkv4")
     decoder = Decoder(model)
     plain = decoder.add(PROMPTS[1], Sampling(), random_numbers(3), max_new_tokens=6)
-    asked = decoder.add(PROMPTS[0], Sampling(2, top_k=4, presence_penalty=0.5), random_numbers(1), STOP, 8, likeliest=3)
+    asked = decoder.add(
+        PROMPTS[0], Sampling(2, top_k=4, presence_penalty=0.5), random_numbers(1), max_new_tokens=8, likeliest=3
+    )
     ids, found = [], []
     while len(decoder):
         for lane, token, _, scores in decoder.step():
@@ -303,7 +304,7 @@ def test_scores_are_the_models_own(how):
 
 def test_what_is_counted_fades(how):
     """A penalty that decays is the sum over the tokens before, each by how long ago it was."""
-    model = models(7)
+    model = models("rwkv7")
     sampling, ids, state = Sampling(0, frequency_penalty=1.5, presence_penalty=0.25, penalty_decay=0.5), [], None
     logits, state = prefill(model, PROMPTS[0])
     for _ in range(12):

@@ -6,7 +6,7 @@ from helpers import random_model
 
 from rwkv_train.generation import reading
 from rwkv_train.generation.prefill import prefill_all
-from rwkv_train.generation.reading import Reader, read
+from rwkv_train.generation.reading import Reader, read, size_for
 from rwkv_train.models.adapters import tune
 
 TOKENS = [3, 5, 1, 1, 8, 0, 2, 9]
@@ -122,3 +122,28 @@ def test_the_next_text_goes_on_with_the_tape_of_the_last(monkeypatch, generation
     reader = Reader(begun(model, 1))
     assert_reads(model, reader, begun(model, 1), TOKENS[: reading.CALLED])
     assert not reader.taped
+
+
+def test_sizes_serve_as_many_and_not_many_more():
+    sizes = [size_for(n) for n in range(1, 65)]
+    assert sorted(set(sizes)) == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64]
+    assert all(n <= size <= 1.5 * n for n, size in enumerate(sizes, 1))
+
+
+@torch.no_grad()
+def test_a_tape_serves_fewer_lanes_as_well(monkeypatch, generation):
+    """Texts come and go at each token: after some of them there is a tape of every size, and none is made again."""
+    made, rng = [], torch.Generator().manual_seed(0)
+    capture = reading.tape.capture
+    monkeypatch.setattr(reading.tape, "capture", lambda call: made.append(1) or capture(call))
+    model = random_model(dtype=torch.float64, generation=generation).eval()
+    for lanes in torch.randint(1, 9, (80,), generator=rng).tolist():
+        state, token = begun(model, lanes), torch.arange(lanes) + 3
+        reader = Reader(state)
+        for _ in range(2):
+            ours, (theirs, state) = reader(model, token).clone(), read(model, token, state, None)
+            torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
+            for part, expected in zip(reader.state, state, strict=True):
+                torch.testing.assert_close(part, expected, rtol=1e-11, atol=1e-11)
+        reader.give_back(model)
+    assert len(made) == 6 and reader.taped is None  # of 1, 2, 3, 4, 6 and 8 lanes
