@@ -213,7 +213,7 @@ class Dialogue:
                 if reply.ended:
                     break
         finally:
-            ids, rest, state = reply.settle(state)
+            ids, rest, state = reply.settle()
             if rest := self.tokenizer.encode(rest):
                 state = prefill(model, rest, state)[1]
             self.turns[-1] = replace(asked, state=state, reply=reply.shown, ids=ids + rest, ended=reply.ended)

@@ -66,13 +66,15 @@ class Reply:
         self._length = len(self._text) if self._keeps_space else len(self._text.rstrip())
         return self.shown[before:]
 
-    def settle(self, now: State) -> tuple[list[int], str, State | None]:
+    def settle(self, now: State | None = None) -> tuple[list[int], str, State | None]:
         """(ids whose every character belongs to the reply, the text that belongs to it beyond them, state between).
 
-        now: after the last token.
+        now: after the last token, for where a later state serves as well.
         """
         count, characters, state = self._kept
-        return self._ids[:count], self._text[characters : self._length], now if count == len(self._ids) else state
+        if state is None and count == len(self._ids):
+            state = now
+        return self._ids[:count], self._text[characters : self._length], state
 
     def _holds(self, token: int) -> bool:
         """Whether something would be held back after another token."""
