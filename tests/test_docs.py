@@ -28,6 +28,7 @@ FEWER = {  # than in test_bench.py
     "bench train": ["--peers=false", "--precisions=[fp32]", "--repeats=1", "--json=train.json"],
     "bench memory": ["--lora-size="],
     "bench generate": ["--peers=false", "--repeats=1"],
+    "bench serve": ["--model=runs/chats", "--sessions=[2]", "--history=[10]"],
     "serve": ["--port=0"],
 }
 SENTENCE = "It was a bright cold day, and the clocks were striking thirteen. "

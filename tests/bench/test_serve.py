@@ -4,6 +4,7 @@ import asyncio
 import json
 
 import pytest
+from bench_toys import TOY
 from feedback_toys import small_model
 from helpers import run
 
@@ -14,25 +15,13 @@ from rwkv_train.bench.serve_clients import Client, Failed, Load, Measured, Reply
 from rwkv_train.bench.settings import ServeBench
 
 pytest.importorskip("fastapi", reason="needs the extra serve")
-FAST = [
-    "--sessions=[1,3]",
-    "--tokens=6",
-    "--seconds=0.3",
-    "--crowd=4",
-    "--turns=2",
-    "--crowd-seconds=0.3",
-    "--corrections=1",
-    "--history=[10,400]",
-    "--company=2",
-    "--repeats=1",
-]
 
 
 def test_it_prints_tables_and_writes_figures_that_fit_together(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     save_model(small_model(generation="rwkv7"), "model.pth")
     model = ["--model=model.pth", "--tokenizer=bytes"]
-    code, out, err = run("bench", "serve", *model, *FAST, "--peers=false", "--json=f.json", capsys=capsys)
+    code, out, err = run("bench", "serve", *model, *TOY["bench serve"], "--json=f.json", capsys=capsys)
     assert code == 0, err + out
     for part in ("3 at once, conversations", IDLE, LEARNING, "tokens before", "alone and among 2", "not asked for"):
         assert part in out, out

@@ -34,4 +34,17 @@ TOY = {
         "--controls=[]",
         "--seeds=1",
     ],
+    "bench serve": [
+        "--sessions=[1,3]",
+        "--tokens=6",
+        "--seconds=0.3",
+        "--crowd=4",
+        "--turns=2",
+        "--crowd-seconds=0.3",
+        "--corrections=1",
+        "--history=[10,400]",
+        "--company=2",
+        "--repeats=1",
+        "--peers=false",
+    ],
 }
