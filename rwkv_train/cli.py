@@ -98,7 +98,7 @@ COMMANDS = {  # most are one word, the benchmarks two
     "serve": Command(
         "serve a model: an OpenAI-like API, corrections, and a page to talk and correct on",
         "rwkv_train.serve.settings:ServeConfig",
-        "rwkv_train.serve.command:serve",
+        "rwkv_train.serve:serve",
     ),
     "feedback": Command(
         "learn a file of corrections",

@@ -1,7 +1,9 @@
 """The `serve` command: opens a model and serves it until it is stopped."""
 
+import signal
 import socket
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import uvicorn
@@ -36,7 +38,11 @@ def serve(config: ServeConfig) -> int:
     host = f"[{config.host}]" if ":" in config.host else config.host
     print(f"serving {', '.join(opened.service.models)} at http://{host}:{opened.config.port}", flush=True)
     print(f"  talk and correct at /, a live room at /room, the API at /v1; {STOP}", file=sys.stderr, flush=True)
-    server.run(sockets=[listening])
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with suppress(KeyboardInterrupt):  # the server ends first, and passes a signal on then
+        server.run(sockets=[listening])
+    waiting = sum(len(learner.journal.ledger.waiting) for learner in opened.service.learners.values())
+    print(f"stopped; {waiting} corrections wait, and are learnt after the next start" if waiting else "stopped")
     return 0 if server.started else 1
 
 

@@ -185,7 +185,7 @@ class Audience:
             if len(self._viewers) >= MOST:
                 raise Leave(LATER, "the room is full")
             name = self._name(message.name)
-            why = self._why_not(name, rights)
+            why = self._why_not(name, rights, tokens)
             if not why:
                 return Viewer(socket, name, rights)
             await socket.send_text(encoded("refused", {"why": why}))
@@ -197,14 +197,14 @@ class Audience:
             name = f"guest-{secrets.token_hex(2)}"
         return name
 
-    def _why_not(self, name: str, rights: Rights) -> str:
+    def _why_not(self, name: str, rights: Rights, tokens: Tokens) -> str:
         """Why somebody cannot have a name; "" if nothing speaks against it. Operators' names are theirs."""
         key = folded(name)
         if ":" in name:
             return "a name has no colon"
         if len(name) > LONGEST_NAME:
             return f"a name has at most {LONGEST_NAME} characters"
-        if not rights.operate and key in self._operators:
+        if not rights.operate and key in [*self._operators, *map(folded, tokens.operators)]:
             return f"{quoted(name)} is an operator's name"
         holder = self._viewers.get(key)
         if holder and (holder.rights.operate or not rights.operate):

@@ -179,7 +179,8 @@ class Teaching:
             ids = self.learners[name].forget([number])
         self.model(name)
         for each in ids:
-            self._tell(name, each, "done", self.one(name, each))
+            if shown := self.one(name, each):  # a sleep is no correction
+                self._tell(name, each, "done", shown)
         return ids
 
     def _slept(self, name: str) -> dict | None:

@@ -57,6 +57,11 @@ class Tokens:
     def __len__(self) -> int:
         return len(self._rights)
 
+    @property
+    def operators(self) -> list[str]:
+        """Names of those who may operate."""
+        return [rights.name for _, rights in self._rights if rights.operate]
+
     def __repr__(self) -> str:
         return f"Tokens({', '.join(rights.name for _, rights in self._rights)})"
 
