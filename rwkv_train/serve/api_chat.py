@@ -37,16 +37,19 @@ class Choice(BaseModel):
     finish_reason: str
 
 
-class ChatAnswer(BaseModel):
+class Answer(BaseModel):
     """`system_fingerprint` is the version of the weights."""
 
     id: str
-    object: str = "chat.completion"
     created: int
     model: str
     system_fingerprint: str
-    choices: list[Choice]
     usage: Usage
+
+
+class ChatAnswer(Answer):
+    object: str = "chat.completion"
+    choices: list[Choice]
 
 
 class TextChoice(BaseModel):
@@ -56,16 +59,9 @@ class TextChoice(BaseModel):
     finish_reason: str
 
 
-class TextAnswer(BaseModel):
-    """`system_fingerprint` is the version of the weights."""
-
-    id: str
+class TextAnswer(Answer):
     object: str = "text_completion"
-    created: int
-    model: str
-    system_fingerprint: str
     choices: list[TextChoice]
-    usage: Usage
 
 
 def service_of(request: Request) -> Service:
