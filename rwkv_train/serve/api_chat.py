@@ -7,9 +7,9 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Request
 from pydantic import BaseModel
 
-from rwkv_train.serve.batcher import End, Event, Piece
 from rwkv_train.serve.conversation import Asked
 from rwkv_train.serve.errors import ERRORS, ApiError
+from rwkv_train.serve.jobs import End, Event, Piece
 from rwkv_train.serve.schemas import ChatRequest, CompletionRequest
 from rwkv_train.serve.service import Running, Service
 from rwkv_train.serve.streams import EventStream, sse, together, unless_gone

@@ -18,7 +18,7 @@ from rwkv_train.serve.api_chat import service_of
 from rwkv_train.serve.errors import ERRORS, ApiError
 from rwkv_train.serve.schemas import FeedbackRequest
 from rwkv_train.serve.service import Service
-from rwkv_train.serve.streams import EventStream, sse, unless_gone
+from rwkv_train.serve.streams import EventStream, sse
 from rwkv_train.serve.tokens import Rights, require
 
 router = APIRouter(tags=["corrections"], responses=ERRORS)
@@ -186,8 +186,8 @@ async def undo(request: Request, id: Number, rights: Teacher, model: Model = Non
     name = taught(service, model, rights)
     if _one(service, name, id)["status"] not in ("waiting", "learning", "learnt", "outdated"):
         raise ApiError(409, f"correction {id} was not learnt, or was taken back before", "nothing_to_do")
-    ids = await unless_gone(request, asyncio.wrap_future(service.teaching.undo(name, id)))
-    return {"undone": ids or [], "version": service.teaching.model(name)[1]}
+    ids = await asyncio.wrap_future(service.teaching.undo(name, id))
+    return {"undone": ids, "version": service.teaching.model(name)[1]}
 
 
 def taught(service: Service, model: str | None, rights: Rights) -> str:

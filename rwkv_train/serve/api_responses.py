@@ -1,5 +1,6 @@
 """/v1/responses: a conversation goes on from the state after any of its replies."""
 
+import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Annotated, Any
@@ -9,8 +10,8 @@ from pydantic import BaseModel, ConfigDict
 
 from rwkv_train.files import quoted
 from rwkv_train.serve.api_chat import SSE, Talker, service_of
-from rwkv_train.serve.batcher import End, Piece
 from rwkv_train.serve.errors import ERRORS, ApiError
+from rwkv_train.serve.jobs import End, Piece
 from rwkv_train.serve.schemas import ResponseRequest
 from rwkv_train.serve.service import Running, Service
 from rwkv_train.serve.sessions import Turn
@@ -108,7 +109,7 @@ async def items(request: Request, id: Id, rights: Talker) -> Any:
     service = service_of(request)
     turn = await _turn(service, id, rights)
     try:
-        messages = service.conversations.transcript(turn)
+        messages = await asyncio.to_thread(service.conversations.transcript, turn)
     except ValueError as error:
         raise ApiError(404, str(error), "not_found") from None
     data = [
@@ -129,13 +130,13 @@ async def items(request: Request, id: Id, rights: Talker) -> Any:
 @router.delete("/v1/responses/{id}", response_model=Deleted)
 async def delete(request: Request, id: Id, rights: Talker) -> Any:
     """Forget a turn. What follows it stays."""
-    if not service_of(request).sessions.delete(id, rights.name):
+    if not await asyncio.to_thread(service_of(request).sessions.delete, id, rights.name):
         raise _unknown(id)
     return {"id": id, "object": "response", "deleted": True}
 
 
 async def _turn(service: Service, id: str, rights: Rights) -> Turn:
-    turn = service.sessions.get(id, rights.name)
+    turn = await asyncio.to_thread(service.sessions.get, id, rights.name)
     if turn is None:
         raise _unknown(id)
     return turn

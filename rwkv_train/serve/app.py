@@ -1,5 +1,6 @@
 """The FastAPI app: routes, what guards them, and the page."""
 
+import asyncio
 import sys
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
@@ -19,6 +20,7 @@ from rwkv_train.serve.room import LiveRoom
 from rwkv_train.serve.service import Service
 from rwkv_train.serve.tokens import Rights, Tokens, require
 
+TOKEN_RATE = 600  # requests a minute of a token, unless told otherwise
 PAGE = File(__file__).parent / "page"
 router = APIRouter(tags=["server"], responses=ERRORS)
 
@@ -64,7 +66,9 @@ async def health() -> Any:
 @router.get("/metrics", response_class=PlainTextResponse, dependencies=[Depends(require("operate"))])
 async def metrics(request: Request) -> Any:
     """Figures for Prometheus."""
-    return PlainTextResponse(service_of(request).metrics.text(), media_type="text/plain; version=0.0.4")
+    return PlainTextResponse(
+        await asyncio.to_thread(service_of(request).metrics.text), media_type="text/plain; version=0.0.4"
+    )
 
 
 @router.get("/v1/models", response_model=Models)
@@ -139,4 +143,5 @@ def create_app(service: Service, tokens: Tokens) -> Guard:
         app.include_router(each)
     room.attach(app)
     app.mount("/page", StaticFiles(directory=PAGE), name="page")
-    return Guard(app, tokens, config.host, config.allow_host, body_bytes=config.body, rate=config.rate)
+    rate = config.rate or (TOKEN_RATE if len(tokens) else None)
+    return Guard(app, tokens, config.host, config.allow_host, body_bytes=config.body, rate=rate)

@@ -7,107 +7,23 @@ version from its first token to its last.
 import queue
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, TypeVar
-
-import torch
-from torch import Tensor
 
 from rwkv_train.chat.reply import Reply
 from rwkv_train.feedback.background import half_the_threads, in_a_line
-from rwkv_train.generation.decoder import Constraint, Decoder, Scores
+from rwkv_train.generation.decoder import Decoder, Scores
 from rwkv_train.generation.prefill import prefill
-from rwkv_train.generation.sampling import Sampling, random_numbers
+from rwkv_train.generation.sampling import random_numbers
 from rwkv_train.models.base import RWKV
+from rwkv_train.models.finite import NotFinite
 from rwkv_train.models.state import State
+from rwkv_train.serve.jobs import Bound, End, Full, Job, Piece, Reason
 from rwkv_train.tokenizer import Tokenizer
 
 PIECE = 64  # tokens of prompts that are read between two tokens of the replies
-
-T = TypeVar("T")
-Reason = Literal["stop", "length", "cancelled", "time", "error"]
-
-
-class Full(Exception):
-    """As many replies wait as may."""
-
-
-class Piece(NamedTuple):
-    """What a token brought. text: what can be shown now, perhaps nothing; scores: of the token, where asked for."""
-
-    choice: int
-    token: int
-    text: str
-    scores: Scores | None
-
-
-class End(NamedTuple):
-    """A choice's end.
-
-    text: its last piece; shown: all of it. ids: the tokens that hold exactly that; state: after them, of one lane, or
-    None where nobody knows it. ended: the model wrote the end of the turn. count: tokens written. error: what went
-    wrong, in a line.
-    """
-
-    choice: int
-    reason: Reason
-    text: str
-    shown: str
-    ids: list[int]
-    state: State | None
-    ended: bool
-    count: int
-    error: str = ""
-
-
-Event = Piece | End
-
-
-@dataclass(eq=False)
-class Job:
-    """A prompt, and the replies to it that are asked for.
-
-    prompt: ids, read after `state` (of one lane; None: a document's beginning). seeds: one for each choice.
-    tell(event): called in the batcher's thread. end: the text that ends a reply and belongs to it; "" if it is no turn
-    of a chat. stop: texts before which it ends. constraint: makes a choice's. likeliest: as of `Decoder.add`. seconds:
-    after which it is broken off.
-    """
-
-    model: RWKV
-    prompt: list[int]
-    state: State | None
-    sampling: Sampling
-    seeds: list[int]
-    max_new_tokens: int
-    tell: Callable[[Event], None]
-    end: str = ""
-    stop: tuple[str, ...] = ()
-    constraint: Callable[[], Constraint] | None = None
-    likeliest: int | None = None
-    seconds: float = float("inf")
-
-
-class _Bound:
-    """A constraint that ends its text, and no other one, where it cannot be followed any further."""
-
-    def __init__(self, constraint: Constraint, vocab_size: int, eod: int):
-        self._constraint, self._only_eod, self.error = constraint, torch.arange(vocab_size) == eod, ""
-
-    def mask(self) -> Tensor:
-        return self._only_eod if self.error else self._tried(self._constraint.mask, self._only_eod)
-
-    def accept(self, token: int) -> None:
-        if not self.error:
-            self._tried(lambda: self._constraint.accept(token), None)
-
-    def _tried(self, call: Callable[[], T], otherwise: T) -> T:
-        try:
-            return call()
-        except ValueError as error:
-            self.error = str(error)
-            return otherwise
 
 
 @dataclass(eq=False)
@@ -115,7 +31,7 @@ class _Choice:
     job: Job
     number: int
     reply: Reply
-    bound: _Bound | None
+    bound: Bound | None
     count: int = 0
 
 
@@ -144,7 +60,7 @@ class Batcher:
         self, tokenizer: Tokenizer, lanes: int = 64, waiting: int = 256, flush: Callable[[], None] = lambda: None
     ):
         self.tokenizer, self.lanes, self.waiting, self._flush = tokenizer, lanes, waiting, flush
-        self.load = Load()
+        self.load, self._stop = Load(), frozenset([tokenizer.eod])
         self._asked: queue.Queue[tuple[str, Job | None]] = queue.Queue()
         self._line: list[tuple[float, Job]] = []  # until when, and what has no lane yet
         self._decoders: dict[RWKV, Decoder] = {}
@@ -175,15 +91,39 @@ class Batcher:
 
     def _work(self) -> None:
         with half_the_threads():
-            while self._take():
-                self._admit()
-                begun, busy = time.monotonic(), list(self._decoders.items())
-                for model, decoder in busy:
-                    self._step(model, decoder)
-                self._out_of_time(time.monotonic())
-                if busy:
-                    self._measured(time.monotonic() - begun)
+            going = True
+            while going:
+                try:
+                    going = self._round()
+                except Exception as error:  # a mistake of ours: nobody must wait for ever
+                    traceback.print_exception(error)
+                    self._fail(in_a_line(error))
                 self._flush()
+
+    def _round(self) -> bool:
+        """Take in what was asked, and write a token of every reply. False: it is closed."""
+        if not self._take():
+            return False
+        self._admit()
+        begun, busy = time.monotonic(), list(self._decoders.items())
+        for model, decoder in busy:
+            self._step(model, decoder)
+        self._out_of_time(time.monotonic())
+        if busy:
+            self._measured(time.monotonic() - begun)
+        return True
+
+    def _fail(self, error: str) -> None:
+        """End everything."""
+        for decoder in self._decoders.values():
+            decoder.close()
+        self._decoders.clear()
+        for key in list(self._running):
+            self._end(key, "error", None, error)
+        for _, job in self._line:
+            for number in range(len(job.seeds)):
+                self._ended(job, End(number, "error", "", "", [], None, False, 0, error))
+        self._line = []
 
     def _take(self) -> bool:
         """Take in what was asked, waiting for it where nothing else is to be done. False: close."""
@@ -195,7 +135,6 @@ class Batcher:
                 if what == "close":
                     for each in {c.job for c in self._running.values()} | {job for _, job in self._line}:
                         self._drop(each, "cancelled")
-                    self._flush()
                     return False
                 if what == "add":
                     self._line.append((time.monotonic() + job.seconds, job))
@@ -205,23 +144,25 @@ class Batcher:
 
     def _admit(self) -> None:
         """Give lanes to those that wait, in their order."""
-        stop = frozenset([self.tokenizer.eod])
         while self._line and len(self._running) + len(self._line[0][1].seeds) <= self.lanes:
-            until, job = self._line.pop(0)
+            until, job = self._line[0]
+            bounds = [self._bound(job) for _ in job.seeds]
+            del self._line[0]
             self._until[job], first = until, 0
             decoder = self._decoders.setdefault(job.model, Decoder(job.model, piece=PIECE))
-            for number, seed in enumerate(job.seeds):
-                rng, bound = random_numbers(seed), None
-                if job.constraint:
-                    bound = _Bound(job.constraint(), job.model.config.vocab_size, self.tokenizer.eod)
+            for number, (seed, bound) in enumerate(zip(job.seeds, bounds, strict=True)):
                 if number:
-                    lane = decoder.beside(first, rng, bound)
+                    lane = decoder.beside(first, random_numbers(seed), bound)
                 else:
-                    more = stop, job.max_new_tokens, job.state, bound, job.likeliest
-                    lane = first = decoder.add(job.prompt, job.sampling, rng, *more)
+                    more = self._stop, job.max_new_tokens, job.state, bound, job.likeliest
+                    lane = first = decoder.add(job.prompt, job.sampling, random_numbers(seed), *more)
                 reply = Reply(self.tokenizer, job.end, stop=job.stop, keeps_space=not job.end)
                 self._running[job.model, lane] = _Choice(job, number, reply, bound)
             self.load.read += len(job.prompt)
+
+    def _bound(self, job: Job) -> Bound | None:
+        constraint = job.constraint and job.constraint()
+        return constraint and Bound(constraint, job.model.config.vocab_size, self.tokenizer.eod)
 
     def _step(self, model: RWKV, decoder: Decoder) -> None:
         try:
@@ -284,9 +225,16 @@ class Batcher:
             text = reply.finish()
             ids, rest, state = reply.settle(state)
             if more := self.tokenizer.encode(rest):
-                ids, state = ids + more, prefill(key[0], more, state)[1]
+                ids, state = ids + more, self._after(key[0], more, state)
         end = End(choice.number, reason, text, reply.shown, ids, state, reply.ended, choice.count, error)
         self._ended(choice.job, end)
+
+    def _after(self, model: RWKV, ids: list[int], state: State | None) -> State | None:
+        """The state after some more ids; None where nobody knows it."""
+        try:
+            return None if state is None else prefill(model, ids, state)[1]
+        except NotFinite:
+            return None
 
     def _ended(self, job: Job, end: End) -> None:
         with self._lock:

@@ -65,7 +65,7 @@ def open_server(config: ServeConfig) -> Opened:
 
 def _check(config: ServeConfig) -> None:
     for name in ("reply_tokens", "most_tokens", "prompt_tokens", "lanes", "body", "rate", "state_memory", "state_disk"):
-        if getattr(config, name) < 1:
+        if getattr(config, name) is not None and getattr(config, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, found {getattr(config, name)}")
     if config.waiting < 0 or not config.seconds > 0:
         raise ValueError(f"--waiting and --seconds must not be below 0, found {config.waiting} and {config.seconds}")

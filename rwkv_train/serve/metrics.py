@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from rwkv_train.serve.batcher import End
+from rwkv_train.serve.jobs import End
 
 if TYPE_CHECKING:
     from rwkv_train.serve.service import Service

@@ -17,8 +17,8 @@ from rwkv_train.chat.room import Message, Room
 from rwkv_train.feedback import Correction
 from rwkv_train.feedback.background import in_a_line
 from rwkv_train.files import quoted, typed_lines
-from rwkv_train.serve.batcher import End
 from rwkv_train.serve.errors import ApiError
+from rwkv_train.serve.jobs import End
 from rwkv_train.serve.live import Audience, Mute, Policy, Said, Say, Skip, Teach, Undo, Viewer
 from rwkv_train.serve.room_dialogue import SHOWN, Now, RoomDialogue
 from rwkv_train.serve.service import Running, Service

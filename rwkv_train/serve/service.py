@@ -14,10 +14,11 @@ from rwkv_train.checkpoints.opener import Opened
 from rwkv_train.files import quoted
 from rwkv_train.generation.decoder import Constraint
 from rwkv_train.generation.sampling import Sampling
-from rwkv_train.serve.batcher import Batcher, End, Event, Full, Job
+from rwkv_train.serve.batcher import Batcher
 from rwkv_train.serve.conversation import Asked, Conversations
 from rwkv_train.serve.errors import ApiError
 from rwkv_train.serve.grammar import Grammars
+from rwkv_train.serve.jobs import End, Event, Full, Job
 from rwkv_train.serve.metrics import Metrics
 from rwkv_train.serve.schemas import Asked as Request
 from rwkv_train.serve.sessions import MB, Sessions, Turn, key_of
@@ -161,7 +162,7 @@ class Service:
 
         ApiError 400 for a prompt that is too long or a wrong schema, 503 where too many wait.
         """
-        model, version = self.teaching.model(name)
+        model, version = await asyncio.to_thread(self.teaching.model, name)
         asked = await asyncio.to_thread(find, version)
         if len(asked.read) > self.config.prompt_tokens:
             most = f"the prompt has {len(asked.read):,} tokens, and this server reads {self.config.prompt_tokens:,}"

@@ -73,8 +73,9 @@ class ServeConfig:
     body: int = 1_000_000
     """bytes of a request, at most"""
 
-    rate: int = 600
-    """requests a minute of one token, or of one address where there are no tokens"""
+    rate: int | None = None
+    """requests a minute of one token, or of one address where there are no tokens; if not given, 600 of a token, and
+    any number where there are none"""
 
     state_memory: int = 512
     """MB of conversations' states in memory"""

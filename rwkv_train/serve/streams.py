@@ -49,12 +49,12 @@ async def _gone(receive: Receive) -> None:
         pass
 
 
-async def unless_gone(request: Request, work: Awaitable[T]) -> T | None:
-    """The work's result; it is cancelled, and None returned, once the client is gone."""
+async def unless_gone(request: Request, work: Awaitable[T]) -> T | Response:
+    """The work's result; it is cancelled once the client is gone, and nobody reads the answer."""
     task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_gone(request.receive))
     try:
         await asyncio.wait([task, gone], return_when=asyncio.FIRST_COMPLETED)
-        return task.result() if task.done() else None
+        return task.result() if task.done() else Response(status_code=499)
     finally:
         for each in (task, gone):
             each.cancel()

@@ -9,7 +9,8 @@ from helpers import random_model
 
 from rwkv_train.generation.prefill import prefill
 from rwkv_train.generation.sampling import Sampling
-from rwkv_train.serve.batcher import Batcher, End, Full, Job, Piece
+from rwkv_train.serve.batcher import Batcher
+from rwkv_train.serve.jobs import End, Full, Job, Piece
 
 PROMPTS = [[0, *BYTES.encode(text)] for text in ("User: hi\n\nAssistant:", "a", "User: " + "long " * 60, "xyz " * 9)]
 
@@ -179,6 +180,20 @@ def test_a_constraint_that_cannot_be_followed_ends_its_own_reply(batcher, model)
     batcher.submit(bad.job(model, PROMPTS[0], most=30, constraint=Fails))
     end = bad.ends()[0]
     assert (end.reason, end.error, end.count) == ("error", "too deep", 3) and good.ends()[0].ids == expected.ids
+
+
+def test_a_mistake_ends_what_is_written_and_the_batcher_goes_on(batcher, model, monkeypatch, capsys):
+    client, broken = Client(), Client()
+    batcher.submit(client.job(model, PROMPTS[0], most=1_000_000))
+    assert isinstance(client.events.get(timeout=60), Piece)
+
+    def fails():
+        raise RuntimeError("as it happens")
+
+    batcher.submit(broken.job(model, PROMPTS[0], constraint=fails))
+    assert client.ends()[0].error == "RuntimeError: as it happens" and "as it happens" in broken.ends()[0].error
+    assert alone(batcher, model, prompt=PROMPTS[0]).reason == "length"
+    assert "as it happens" in capsys.readouterr().err
 
 
 def test_choices_share_one_prompt(batcher, model):

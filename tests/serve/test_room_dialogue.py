@@ -7,8 +7,8 @@ import pytest
 from live_room import PATIENCE, alone, open_room, shown
 
 from rwkv_train.serve import room_dialogue
-from rwkv_train.serve.batcher import End
 from rwkv_train.serve.errors import ApiError
+from rwkv_train.serve.jobs import End
 
 LONG = {"reply_tokens": 10**6, "most_tokens": 10**6}  # no reply ends by itself before a test does
 
