@@ -87,9 +87,9 @@ class Teaching:
         """Take a correction back when it is its turn; the numbers of all that went with it."""
         return self._call(lambda: self._undone(name, number))
 
-    def sleep(self, name: str) -> Future:
-        """Learn all corrections together when it is its turn; what it came to, as a dict."""
-        return self._call(lambda: self._slept(name))
+    def sleep(self, name: str) -> None:
+        """Learn all corrections together when it is their turn; `slept` tells what it came to."""
+        self._submit(lambda: self._tell(name, None, "slept", self._slept(name)))
 
     def waiting(self, name: str) -> int:
         """Corrections of a profile that were received and not tried yet."""
@@ -183,14 +183,14 @@ class Teaching:
                 self._tell(name, each, "done", shown)
         return ids
 
-    def _slept(self, name: str) -> dict | None:
-        with half_the_threads():
-            slept = self.learners[name].sleep(self._ending.is_set)
-        self.model(name)
-        told = None if slept is None else told_of(slept)
-        if told:
-            self._tell(name, None, "slept", told)
-        return told
+    def _slept(self, name: str) -> dict:
+        try:
+            with half_the_threads():
+                slept = self.learners[name].sleep(self._ending.is_set)
+            self.model(name)
+            return told_of(slept) if slept else {"accepted": False, "why": "left for a correction; ask again"}
+        except Exception as error:
+            return {"accepted": False, "why": in_a_line(error)}
 
     def _call(self, work: Callable[[], object]) -> Future:
         """The work's result, when it was its turn; whatever it raises is raised from that."""
@@ -199,8 +199,10 @@ class Teaching:
         def run() -> None:
             try:
                 if self._ending.is_set():
-                    raise ValueError("the server is stopping; ask again when it is back")
+                    raise Stopped
                 future.set_result(work())
+            except Stopped:
+                future.set_exception(ValueError("the server is stopping; ask again when it is back"))
             except Exception as error:
                 future.set_exception(error)
 
@@ -220,6 +222,10 @@ OUTCOME = (
     *("accepted", "why", "loss_before", "loss_after", "answer_before", "answer_after", "steps", "share"),
     *("paraphrases", "contrasts", "drift", "seconds", "note"),
 )
+SLEPT = (
+    *("accepted", "why", "right_before", "right_after", "count"),
+    *("drift_before", "drift_after", "lost", "seconds"),
+)
 
 
 def gate(o: Outcome) -> dict:
@@ -227,15 +233,4 @@ def gate(o: Outcome) -> dict:
 
 
 def told_of(s: Slept) -> dict:
-    names = (
-        "accepted",
-        "why",
-        "right_before",
-        "right_after",
-        "count",
-        "drift_before",
-        "drift_after",
-        "lost",
-        "seconds",
-    )
-    return {name: getattr(s, name) for name in names}
+    return {name: getattr(s, name) for name in SLEPT}

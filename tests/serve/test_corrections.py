@@ -158,6 +158,11 @@ def test_events_of_all_corrections(server, client):
 def test_sleep(server, client):
     for n in range(2):
         taught(client, kind="answer", question=f"sleep {n}?", answer=str(n))
-    assert client.post("/v1/feedback/sleep").status_code == 202
+    with server.client() as listener, listener.stream("GET", "/v1/feedback/events") as response:
+        lines = response.iter_lines()
+        assert next(lines) == ": here"
+        assert client.post("/v1/feedback/sleep").status_code == 202
+        line = next(line for line in lines if line.startswith("data: ") and '"accepted"' in line)
+        assert {"accepted", "why"} <= json.loads(line[6:]).keys()
     metrics = client.get("/metrics").text
     assert 'rwkv_corrections_total{status="learnt"}' in metrics and "rwkv_step_seconds_bucket" in metrics
