@@ -77,10 +77,11 @@ class Reply:
         return self._ids[:count], self._text[characters : self._length], state
 
     def _holds(self, token: int) -> bool:
-        """Whether something would be held back after another token."""
+        """Whether something would be held back after another token, or the reply would end with it."""
         data = self._tokenizer.decode_bytes([token])
-        text = data.decode(errors="ignore")
-        return len(text.encode()) < len(data) or self._complete(self._text + text) < len(self._text) + len(text)
+        text = self._text + data.decode(errors="ignore")
+        half = len(text.encode()) < len(self._text.encode()) + len(data)
+        return half or self._complete(text) < len(text) or any(end in text for end in self._ends)
 
     def _complete(self, text: str) -> int:
         """How many characters are sure to be text of the reply."""

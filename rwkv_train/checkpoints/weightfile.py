@@ -3,6 +3,7 @@
 What a file is gets decided by its first bytes, never by its name.
 """
 
+import errno
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -95,9 +96,13 @@ def write_pth(tensors: dict[str, Tensor], path: Path) -> None:
 
 
 def write_safetensors(tensors: dict[str, Tensor], path: Path) -> None:
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     path.touch()
     mode = path.stat().st_mode
-    save_file(tensors, path, metadata={"format": "pt"})  # transformers insists on the metadata
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})  # transformers insists on the metadata
+    except SafetensorError as error:  # as on a full disk
+        raise OSError(errno.EIO, str(error), str(path)) from None
     path.chmod(mode)  # the library makes the file readable by its owner only

@@ -150,24 +150,19 @@ async def completions(request: Request, asked: CompletionRequest, rights: Talker
     prompts = [asked.prompt] if isinstance(asked.prompt, str) else asked.prompt
     if len(prompts) * asked.n > service.config.lanes:
         raise ApiError(400, f"n times the prompts is at most {service.config.lanes} here", param="n")
-    running = []
-    for number, prompt in enumerate(prompts):
-        ids = [tokenizer.eod, *tokenizer.encode(prompt)]
-        seed = asked if asked.seed is None else asked.model_copy(update={"seed": asked.seed + number * asked.n})
-        running.append(
-            await service.reply(
-                name,
-                lambda version, ids=ids: Asked(None, [], ids, ids, None, ""),
-                seed,
-                rights,
-                "cmpl-",
-                service.most(asked.max_tokens),
-                asked.n,
-                False,
-                end="",
-                likeliest=asked.logprobs,
-            )
-        )
+    running: list[Running] = []
+    try:
+        for number, prompt in enumerate(prompts):
+            ids = [tokenizer.eod, *tokenizer.encode(prompt)]
+            seed = asked if asked.seed is None else asked.model_copy(update={"seed": asked.seed + number * asked.n})
+            find = lambda version, ids=ids: Asked(None, [], ids, ids, None, "", 0)  # noqa: E731
+            more = {"stored": False, "end": "", "likeliest": asked.logprobs}
+            most = service.most(asked.max_tokens)
+            running.append(await service.reply(name, find, seed, rights, "cmpl-", most, asked.n, **more))
+    except BaseException:  # the whole request is refused
+        for each in running:
+            service.batcher.cancel(each.job)
+        raise
     if asked.stream:
         usage = bool(asked.stream_options and asked.stream_options.include_usage)
         return EventStream(_text_events(service, running, asked, prompts, usage))

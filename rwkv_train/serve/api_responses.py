@@ -136,6 +136,8 @@ async def delete(request: Request, id: Id, rights: Talker) -> Any:
 
 
 async def _turn(service: Service, id: str, rights: Rights) -> Turn:
+    if service.running(id, rights):
+        raise ApiError(409, f"the response {quoted(id)} is still being written; wait for its end", "in_progress")
     turn = await asyncio.to_thread(service.sessions.get, id, rights.name)
     if turn is None:
         raise _unknown(id)

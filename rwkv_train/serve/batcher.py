@@ -67,6 +67,7 @@ class Batcher:
         self._running: dict[tuple[RWKV, int], _Choice] = {}
         self._until: dict[Job, float] = {}
         self._lock, self._count = threading.Lock(), 0  # replies submitted and not ended
+        self._ending = False
         self._thread = threading.Thread(target=self._work, name="batcher", daemon=True)
         self._thread.start()
 
@@ -75,6 +76,8 @@ class Batcher:
         if len(job.seeds) > self.lanes:
             raise ValueError(f"this server writes {self.lanes} replies side by side, so n must be at most that")
         with self._lock:
+            if self._ending:
+                raise Full("the server is stopping")
             if self._count + len(job.seeds) > self.lanes + self.waiting:
                 raise Full(f"{self._count} replies are being written or wait")
             self._count += len(job.seeds)
@@ -83,6 +86,12 @@ class Batcher:
     def cancel(self, job: Job) -> None:
         """Break a job off, from any thread; its choices end with what was shown. Nothing, where it has ended."""
         self._asked.put(("drop", job))
+
+    def end(self) -> None:
+        """Break everything off, and take nothing more."""
+        with self._lock:
+            self._ending = True
+        self._asked.put(("end", None))
 
     def close(self) -> None:
         """Break everything off, and end the thread."""
@@ -109,6 +118,7 @@ class Batcher:
         for model, decoder in busy:
             self._step(model, decoder)
         self._out_of_time(time.monotonic())
+        self.load.lanes, self.load.waiting = len(self._running), sum(len(job.seeds) for _, job in self._line)
         if busy:
             self._measured(time.monotonic() - begun)
         return True
@@ -132,14 +142,15 @@ class Batcher:
             while True:
                 what, job = self._asked.get(block)
                 block = False
-                if what == "close":
-                    for each in {c.job for c in self._running.values()} | {job for _, job in self._line}:
-                        self._drop(each, "cancelled")
-                    return False
                 if what == "add":
                     self._line.append((time.monotonic() + job.seconds, job))
-                else:
+                elif what == "drop":
                     self._drop(job, "cancelled")
+                else:
+                    for each in {c.job for c in self._running.values()} | {job for _, job in self._line}:
+                        self._drop(each, "cancelled")
+                if what == "close":
+                    return False
         return True
 
     def _admit(self) -> None:
@@ -244,7 +255,6 @@ class Batcher:
         job.tell(end)
 
     def _measured(self, seconds: float) -> None:
-        self.load.lanes, self.load.waiting = len(self._running), len(self._line)
         self.load.steps, self.load.seconds = self.load.steps + 1, seconds
         for observe in self.load.observers:
             observe(seconds)

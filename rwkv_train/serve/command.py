@@ -12,6 +12,7 @@ from rwkv_train import program
 from rwkv_train.chat.opening import data_folder
 from rwkv_train.checkpoints.opener import open_model
 from rwkv_train.files import quoted
+from rwkv_train.generation.sampling import Sampling
 from rwkv_train.serve.app import create_app
 from rwkv_train.serve.connections import make_config
 from rwkv_train.serve.guard import Guard
@@ -33,7 +34,7 @@ def serve(config: ServeConfig) -> int:
     """Serve a model until Ctrl-C or a signal ends it."""
     listening = _listen(config)
     opened = open_server(replace(config, port=listening.getsockname()[1]))
-    server = uvicorn.Server(make_config(opened.app, config.host, config.port, body_bytes=config.body))
+    server = Server(opened)
     server.config.load()
     host = f"[{config.host}]" if ":" in config.host else config.host
     print(f"serving {', '.join(opened.service.models)} at http://{host}:{opened.config.port}", flush=True)
@@ -44,6 +45,22 @@ def serve(config: ServeConfig) -> int:
     waiting = sum(len(learner.journal.ledger.waiting) for learner in opened.service.learners.values())
     print(f"stopped; {waiting} corrections wait, and are learnt after the next start" if waiting else "stopped")
     return 0 if server.started else 1
+
+
+class Server(uvicorn.Server):
+    """Ends replies and streams of events when it is asked to stop, before it waits for whoever is connected."""
+
+    def __init__(self, opened: Opened, **more):
+        """more: as of `make_config`."""
+        config = opened.config
+        super().__init__(make_config(opened.app, config.host, config.port, body_bytes=config.body, **more))
+        self._service = opened.service
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._service.end()
+        if learning := self._service.teaching.now:
+            print(f"finishing correction {learning[1]} of {learning[0]}", file=sys.stderr, flush=True)
+        await super().shutdown(sockets)
 
 
 STOP = "Ctrl-C ends it, after the correction that is being learnt"
@@ -67,6 +84,12 @@ def _check(config: ServeConfig) -> None:
     for name in ("reply_tokens", "most_tokens", "prompt_tokens", "lanes", "body", "rate", "state_memory", "state_disk"):
         if getattr(config, name) is not None and getattr(config, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, found {getattr(config, name)}")
+    try:
+        Sampling(config.temperature, config.top_p)
+    except ValueError as error:
+        raise ValueError(f"--{error}") from None
+    if len(set(config.profiles)) < len(config.profiles):
+        raise ValueError(f"--profiles names one twice, found {', '.join(config.profiles)}")
     if config.waiting < 0 or not config.seconds > 0:
         raise ValueError(f"--waiting and --seconds must not be below 0, found {config.waiting} and {config.seconds}")
     if config.reply_tokens > config.most_tokens:

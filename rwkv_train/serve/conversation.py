@@ -1,11 +1,12 @@
 """From messages to tokens: what of a conversation has been read before, and what is to be read now."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from rwkv_train.data.templates import Template
 from rwkv_train.models.state import State
-from rwkv_train.serve.sessions import Sessions, Turn, key_of
+from rwkv_train.serve.sessions import Gone, Sessions, Turn, key_of
 from rwkv_train.tokenizer import Tokenizer
 
 
@@ -14,7 +15,8 @@ class Asked:
     """A reply that is asked for.
 
     parent: the turn that it follows, None for the first. messages: those since then, and prompt: their ids. read: the
-    ids to read after `state`: the prompt alone, or with all that was said before it. key: of the conversation before.
+    ids to read after `state`: the prompt alone, or with all that was said before it. key: of the conversation up to the
+    last reply in it; since: how many of the messages come after that.
     """
 
     parent: Turn | None
@@ -23,6 +25,11 @@ class Asked:
     read: list[int]
     state: State | None
     key: str
+    since: int
+
+    def key_with(self, reply: str) -> str:
+        """The key of the conversation up to a reply to it."""
+        return key_of(self.key, self.messages[len(self.messages) - self.since :], reply)
 
     @property
     def length(self) -> int:
@@ -45,15 +52,11 @@ class Conversations:
 
         who: names what conversations may be known: of one owner and one profile. Raises ValueError as above.
         """
-        keys, begun = [(0, who)], who
-        for count, message in enumerate(messages, 1):
-            if message["role"] == "assistant" and count < len(messages):
-                begun = key_of(begun, messages[keys[-1][0] : count - 1], message["content"])
-                keys.append((count, begun))
-        for count, key in reversed(keys[1:]):
+        for count, key in reversed(_keys(who, messages)[1:]):
             turn = self.sessions.find(key)
             if turn is not None:
-                return self.after(turn, list(messages[count:]), version)
+                with suppress(Gone):  # then what was sent is read
+                    return self.after(turn, list(messages[count:]), version)
         return self._asked(None, list(messages), version, who)
 
     def transcript(self, turn: Turn) -> list[dict]:
@@ -80,10 +83,24 @@ class Conversations:
         if parent and state is None:
             before = [*self.sessions.before(parent), parent]
             read = [*(i for turn in before for i in turn.read), *prompt]
-        return Asked(parent, messages, prompt, read, state, key)
+        said, key = _keys(key, messages)[-1]
+        return Asked(parent, messages, prompt, read, state, key, len(messages) - said)
 
     def _opening(self, parent: Turn | None) -> list[int]:
         """What comes before messages: the end of the document before, or of a reply that did not end itself."""
         if parent is None:
             return [self.tokenizer.eod]
         return [] if parent.ended else self.tokenizer.encode(self.template.end())
+
+
+def _keys(key: str, messages: Sequence[dict]) -> list[tuple[int, str]]:
+    """(count, key) of the first messages that end with a reply, fewest first; `key`: of what was said before them.
+
+    A reply at the very end is none yet: it is gone on with.
+    """
+    keys = [(0, key)]
+    for count, message in enumerate(messages, 1):
+        if message["role"] == "assistant" and count < len(messages):
+            said, before = keys[-1]
+            keys.append((count, key_of(before, messages[said : count - 1], message["content"])))
+    return keys

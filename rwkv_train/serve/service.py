@@ -21,7 +21,7 @@ from rwkv_train.serve.grammar import Grammars
 from rwkv_train.serve.jobs import End, Event, Full, Job
 from rwkv_train.serve.metrics import Metrics
 from rwkv_train.serve.schemas import Asked as Request
-from rwkv_train.serve.sessions import MB, Sessions, Turn, key_of
+from rwkv_train.serve.sessions import MB, Sessions, Turn
 from rwkv_train.serve.settings import ServeConfig
 from rwkv_train.serve.teaching import BASE, Teaching
 from rwkv_train.serve.tokens import Rights
@@ -91,6 +91,13 @@ class Service:
         self.teaching = Teaching(self.learners, self._tell)
         self.teaching.begin()
         return self
+
+    def end(self) -> None:
+        """Begin to stop: replies end with what was shown, as do streams of events, and nothing new is begun."""
+        self.teaching.end()
+        self.batcher.end()
+        for events in list(self._listeners):
+            self._silence(events)
 
     async def __aexit__(self, *error) -> None:
         """The correction that is being learnt is learnt first; replies are broken off and kept."""
@@ -203,6 +210,10 @@ class Service:
             return self.grammars.json_schema(format["schema"]).copy
         except ValueError as error:
             raise ApiError(400, str(error), "invalid_schema", "response_format") from None
+        except ModuleNotFoundError as error:
+            raise ApiError(
+                400, f"this server lacks {error.name}, which it needs for JSON", param="response_format"
+            ) from None
 
     async def events(self, running: Running) -> AsyncGenerator[Event]:
         """What becomes of the replies, until all have ended. Closing this breaks them off."""
@@ -237,7 +248,7 @@ class Service:
     async def _ended(self, running: Running, end: End) -> None:
         """Keep a turn, and only then tell that it ended."""
         id = running.ids[end.choice]
-        key = key_of(running.asked.key, running.asked.messages, end.shown)
+        key = running.asked.key_with(end.shown)
         parent = running.asked.parent and running.asked.parent.id
         status = "completed" if end.reason == "stop" else "incomplete"
         length = running.asked.length + len(end.ids)
@@ -249,7 +260,7 @@ class Service:
         if running.stored and end.reason != "error":
             try:
                 await asyncio.to_thread(self.sessions.add, turn, end.state)
-            except OSError as error:
+            except Exception as error:  # whatever it is, somebody waits for the end
                 running.note = f"this reply could not be kept: {error}"
                 print(running.note, file=sys.stderr)
         running.turns[end.choice] = turn
@@ -293,11 +304,16 @@ class Service:
             self.metrics.learnt(data)
         for events in list(self._listeners):
             if events.full():
-                self._listeners.discard(events)
-                events.get_nowait()
-                events.put_nowait(None)
+                self._silence(events)
             else:
                 events.put_nowait((name, number, event, data))
+
+    def _silence(self, events: asyncio.Queue) -> None:
+        """Let a listener go."""
+        self._listeners.discard(events)
+        if events.full():
+            events.get_nowait()
+        events.put_nowait(None)
 
     def _task(self, work) -> None:
         task = asyncio.create_task(work)

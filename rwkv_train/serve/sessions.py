@@ -4,11 +4,13 @@ One SQLite file. A turn's transcript is small and stays; states are kept within 
 ones go. A turn whose state is gone is read again from its transcript.
 """
 
+import errno
 import hashlib
 import json
 import sqlite3
 import threading
 from collections import OrderedDict
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -61,6 +63,10 @@ class Turn:
         return [*self.prompt, *self.ids]
 
 
+class Gone(ValueError):
+    """A turn that was deleted is needed."""
+
+
 class Sessions:
     """Turns by id, or by what was said. From any thread."""
 
@@ -88,7 +94,7 @@ class Sessions:
     def add(self, turn: Turn, state: State | None) -> None:
         """Keep a turn; it is on the disk when this returns.
 
-        Raises OSError where it cannot be written, as on a full disk; then it is kept in memory alone.
+        Raises OSError where it cannot be written, as on a full disk; then its state is kept in memory alone.
         """
         data = b"" if state is None else _bytes(state)
         with self._lock:
@@ -96,10 +102,7 @@ class Sessions:
                 self._remember(turn.id, state)
             content = json.dumps({k: v for k, v in vars(turn).items() if k not in COLUMNS})
             row = (*(getattr(turn, name) for name in COLUMNS), self._tick(), content, len(data), data or None)
-            try:
-                self._db.execute("INSERT OR REPLACE INTO turns VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row)
-            except sqlite3.OperationalError as error:
-                raise OSError(f"{self.path}: {error}; free some space") from None
+            self._write("INSERT OR REPLACE INTO turns VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row)
             self._stored += len(data)
             self._trim()
 
@@ -112,13 +115,13 @@ class Sessions:
         return self._turn("key = ?", key)
 
     def before(self, turn: Turn) -> list[Turn]:
-        """The turns before one, oldest first. Raises ValueError where one of them is gone."""
+        """The turns before one, oldest first. Raises Gone where one of them was deleted."""
         found: list[Turn] = []
         parent = turn.parent
         while parent:
             before = self.get(parent, turn.owner)
             if before is None:
-                raise ValueError(f"the turn {parent} before {turn.id} was deleted; send the whole conversation")
+                raise Gone(f"the turn {parent} before {turn.id} was deleted; send the whole conversation")
             found.append(before)
             parent = before.parent
         return found[::-1]
@@ -132,7 +135,8 @@ class Sessions:
             row = self._db.execute("SELECT state FROM turns WHERE id = ? AND size > 0", (name,)).fetchone()
             if row is None:
                 return None
-            self._db.execute("UPDATE turns SET used = ? WHERE id = ?", (self._tick(), name))
+            with suppress(OSError):  # a full disk forgets when it was used
+                self._write("UPDATE turns SET used = ? WHERE id = ?", (self._tick(), name))
             state = State(**safetensors.torch.load(row[0]))
             self._remember(name, state)
             return state
@@ -142,7 +146,7 @@ class Sessions:
         with self._lock:
             row = self._db.execute("SELECT size FROM turns WHERE id = ? AND owner = ?", (name, owner)).fetchone()
             if row:
-                self._db.execute("DELETE FROM turns WHERE id = ?", (name,))
+                self._write("DELETE FROM turns WHERE id = ?", (name,))
                 self._stored -= row[0]
                 self._forget(name)
             return row is not None
@@ -158,6 +162,12 @@ class Sessions:
             ask = f"SELECT {', '.join(COLUMNS)}, content FROM turns WHERE {where} ORDER BY used DESC LIMIT 1"
             row = self._db.execute(ask, values).fetchone()
         return Turn(*row[:-1], **json.loads(row[-1])) if row else None
+
+    def _write(self, line: str, values: tuple) -> None:
+        try:
+            self._db.execute(line, values)
+        except sqlite3.DatabaseError as error:
+            raise OSError(errno.ENOSPC, f"{error}; free some space", str(self.path)) from None
 
     def _tick(self) -> int:
         self._now += 1
@@ -183,7 +193,7 @@ class Sessions:
             for name, size in old:
                 if self._stored <= self.disk:
                     return
-                self._db.execute("UPDATE turns SET state = NULL, size = 0 WHERE id = ?", (name,))
+                self._write("UPDATE turns SET state = NULL, size = 0 WHERE id = ?", (name,))
                 self._stored -= size
 
 

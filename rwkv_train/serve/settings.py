@@ -19,8 +19,8 @@ class ServeConfig:
     template: str | None = None
     """YAML file that says how chats are written; template.yaml with the model, or RWKV World's if not given"""
 
-    dtype: Literal["fp32", "fp16", "bf16", "int8"] | None = None
-    """number format of the weights in memory; that of the file if not given"""
+    dtype: Literal["fp32", "fp16", "bf16", "int8"] = "fp32"
+    """number format of the weights in memory; a profile of corrections belongs to the one it was begun with"""
 
     device: str = "cpu"
     """cpu, cuda or cuda:N"""

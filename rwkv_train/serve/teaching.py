@@ -49,9 +49,13 @@ class Teaching:
             for record in learner.waiting():
                 self._submit(lambda name=name, number=record["id"]: self._commit(name, number))
 
-    def close(self) -> None:
-        """Finish what is being learnt. What waits stays in the journal, and is learnt after the next start."""
+    def end(self) -> None:
+        """Begin nothing more. What waits stays in the journal, and is learnt after the next start."""
         self._ending.set()
+
+    def close(self) -> None:
+        """Begin nothing more, and finish what is being learnt."""
+        self.end()
         self._background.close()
 
     def model(self, name: str) -> tuple[RWKV, str]:
@@ -134,7 +138,8 @@ class Teaching:
             outcome = {k: how.get(k) for k in OUTCOME} | {"version": (how.get("weights") or "")[:8] or None}
             outcome["paraphrases"], outcome["contrasts"] = how.get("paraphrases") or [], how.get("contrasts") or []
         elif status == "failed":
-            outcome = dict.fromkeys(OUTCOME) | {"accepted": False, "why": self._failed[name, number], "version": None}
+            why = {"accepted": False, "why": self._failed[name, number], "version": None}
+            outcome = dict.fromkeys(OUTCOME) | {"paraphrases": [], "contrasts": []} | why
         return {
             "id": number,
             "object": "feedback",

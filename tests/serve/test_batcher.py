@@ -11,6 +11,9 @@ from rwkv_train.generation.prefill import prefill
 from rwkv_train.generation.sampling import Sampling
 from rwkv_train.serve.batcher import Batcher
 from rwkv_train.serve.jobs import End, Full, Job, Piece
+from rwkv_train.tokenizer import train_bpe
+
+WORDS = train_bpe(["It was a bright cold day in April, and the clocks were striking thirteen."] * 9, 330)
 
 PROMPTS = [[0, *BYTES.encode(text)] for text in ("User: hi\n\nAssistant:", "a", "User: " + "long " * 60, "xyz " * 9)]
 
@@ -74,6 +77,24 @@ def test_a_state_holds_what_was_shown(batcher, model):
     more = alone(batcher, model, prompt=[5, 6], state=end.state, seeds=(9,))
     whole = alone(batcher, model, prompt=[*PROMPTS[0], *end.ids, 5, 6], seeds=(9,))
     assert more.ids == whole.ids
+
+
+@pytest.mark.parametrize("cut", range(1, 12))
+def test_after_a_stop_inside_a_token_nothing_is_forgotten(cut):
+    """A token of several letters, and a stop that begins inside it: the state is right, or nobody knows it."""
+    tokenizer, model = WORDS, random_model(16, 2, WORDS.vocab_size, dtype=torch.float64, generation="rwkv7")
+    batcher = Batcher(tokenizer, lanes=2)
+    prompt = [tokenizer.eod, *tokenizer.encode("It was")]
+    whole = alone(batcher, model, prompt=prompt, most=16)
+    stop = whole.shown[cut : cut + 3]
+    end = alone(batcher, model, prompt=prompt, most=16, stop=(stop,), end="\n\n")
+    batcher.close()
+    assert end.reason == "stop" and end.shown == whole.shown[: whole.shown.index(stop)].strip()
+    assert end.state is not None or not end.ids
+    if end.state is not None:
+        expected = prefill(model, prompt + end.ids)[1]
+        for ours, theirs in zip(end.state, expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("cut", range(1, 12))

@@ -74,16 +74,22 @@ def test_states_are_let_go_of_where_there_is_no_room(tmp_path):
 def test_a_full_disk_keeps_the_turn_in_memory(sessions, monkeypatch):
     class Full:
         def execute(self, line, *rest):
-            if line.startswith("INSERT"):
+            if not line.startswith("SELECT"):
                 raise sqlite3.OperationalError("database or disk is full")
             return real.execute(line, *rest)
 
     real = sessions._db
-    state = state_after([7])
+    state, other = state_after([7]), state_after([8])
+    sessions.add(turn("r0"), other)
+    sessions._forget("r0")
     monkeypatch.setattr(sessions, "_db", Full())
     with pytest.raises(OSError, match="disk is full; free some space"):
         sessions.add(turn("r1"), state)
     assert equal(sessions.state("r1"), state)
+    assert equal(sessions.state("r0"), other)  # to read it nothing has to be written
+    with pytest.raises(OSError, match="free some space"):
+        sessions.delete("r0", "me")
+    assert sessions.get("r0", "me")
 
 
 def test_a_file_that_is_none_is_refused(tmp_path):
@@ -110,6 +116,7 @@ def test_only_what_is_new_is_read(talks):
     assert asked.read == asked.prompt == BYTES.encode("User: and?\n\nAssistant:") and equal(asked.state, state)
     sent = [user("hi"), {"role": "assistant", "content": "yes"}, user("and?")]
     assert talks.whole(sent, "me\nm", "v") == asked
+    assert asked.key_with("so") == key_of(one.key, [user("and?")], "so")
     assert talks.whole(sent, "another\nm", "v").read == ids_of(*sent)  # what others said is not known
     assert asked.length == len(ids_of(*sent))
 
@@ -144,3 +151,28 @@ def test_the_context_of_a_correction_is_the_dialogue_before_the_question(talks):
     said = [user("hi"), {"role": "assistant", "content": "yes"}, {"role": "system", "content": "Be kind."}]
     assert talks.context(two) == Form(BYTES).dialogue(said)
     assert talks.context(one) == []
+
+
+def test_a_conversation_with_replies_of_others_is_known_after_its_first_turn(talks):
+    """As where a reply was edited, or examples come first."""
+    sent = [user("hi"), {"role": "assistant", "content": "edited"}, user("and?")]
+    asked = talks.whole(sent, "me\nm", "v")
+    assert asked.parent is None and asked.read == ids_of(*sent)
+    ids = BYTES.encode(" so\n\n")
+    one = Turn("r1", None, "me", asked.key_with("so"), "m", "v", asked.messages, asked.prompt, "so", ids, True)
+    talks.sessions.add(one, state_after(one.read))
+    more = [*sent, {"role": "assistant", "content": "so"}, user("then?")]
+    assert talks.whole(more, "me\nm", "v").read == BYTES.encode("User: then?\n\nAssistant:")
+    assert talks.whole([*sent[:1], {"role": "assistant", "content": "other"}, *more[2:]], "me\nm", "v").parent is None
+
+
+def test_a_conversation_that_is_sent_whole_needs_no_turn_that_was_deleted(talks):
+    one = turn("r1")
+    two = turn("r2", one, said="so?", reply="no")
+    for each in (one, two):
+        talks.sessions.add(each, state_after(each.read))
+    assert talks.sessions.delete("r1", "me")
+    replies = [{"role": "assistant", "content": text} for text in ("yes", "no")]
+    sent = [user("hi"), replies[0], user("so?"), replies[1], user("and?")]
+    assert talks.whole(sent, "me\nm", "newer").read == ids_of(*sent)
+    assert talks.whole(sent, "me\nm", "v").state is not None

@@ -8,12 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
-import uvicorn
 from feedback_toys import small_model
 
 from rwkv_train import save_model
-from rwkv_train.serve.command import open_server
-from rwkv_train.serve.connections import make_config
+from rwkv_train.serve.command import Server, open_server
 from rwkv_train.serve.service import Service
 from rwkv_train.serve.settings import ServeConfig
 
@@ -59,7 +57,7 @@ def small_config(folder: Path, generation: str = "rwkv7", **settings) -> ServeCo
 def served(config: ServeConfig) -> Iterator[Served]:
     """A server with these settings, until the block ends."""
     opened = open_server(config)
-    server = uvicorn.Server(make_config(opened.app, config.host, 0, most=200, body_bytes=config.body))
+    server = Server(opened, most=200)
     begun = threading.Event()
     original = server.startup
 

@@ -268,6 +268,7 @@ say.addEventListener("keydown", (event) => {
   event.preventDefault();
   send();
 });
+addEventListener("token", begin); // another person may do other things
 addEventListener("pagehide", () => talk.runningIn(conversation) && store.save(conversation));
 addEventListener("storage", ({ key }) => {
   if (!key?.startsWith("rwkv.conversation.")) return;

@@ -53,6 +53,9 @@ export function ofReply({ response, user, corrected = [] }) {
   return all().filter((f) => response && f.of === null && (f.response_id === response || here(f)));
 }
 
+/** What the reply of a turn should have been, if it was corrected and that counts; else null. */
+export const rightFor = (turn) => ofReply(turn).findLast((f) => f.kind === "answer" && counts(f))?.answer ?? null;
+
 /** Those that belong to a correction: other ways to ask it, and questions that keep their answers. */
 export const belonging = (id) => all().filter((f) => f.of !== null && String(f.of) === String(id));
 

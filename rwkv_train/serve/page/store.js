@@ -133,12 +133,16 @@ export function drop(conversation, turn, shownBefore) {
   else delete conversation.shown[turn.parent];
 }
 
-/** The messages up to and with a turn, as the server takes them in one piece. */
-export function messages(conversation, id) {
+/** The turns up to and with one, oldest first. */
+export function upTo(conversation, id) {
   const turns = [];
   for (let turn = conversation.turns[id]; turn; turn = conversation.turns[turn.parent]) turns.unshift(turn);
-  return turns.flatMap(({ user, reply }) => [
-    { role: "user", content: user },
-    { role: "assistant", content: reply },
-  ]);
+  return turns;
 }
+
+/** Their messages, as the server takes them in one piece; said(turn) is what counts as a turn's reply. */
+export const messages = (turns, said) =>
+  turns.flatMap((turn) => [
+    { role: "user", content: turn.user },
+    ...(said(turn) ? [{ role: "assistant", content: said(turn) }] : []),
+  ]);

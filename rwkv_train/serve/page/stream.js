@@ -31,7 +31,10 @@ export function onToken(ask) {
 export function newToken() {
   asking ??= (async () => {
     const token = await askForToken(Boolean(stored.read("token")));
-    if (token) stored.write("token", token);
+    if (token) {
+      stored.write("token", token);
+      dispatchEvent(new Event("token"));
+    }
     return token;
   })().finally(() => (asking = null));
   return asking;

@@ -1,7 +1,8 @@
 // Asking the model: a message is sent, its reply comes in pieces, and whatever breaks it off leaves what was shown.
 
+import { rightFor } from "./corrections.js";
 import { stored } from "./dom.js";
-import { add, children, drop, messages, ROOT, save } from "./store.js";
+import { add, children, drop, messages, ROOT, save, upTo } from "./store.js";
 import { events, json, pause, request } from "./stream.js";
 import { t } from "./words.js";
 
@@ -68,13 +69,15 @@ async function begin(conversation, turn, model, signal) {
   if (model) body.model = model;
   if (instructions && turn.parent === ROOT) body.instructions = instructions;
   if (turn.parent === ROOT) return request("POST", "/v1/responses", body, signal);
+  const turns = upTo(conversation, turn.parent);
+  const corrected = turns.some((each) => rightFor(each) !== null); // it goes on from what is shown
   try {
-    if (before) return await request("POST", "/v1/responses", { ...body, previous_response_id: before }, signal);
+    if (before && !corrected) return await request("POST", "/v1/responses", { ...body, previous_response_id: before }, signal);
   } catch (error) {
     if (error.status !== 404) throw error;
   }
-  // The server does not have what was said before, so it reads all of it again.
-  const input = [...messages(conversation, turn.parent), { role: "user", content: turn.user }];
+  // The server does not have what was said before, so it is sent; what of it was sent before is not read again.
+  const input = [...messages(turns, (each) => rightFor(each) ?? each.reply), { role: "user", content: turn.user }];
   return request("POST", "/v1/responses", { ...body, instructions, input }, signal);
 }
 

@@ -41,13 +41,13 @@ function asked(turn, running, edit, act) {
 function reply(turn, running, edit, act) {
   const who = el("h2", { class: "who" }, t("model_says"));
   if (edit?.kind === "reply") return el("div", { class: "reply" }, who, editor(turn, edit, act, "edit_reply"));
-  const right = corrections.ofReply(turn).findLast((f) => f.kind === "answer" && corrections.counts(f));
+  const right = corrections.rightFor(turn);
   return el(
     "div",
     { class: running ? "reply running" : "reply" },
     who,
-    el("p", { class: "text", "data-reply": true }, right?.answer ?? turn.reply),
-    right && el("p", { class: "fine" }, t("corrected_from"), " ", el("q", { class: "text was" }, turn.reply)),
+    el("p", { class: "text", "data-reply": true }, right ?? turn.reply),
+    right !== null && el("p", { class: "fine" }, t("corrected_from"), " ", el("q", { class: "text was" }, turn.reply)),
     !running && note(turn),
   );
 }
