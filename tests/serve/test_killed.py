@@ -60,7 +60,7 @@ def test_whoever_is_connected_when_it_stops_gets_an_end(tmp_path, heard_signals)
         for _ in range(30):
             assert begun.acquire(timeout=60)
         while "rwkv_lanes 3.0" not in httpx.get(f"{url}/metrics").text:  # until all three are being written
-            assert child.poll() is None
+            assert child.poll() is None and all(thread.is_alive() for thread in threads)
         child.send_signal(signal.SIGTERM)
         for thread in threads:
             thread.join(60)
