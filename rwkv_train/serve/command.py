@@ -1,10 +1,13 @@
 """The `serve` command: opens a model and serves it until it is stopped."""
 
+import os
 import signal
 import socket
 import sys
+import time
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from types import FrameType
 
 import uvicorn
 
@@ -54,7 +57,16 @@ class Server(uvicorn.Server):
         """more: as of `make_config`."""
         config = opened.config
         super().__init__(make_config(opened.app, config.host, config.port, body_bytes=config.body, **more))
-        self._service = opened.service
+        self._service, self._asked = opened.service, 0.0
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """A second Ctrl-C, if it is none of the same moment, ends it at once: a kill loses nothing that was kept."""
+        if not self.should_exit:
+            self._asked = time.monotonic()
+            super().handle_exit(sig, frame)
+        elif sig == signal.SIGINT and time.monotonic() - self._asked > 1:
+            print("stopped at once; what was not finished is learnt after the next start", file=sys.stderr, flush=True)
+            os._exit(130)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._service.end()
