@@ -269,9 +269,9 @@ def _settings(service: Service, name: str) -> dict:
 async def _events(service: Service, name: str, number: int | None = None) -> AsyncGenerator[str]:
     """Those of one correction until it is done, or of all of a profile."""
     yield ": here\n\n"
-    async with aclosing(service.listen()) as listening:
+    async with aclosing(service.listeners.listen()) as listening:
         if number is not None:
-            said = service.history(name, number)
+            said = service.listeners.past(name, number)
             for event, data in said:
                 yield sse({"id": number} | data, event)
             now = _one(service, name, number)

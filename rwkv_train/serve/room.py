@@ -227,7 +227,7 @@ class LiveRoom:
     async def _watch(self) -> None:
         """Tell what becomes of the corrections from here; others are not the viewers' business."""
         while True:
-            async with aclosing(self.service.listen()) as events:
+            async with aclosing(self.service.listeners.listen()) as events:
                 async for profile, number, event, data in events:
                     async with self._receiving:
                         ours = profile == self.profile and number in self._ours

@@ -1,4 +1,4 @@
-"""What the routes share: a model and its profiles, the batcher, the conversations, and who listens to corrections."""
+"""What the routes share: a model and its profiles, the batcher, the conversations, and the replies in the making."""
 
 import asyncio
 import secrets
@@ -19,15 +19,13 @@ from rwkv_train.serve.conversation import Asked, Conversations
 from rwkv_train.serve.errors import ApiError
 from rwkv_train.serve.grammar import Grammars
 from rwkv_train.serve.jobs import End, Event, Full, Job
+from rwkv_train.serve.listeners import Listeners
 from rwkv_train.serve.metrics import Metrics
 from rwkv_train.serve.schemas import Asked as Request
 from rwkv_train.serve.sessions import MB, Sessions, Turn
 from rwkv_train.serve.settings import ServeConfig
 from rwkv_train.serve.teaching import BASE, Teaching
 from rwkv_train.serve.tokens import Rights
-
-LATE = 256  # corrections whose events are kept for whoever comes late
-BACKLOG = 1000  # events that a listener may be behind, before it is let go
 
 
 @dataclass(eq=False)
@@ -80,8 +78,7 @@ class Service:
         self._told: list[tuple[Running, Event]] = []
         self._running: dict[str, Running] = {}
         self._tasks: set[asyncio.Task] = set()
-        self._events: dict[tuple[str, int], list[tuple[str, dict]]] = {}
-        self._listeners: set[asyncio.Queue] = set()
+        self.listeners = Listeners()
         self.created = int(time.time())
 
     async def __aenter__(self) -> "Service":
@@ -96,8 +93,7 @@ class Service:
         """Begin to stop: replies end with what was shown, as do streams of events, and nothing new is begun."""
         self.teaching.end()
         self.batcher.end()
-        for events in list(self._listeners):
-            self._silence(events)
+        self.listeners.end()
 
     async def __aexit__(self, *error) -> None:
         """The correction that is being learnt is learnt first; replies are broken off and kept."""
@@ -106,8 +102,6 @@ class Service:
         await asyncio.sleep(0)
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await asyncio.to_thread(self._closing.close)
-
-    # Talking
 
     @property
     def grammars(self) -> Grammars:
@@ -269,51 +263,11 @@ class Service:
         self.metrics.ended(end)
         running.events.put_nowait(end)
 
-    # Listening to corrections
-
-    def history(self, name: str, number: int) -> list[tuple[str, dict]]:
-        """The events of a correction so far, as far as they are kept."""
-        return list(self._events.get((name, number), ()))
-
-    def listen(self) -> AsyncGenerator[tuple[str, int | None, str, dict]]:
-        """(profile, number, event, data) of all corrections from now on; close it. One that is far behind ends."""
-        events: asyncio.Queue = asyncio.Queue(BACKLOG)
-        self._listeners.add(events)
-        return self._heard(events)
-
-    async def _heard(self, events: asyncio.Queue) -> AsyncGenerator[tuple[str, int | None, str, dict]]:
-        try:
-            while (event := await events.get()) is not None:
-                yield event
-        finally:
-            self._listeners.discard(events)
-
     def _tell(self, name: str, number: int | None, event: str, data: dict) -> None:
-        """From any thread."""
-        self.loop.call_soon_threadsafe(self._announce, name, number, event, data)
-
-    def _announce(self, name: str, number: int | None, event: str, data: dict) -> None:
-        if number is not None:
-            known = self._events.setdefault((name, number), [])
-            if event == "watch" and known and known[-1][0] == "watch":
-                known.pop()  # of progress the last counts
-            known.append((event, data))
-            while len(self._events) > LATE:
-                del self._events[next(iter(self._events))]
+        """What becomes of corrections, from any thread."""
+        self.loop.call_soon_threadsafe(self.listeners.tell, name, number, event, data)
         if event == "done":
             self.metrics.learnt(data)
-        for events in list(self._listeners):
-            if events.full():
-                self._silence(events)
-            else:
-                events.put_nowait((name, number, event, data))
-
-    def _silence(self, events: asyncio.Queue) -> None:
-        """Let a listener go."""
-        self._listeners.discard(events)
-        if events.full():
-            events.get_nowait()
-        events.put_nowait(None)
 
     def _task(self, work) -> None:
         task = asyncio.create_task(work)
