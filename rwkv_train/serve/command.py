@@ -38,10 +38,6 @@ def serve(config: ServeConfig) -> int:
     listening = _listen(config)
     opened = open_server(replace(config, port=listening.getsockname()[1]))
     server = Server(opened)
-    server.config.load()
-    host = f"[{config.host}]" if ":" in config.host else config.host
-    print(f"serving {', '.join(opened.service.models)} at http://{host}:{opened.config.port}", flush=True)
-    print(f"  talk and correct at /, a live room at /room, the API at /v1; {STOP}", file=sys.stderr, flush=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with suppress(KeyboardInterrupt):  # the server ends first, and passes a signal on then
         server.run(sockets=[listening])
@@ -58,6 +54,14 @@ class Server(uvicorn.Server):
         config = opened.config
         super().__init__(make_config(opened.app, config.host, config.port, body_bytes=config.body, **more))
         self._service, self._asked = opened.service, 0.0
+        host = f"[{config.host}]" if ":" in config.host else config.host
+        self._address = f"http://{host}:{config.port}"
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            print(f"serving {', '.join(self._service.models)} at {self._address}", flush=True)
+            print(f"  talk and correct at /, a live room at /room, the API at /v1; {STOP}", file=sys.stderr, flush=True)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """A second Ctrl-C, if it is none of the same moment, ends it at once: a kill loses nothing that was kept."""
