@@ -96,7 +96,8 @@ class Sessions:
 
         Raises OSError where it cannot be written, as on a full disk; then its state is kept in memory alone.
         """
-        data = b"" if state is None else _bytes(state)
+        state = state and state.to("cpu")
+        data = b"" if state is None else safetensors.torch.save({k: t.contiguous() for k, t in state._asdict().items()})
         with self._lock:
             if state is not None:
                 self._remember(turn.id, state)
@@ -127,7 +128,7 @@ class Sessions:
         return found[::-1]
 
     def state(self, name: str) -> State | None:
-        """The state after a turn, on the CPU or where it was made; None where it is not kept."""
+        """The state after a turn, on the CPU; None where it is not kept."""
         with self._lock:
             if name in self._states:
                 self._states.move_to_end(name)
@@ -205,7 +206,3 @@ def key_of(before: str, messages: list[dict], reply: str) -> str:
 
 def _size(state: State) -> int:
     return sum(part.nbytes for part in state)
-
-
-def _bytes(state: State) -> bytes:
-    return safetensors.torch.save({name: t.cpu().contiguous() for name, t in state._asdict().items()})
