@@ -17,7 +17,7 @@ from rwkv_train.bench.serve_clients import CALL, Client, Load, Measured, Reply, 
 from rwkv_train.bench.serve_peer import PEER, load_peer
 from rwkv_train.bench.settings import ServeBench
 
-OVER_ONE, OVER_IDLE, OVER_SHORT = 6.0, 2.0, 1.1  # the targets of issue 19
+OVER_ONE, OVER_IDLE, OVER_SHORT = 6.0, 2.0, 1.1  # what is aimed at
 BEGIN = "User: {}\n\nAssistant:"
 WILD = {"temperature": 5.0, "top_p": 1.0}  # nearly any token comes next, so nearly no text ends before it has to
 SENTENCE = "The ship left the harbour in the morning, and nobody on the shore knew when it would be back. "
