@@ -1,120 +1,27 @@
-"""The pages in a real browser, against the real server: what a person does, and what is on the screen then.
-
-`server` (conftest.py) is a running server; its `url` has no slash at the end. Everybody there may talk, teach and
-operate, as on loopback without tokens.
-"""
+"""The page to talk and correct on, against the real server: what a person does, and what is on the screen then."""
 
 import re
-import shutil
-from contextlib import contextmanager
 
-import pytest
+from browsing import (
+    ANSWER,
+    LEARNT,
+    NEEDED,
+    QUESTION,
+    REPLY,
+    STORY,
+    answered,
+    button,
+    correct,
+    expect,
+    recorded,
+    reply,
+    say,
+    serious,
+    status,
+    turn,
+)
 
-playwright = pytest.importorskip("playwright.sync_api", reason="the page is tested with playwright; pip install it")
-axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="accessibility is checked by axe")
-CHROMIUM = shutil.which("chromium")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="the page is tested in Chromium; apt install chromium")
-
-expect = playwright.expect
-REPLY = 60_000  # ms that a reply may take
-LEARNT = 300_000  # ms that a correction may take; the first one gets to know the model
-QUESTION, ANSWER = "What does snorble mean?", "To snorble is to laugh with a full mouth."
-PHONE = {"width": 360, "height": 740}
-LIKELIEST = "localStorage.getItem('rwkv.sampling') ?? localStorage.setItem('rwkv.sampling', '{\"temperature\": 0}')"
-STORY = "Tell me a long story about the sea, please."
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with playwright.sync_playwright() as running:
-        browser = running.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def visit(browser, server):
-    """visit(path, **context): a page of its own person. At the end, none has had an error or asked anybody else."""
-    pages, wrong = [], []
-
-    def opened(path="/", watch=True, **context):
-        page = browser.new_context(**{"locale": "en-US", **context}).new_page()
-        page.add_init_script(LIKELIEST)
-        if watch:
-            page.on("console", lambda message: message.type == "error" and wrong.append(message.text))
-            page.on("pageerror", lambda error: wrong.append(str(error)))
-        page.on("request", lambda r: r.url.startswith(("blob:", server.url)) or wrong.append(f"asked {r.url}"))
-        pages.append(page)
-        page.goto(server.url + path)
-        return page
-
-    yield opened
-    for page in pages:
-        page.context.close()
-    assert not wrong
-
-
-def button(where, name):
-    return where.get_by_role("button", name=name, exact=True)
-
-
-def turn(page, n=-1):
-    return page.locator("article.turn").nth(n)
-
-
-def reply(page, n=-1):
-    return turn(page, n).locator("[data-reply]")
-
-
-def say(page, text):
-    """Send a message and wait for the whole reply; returns it."""
-    page.get_by_label("Your message").fill(text)
-    page.keyboard.press("Enter")
-    expect(turn(page).locator(".bubble")).to_have_text(text)
-    return answered(page)
-
-
-def answered(page):
-    expect(button(page, "Send")).to_be_visible(timeout=REPLY)
-    expect(reply(page)).not_to_be_empty()
-    return reply(page).inner_text()
-
-
-def correct(page, answer):
-    button(turn(page), "Correct").click()
-    page.get_by_label("What the reply should have been").fill(answer)
-    page.keyboard.press("Enter")
-    return turn(page).locator("section.card").last
-
-
-def status(card):
-    return card.locator("> .card-head .badge")
-
-
-@contextmanager
-def recorded(page):
-    """All texts that the last reply has had meanwhile."""
-    page.evaluate(
-        """() => {
-            window.texts = [];
-            const note = () => window.texts.push([...document.querySelectorAll("[data-reply]")].at(-1)?.textContent);
-            const everything = {subtree: true, childList: true, characterData: true};
-            new MutationObserver(note).observe(document.getElementById("turns"), everything);
-        }"""
-    )
-    texts = []
-    yield texts
-    texts += [text for text in page.evaluate("window.texts") if text]
-
-
-def serious(page):
-    found = axe.Axe().run(page).response["violations"]
-    return [(v["id"], [n["html"] for n in v["nodes"]]) for v in found if v["impact"] in ("serious", "critical")]
-
-
-def overflow(page):
-    """Pixels that the page is wider than its window."""
-    return page.evaluate("document.documentElement.scrollWidth - window.innerWidth")
+pytestmark = NEEDED
 
 
 def test_a_reply_is_shown_as_it_comes(visit):
@@ -289,108 +196,3 @@ def test_with_the_keyboard_alone(visit):
     expect(page.get_by_role("complementary").get_by_label("Boldness")).to_be_visible()
     page.keyboard.press("Escape")
     expect(page.get_by_role("complementary")).to_be_hidden()
-
-
-def test_both_languages_have_the_same_words(visit):
-    page = visit(locale="zh-CN")
-    expect(page.get_by_label("你的消息")).to_be_visible()
-    assert page.evaluate("document.documentElement.lang") == "zh-CN"
-    names = page.evaluate(
-        """async () => {
-            const names = (module, language) => Object.keys(module[language]).sort().join();
-            const [en, zh] = [await import("/page/words_en.js"), await import("/page/words_zh.js")];
-            const others = [await import("/page/words_settings.js"), await import("/page/words_room.js")];
-            return [[names(en, "en"), names(zh, "zh")], ...others.map((m) => [names(m, "en"), names(m, "zh")])];
-        }"""
-    )
-    assert all(english == chinese for english, chinese in names)
-    button(page, "English").click()
-    expect(page.get_by_label("Your message")).to_be_visible()
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_axe_finds_nothing_serious(visit, scheme):
-    page = visit(color_scheme=scheme, reduced_motion="reduce")
-    assert not serious(page)
-    say(page, "Hello")
-    correct(page, "Hello to you, too.")
-    expect(page.locator("#panel .history > li").first).to_be_visible()
-    assert not serious(page)
-    turn(page).locator(".card-head").get_by_role("button", name="Undo").click()
-    button(page, "Settings").click()
-    expect(page.get_by_label("Most steps")).to_be_visible()
-    assert not serious(page)
-    page.keyboard.press("Alt+H")
-    assert not serious(page)
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_axe_finds_nothing_serious_in_the_room(visit, scheme):
-    page = visit("/room", color_scheme=scheme)
-    expect(page.get_by_role("heading", name="Operator")).to_be_visible()
-    assert not serious(page)
-
-
-def test_on_a_phone_nothing_is_wider_than_the_screen(visit):
-    page = visit(viewport=PHONE, has_touch=True)
-    say(page, "Hello " + "w" * 200)
-    button(turn(page), "Correct").click()
-    assert overflow(page) <= 0
-    page.keyboard.press("Escape")
-    for name in ("Corrections", "Settings"):
-        button(page, name).click()
-        expect(button(page, "Close")).to_be_focused()
-        assert overflow(page) <= 0
-        page.keyboard.press("Escape")
-    button(page, "Conversations").click()
-    expect(button(page, "New conversation")).to_be_visible()
-    assert overflow(page) <= 0
-
-
-def test_on_a_phone_the_room_is_not_wider_than_the_screen(visit):
-    page = visit("/room", viewport=PHONE)
-    expect(page.get_by_role("heading", name="Operator")).to_be_visible()
-    assert overflow(page) <= 0
-
-
-def test_a_room_with_two_viewers(visit, server):
-    ada, bo = visit("/room"), visit("/room")
-    for page, name in ((ada, "Ada"), (bo, "Bo")):
-        expect(page.get_by_text("Connected")).to_be_visible()
-        page.get_by_label("Your name").fill(name)
-        page.keyboard.press("Tab")
-        expect(page.get_by_text("Connected")).to_be_visible()
-    ada.get_by_label("Your message").fill("Hello")
-    ada.keyboard.press("Enter")
-    for page in (ada, bo):
-        expect(page.locator("#transcript .who").first).to_have_text("Ada", timeout=REPLY)
-        expect(page.locator("#transcript .bubble").first).to_have_text("Hello")
-    said = ada.locator("#transcript li").first.inner_text()
-    expect(bo.locator("#transcript li").first).to_have_text(said.replace("\n", ""))
-
-    bo.get_by_label("It should have been").fill("Hello, room.")
-    button(bo, "Teach").click()
-    for page in (ada, bo):
-        expect(page.locator("#learnt .compared")).to_be_visible(timeout=LEARNT)
-        newest = page.request.get(f"{server.url}/v1/feedback").json()["data"][-1]
-        assert (newest["question"], newest["answer"]) == ("Hello", "Hello, room.")
-        assert page.locator("#learnt dd.is").text_content() == newest["outcome"]["answer_after"]
-    button(bo, "Undo the last correction").click()
-    expect(ada.get_by_text("The last correction was taken back.").first).to_be_visible(timeout=LEARNT)
-
-
-def test_who_is_muted_in_the_room_keeps_the_text(visit):
-    ada, bo = visit("/room"), visit("/room")
-    for page, name in ((ada, "Ada"), (bo, "Bo")):
-        page.get_by_label("Your name").fill(name)
-        page.keyboard.press("Tab")
-        expect(page.get_by_text("Connected")).to_be_visible()
-    bo.get_by_label("Name", exact=True).fill("Ada")
-    button(bo, "Mute").click()
-    expect(button(bo, "Let speak: Ada")).to_be_visible()
-    ada.get_by_label("Your message").fill("Let me speak")
-    ada.keyboard.press("Enter")
-    expect(ada.get_by_role("alert")).to_contain_text("Not taken")
-    expect(ada.get_by_label("Your message")).to_have_value("Let me speak")
-    button(bo, "Let speak: Ada").click()
-    expect(bo.get_by_text("Nobody is muted.")).to_be_visible()
