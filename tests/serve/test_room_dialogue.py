@@ -175,7 +175,7 @@ def test_fed_from_standard_input(tmp_path, capfd):
         ann.say("there?")
         ann.hear("answered", text="there?")
         lines.put(None)
-    err = capfd.readouterr().err.splitlines()[1:]  # after a note on the model
+    err = capfd.readouterr().err.splitlines()[2:]  # after a note on the model, and what the server says when it begins
     name = "n" * 60
     assert err[:3] == [
         'not taken, muted: "eve: !hi"',
