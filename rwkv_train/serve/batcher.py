@@ -37,14 +37,12 @@ class _Choice:
 
 @dataclass
 class Load:
-    """What the batcher does now and has done. seconds: of the last step; read: tokens of prompts."""
+    """What the batcher does now and has done. lanes, waiting: replies; written, read: tokens, of prompts those read."""
 
     lanes: int = 0
     waiting: int = 0
     written: int = 0
     read: int = 0
-    steps: int = 0
-    seconds: float = 0.0
     observers: list[Callable[[float], None]] = field(default_factory=list)  # each is told a step's seconds
 
 
@@ -119,8 +117,8 @@ class Batcher:
             self._step(model, decoder)
         self._out_of_time(time.monotonic())
         self.load.lanes, self.load.waiting = len(self._running), sum(len(job.seeds) for _, job in self._line)
-        if busy:
-            self._measured(time.monotonic() - begun)
+        for observe in self.load.observers if busy else ():
+            observe(time.monotonic() - begun)
         return True
 
     def _fail(self, error: str) -> None:
@@ -253,8 +251,3 @@ class Batcher:
         if not any(choice.job is job for choice in self._running.values()):
             self._until.pop(job, None)
         job.tell(end)
-
-    def _measured(self, seconds: float) -> None:
-        self.load.steps, self.load.seconds = self.load.steps + 1, seconds
-        for observe in self.load.observers:
-            observe(seconds)

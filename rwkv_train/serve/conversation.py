@@ -71,9 +71,8 @@ class Conversations:
         """Ids before a turn's last message, without the end-of-document token: a `Correction`'s context."""
         earlier = self.sessions.before(turn)
         said = [i for piece, _ in self.template.segments(turn.messages[:-1]) for i in self.tokenizer.encode(piece)]
-        return [*(i for each in earlier for i in each.read), *self._opening(earlier[-1] if earlier else None), *said][
-            1:
-        ]
+        read = [i for each in earlier for i in each.read]
+        return [*read, *self._opening(earlier[-1] if earlier else None), *said][1:]
 
     def _asked(self, parent: Turn | None, messages: list[dict], version: str, key: str) -> Asked:
         pieces = self.template.prompt(messages)

@@ -9,7 +9,7 @@ from rwkv_train.chat.room import Message
 from rwkv_train.feedback import Correction
 from rwkv_train.serve.conversation import Asked
 from rwkv_train.serve.errors import ApiError
-from rwkv_train.serve.schemas import Asked as Request
+from rwkv_train.serve.schemas import TextRequest
 from rwkv_train.serve.service import Running, Service
 from rwkv_train.serve.sessions import Turn
 from rwkv_train.serve.tokens import Rights
@@ -79,7 +79,9 @@ class RoomDialogue:
             answer = now.said if last else now.said | {"earlier": earlier}
             most = self.service.most(None)
             try:
-                running = await self.service.reply(self.profile, find, Request(), OWNER, "room_", most, answer=answer)
+                running = await self.service.reply(
+                    self.profile, find, TextRequest(), OWNER, "room_", most, answer=answer
+                )
             except ApiError as error:
                 if error.status == 503:
                     await asyncio.sleep(BUSY_SECONDS)

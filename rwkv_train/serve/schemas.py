@@ -76,7 +76,7 @@ Stop = Annotated[
 ]
 
 
-class Asked(Strict):
+class TextRequest(Strict):
     """What requests for text have in common."""
 
     model: str | None = Field(default=None, description="A name of `/v1/models`; the first one if not given.")
@@ -103,7 +103,7 @@ class StreamOptions(Strict):
     include_usage: bool = Field(default=False, description="A last event has the number of tokens.")
 
 
-class ChatRequest(Asked):
+class ChatRequest(TextRequest):
     messages: list[Message] = Field(min_length=1)
     max_tokens: int | None = Field(default=None, ge=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
@@ -118,7 +118,7 @@ class ChatRequest(Asked):
     metadata: dict[str, str] | None = None
 
 
-class CompletionRequest(Asked):
+class CompletionRequest(TextRequest):
     prompt: Annotated[list[str], Field(min_length=1, max_length=MOST_CHOICES)] | str = Field(
         description="Text to continue, or several; each begins a document."
     )
@@ -133,7 +133,7 @@ class TextSettings(Strict):
     format: Annotated[Format | FlatSchemaFormat, Field(discriminator="type")] | None = None
 
 
-class ResponseRequest(Asked):
+class ResponseRequest(TextRequest):
     input: str | Annotated[list[Message], Field(min_length=1)]
     instructions: str | None = Field(default=None, description="A system message before the input.")
     previous_response_id: str | None = Field(

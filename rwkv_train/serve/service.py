@@ -21,7 +21,7 @@ from rwkv_train.serve.grammar import Grammars
 from rwkv_train.serve.jobs import End, Event, Full, Job
 from rwkv_train.serve.listeners import Listeners
 from rwkv_train.serve.metrics import Metrics
-from rwkv_train.serve.schemas import Asked as Request
+from rwkv_train.serve.schemas import TextRequest
 from rwkv_train.serve.sessions import MB, Sessions, Turn
 from rwkv_train.serve.settings import ServeConfig
 from rwkv_train.serve.teaching import BASE, Teaching
@@ -123,7 +123,7 @@ class Service:
             raise ApiError(404, f"there is no model {quoted(model)}; there are: {known}", "model_not_found", "model")
         return model
 
-    def sampling(self, request: Request) -> Sampling:
+    def sampling(self, request: TextRequest) -> Sampling:
         """How a request's tokens are chosen."""
         temperature = self.config.temperature if request.temperature is None else request.temperature
         top_p = self.config.top_p if request.top_p is None else request.top_p
@@ -147,7 +147,7 @@ class Service:
         self,
         name: str,
         find: Callable[[str], Asked],
-        request: Request,
+        request: TextRequest,
         rights: Rights,
         prefix: str,
         max_new_tokens: int,

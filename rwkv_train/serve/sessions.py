@@ -168,7 +168,9 @@ class Sessions:
         try:
             self._db.execute(line, values)
         except sqlite3.DatabaseError as error:
-            raise OSError(errno.ENOSPC, f"{error}; free some space", str(self.path)) from None
+            is_full = "full" in str(error)  # what else there is, as a lock of another program, is no matter of space
+            number, remedy = (errno.ENOSPC, "; free some space") if is_full else (errno.EIO, "")
+            raise OSError(number, f"{error}{remedy}", str(self.path)) from None
 
     def _tick(self) -> int:
         self._now += 1

@@ -1,5 +1,6 @@
 """Turns and their states: in memory, on the disk, and gone when there is no room."""
 
+import errno
 import sqlite3
 
 import pytest
@@ -90,6 +91,17 @@ def test_a_full_disk_keeps_the_turn_in_memory(sessions, monkeypatch):
     with pytest.raises(OSError, match="free some space"):
         sessions.delete("r0", "me")
     assert sessions.get("r0", "me")
+
+
+def test_what_else_cannot_be_written_is_not_called_a_full_disk(sessions):
+    other = sqlite3.connect(sessions.path, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    sessions._db.execute("PRAGMA busy_timeout=1")
+    with pytest.raises(OSError, match="locked") as error:
+        sessions.add(turn("r1"), None)
+    assert error.value.errno != errno.ENOSPC and "space" not in str(error.value)
+    other.close()
+    sessions.add(turn("r1"), None)
 
 
 def test_a_file_that_is_none_is_refused(tmp_path):
