@@ -9,8 +9,6 @@ import os
 import resource
 import select
 import socket
-import subprocess
-import sys
 import threading
 
 import httpx
@@ -19,7 +17,7 @@ import uvicorn
 from websockets.exceptions import ConnectionClosedError, InvalidStatus
 from websockets.sync.client import connect
 
-from rwkv_train.serve.connections import HEAD_BYTES, PIPELINED, make_config, raise_open_files, share_files
+from rwkv_train.serve.connections import HEAD_BYTES, PIPELINED, make_config
 
 ASK = b"GET /%s HTTP/1.1\r\nHost: localhost\r\n\r\n"
 PATIENCE = 60  # seconds until a test gives up
@@ -305,25 +303,6 @@ def test_settings_of_uvicorn(serve):
     _, port = serve()
     answer = httpx.get(f"http://127.0.0.1:{port}/ok", headers={"X-Forwarded-For": "1.2.3.4"})
     assert "server" not in answer.headers and "date" in answer.headers
-
-
-@pytest.mark.parametrize("files", [8, 64, 256, 1024, 4096, 20_000, 1 << 16])
-def test_open_files_are_shared_out(files):
-    most, backlog = share_files(files)
-    assert min(most, backlog) >= 1
-    if files >= 64:
-        assert 3 * backlog <= most <= files - 3 * backlog - min(256, files // 4)
-
-
-def test_the_limit_of_open_files_is_raised():
-    before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    code = "import resource as r; from rwkv_train.serve.connections import raise_open_files as f; "
-    code += "r.setrlimit(r.RLIMIT_NOFILE, (100, 200)); print(f(), f(150), *r.getrlimit(r.RLIMIT_NOFILE))"
-    assert subprocess.check_output([sys.executable, "-c", code], text=True).split() == ["200", "150", "200", "200"]
-    try:
-        assert raise_open_files() == raise_open_files() <= before[1]
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 def test_no_open_files_left_is_not_the_end(serve, dial, caplog):
