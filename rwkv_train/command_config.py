@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
+from rwkv_train.config import Thinking
+
 
 def explained(config: type, field: str) -> str:
     """A setting's explanation: the string under it."""
@@ -99,10 +101,18 @@ class ChatConfig:
     """world, bytes or a tokenizer JSON; known where tokenizer.json lies with the model"""
 
     template: str | None = None
-    """YAML file that says how chats are written; template.yaml with the model, or RWKV World's if not given"""
+    """how chats are written: world, g1, raven, or a YAML file; if not given, as template.yaml or the chat_template with
+    the model says, or else as its name suggests"""
+
+    thinking: Thinking | None = None
+    """how a model that was taught to think does so: off; fake, it replies after an empty thought; on; normal, short or
+    long, where it is asked for a thought of such a length. As the template says if not given"""
 
     system: str = ""
     """a system message to begin with"""
+
+    tools: str | None = None
+    """JSON file that lists functions the model may call, as OpenAI's API has them; the system message names them"""
 
     temperature: float = 0.8
     """below 1 is safer, above 1 bolder, 0 always takes the likeliest token"""
@@ -187,7 +197,12 @@ class FeedbackFileConfig:
     """world, bytes or a tokenizer JSON; known where tokenizer.json lies with the model"""
 
     template: str | None = None
-    """YAML file that says how chats are written; template.yaml with the model, or RWKV World's if not given"""
+    """how chats are written: world, g1, raven, or a YAML file; if not given, as template.yaml or the chat_template with
+    the model says, or else as its name suggests"""
+
+    thinking: Thinking | None = None
+    """how a model that was taught to think does so: off; fake, it replies after an empty thought; on; normal, short or
+    long, where it is asked for a thought of such a length. As the template says if not given"""
 
     folder: str | None = None
     """where corrections are kept; the user's data folder if not given"""

@@ -15,6 +15,8 @@ Strategy = Literal[
     "deepspeed_stage_3_offload",
 ]
 
+Thinking = Literal["off", "fake", "on", "normal", "short", "long"]  # how a thought is asked for; see data/templates.py
+
 RENAMED = {"train.recompute": "train.checkpoint_blocks"}  # old names, still read in files and as flags
 
 

@@ -15,6 +15,7 @@ from rwkv_train.chat.session import Chat
 from rwkv_train.chat.terminal import in_plain, in_room, in_terminal
 from rwkv_train.checkpoints.opener import Opened, open_model
 from rwkv_train.command_config import ChatConfig
+from rwkv_train.data.functions import as_texts, read_tools
 from rwkv_train.feedback.settings import RENAMED
 from rwkv_train.generate import Sampling
 
@@ -60,9 +61,12 @@ def open_chat(config: ChatConfig) -> Chat:
     if not config.model and not program.STARTER.exists():
         raise ValueError(f"the starter model is not there ({program.STARTER}); name a model with --model")
     name = config.model or program.STARTER
-    opened = open_model(name, config.tokenizer, config.template, config.dtype, config.device)
+    opened = open_model(name, config.tokenizer, config.template, config.dtype, config.device, thinking=config.thinking)
     dialogue = Dialogue(*opened, sampling, config.seed, config.tokens)
-    dialogue.system(config.system)
+    messages = [{"role": "system", "content": config.system}] if config.system else []
+    if config.tools:
+        messages = as_texts(messages, read_tools(config.tools))
+    dialogue.system(messages[0]["content"] if messages else "")
     try:
         return Chat(dialogue, data_folder(config.folder))
     except ValueError as error:

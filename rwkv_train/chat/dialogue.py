@@ -29,7 +29,7 @@ class Turn:
     user: the question; system: the system message put before it, if any
     prompt: ids read for it, up to where the reply begins ("...Assistant:")
     state: after prompt and ids, one lane
-    reply: the text that was shown
+    reply: the text that was shown; thought: what the model wrote before it, which is not part of the dialogue
     ids: the reply's tokens, which hold exactly that text and, if the model wrote it (`ended`), the end of the turn
     version: of the model that wrote it
     """
@@ -42,6 +42,11 @@ class Turn:
     ids: list[int] = field(default_factory=list)
     ended: bool = False
     version: str = ""
+    thought: str = ""
+
+
+class Thought(str):
+    """A piece of what a model thinks before it replies."""
 
 
 class Dialogue:
@@ -83,24 +88,21 @@ class Dialogue:
         return self.turns[-1].state if self.turns else None
 
     def say(self, text: str) -> Iterator[str]:
-        """The reply to a message, piece by piece, never breaking a character.
+        """The reply to a message, piece by piece, never breaking a character; of a `Thought` before it, too.
 
         Nothing happens before the first piece is asked for. The reply ends at the template's end of turn, at an end
         of document, or after `max_new_tokens` tokens; closing the iterator breaks it off. Either way the state then
         holds exactly what was shown. Raises ValueError for a message without text.
         """
         self.stop()
-        messages = [{"role": "system", "content": self.pending}] if self.pending else []
-        messages.append({"role": "user", "content": text})
-        pieces = self.template.prompt(messages)
-        prompt = self._opening(self.turns) + [i for piece in pieces for i in self.tokenizer.encode(piece)]
-        return self._start(self._reply(self.turns, text, self.pending, prompt))
+        self._prompt(self.turns, text, self.pending, opened=True)  # or says what is wrong with it
+        return self._start(self._reply(self.turns, text, self.pending))
 
     def retry(self) -> Iterator[str]:
         """Another reply to the last message, in place of the last one; only that message is read again."""
         self.stop()
         last = self.last()
-        return self._start(self._reply(self.turns[:-1], last.user, last.system, last.prompt))
+        return self._start(self._reply(self.turns[:-1], last.user, last.system))
 
     def back(self, count: int = 1) -> None:
         """Unsay the last `count` turns. A system message among them waits for the next question again."""
@@ -198,17 +200,26 @@ class Dialogue:
         self._running = reply
         return reply
 
-    def _reply(self, turns: list[Turn], user: str, system: str | None, prompt: list[int]) -> Iterator[str]:
-        """Ask `prompt` after `turns`, which then are the dialogue's, and stream the reply."""
-        model = self.model
-        logits, state = prefill(model, prompt, turns[-1].state if turns else None)
+    def _reply(self, turns: list[Turn], user: str, system: str | None) -> Iterator[str]:
+        """Ask after `turns`, which then are the dialogue's, and stream the reply."""
+        model, before = self.model, turns[-1].state if turns else None
+        prompt, opened = (self._prompt(turns, user, system, opened) for opened in (False, True))
+        logits, state = prefill(model, prompt, before)
         asked = Turn(user, system, prompt, state, version=self.version)
         self.turns, self.pending = [*turns, asked], None
-        reply = Reply(self.tokenizer, self.template.end(), state)
-        stop = frozenset([self.tokenizer.eod])
+        if opened[: len(prompt)] != prompt:  # a token holds the end of one and the beginning of the other
+            logits, state = prefill(model, opened, before)
+        elif more := opened[len(prompt) :]:
+            logits, state = prefill(model, more, state)
+        reply = Reply(self.tokenizer, self.template, asked.state)
+        stop, thought = frozenset([self.tokenizer.eod]), 0
         try:
             for token, after in stream_tokens(model, logits, state, self.sampling, self.max_new_tokens, stop, self.rng):
-                if piece := reply.push(token, lambda after=after: after):
+                piece = reply.push(token, lambda after=after: after)
+                if more := reply.thought[thought:]:
+                    thought += len(more)
+                    yield Thought(more)
+                if piece:
                     yield piece
                 if reply.ended:
                     break
@@ -216,7 +227,14 @@ class Dialogue:
             ids, rest, state = reply.settle()
             if rest := self.tokenizer.encode(rest):
                 state = prefill(model, rest, state)[1]
-            self.turns[-1] = replace(asked, state=state, reply=reply.shown, ids=ids + rest, ended=reply.ended)
+            found = {"reply": reply.shown, "thought": reply.thought, "ended": reply.ended}
+            self.turns[-1] = replace(asked, state=state, ids=ids + rest, **found)
+
+    def _prompt(self, turns: list[Turn], user: str, system: str | None, opened: bool) -> list[int]:
+        """Ids that ask for a reply after `turns`; opened: with what is written of it for the model."""
+        messages = [{"role": "system", "content": system}] if system else []
+        pieces = self.template.prompt([*messages, {"role": "user", "content": user}], opened=opened)
+        return [*self._opening(turns), *(i for piece in pieces for i in self.tokenizer.encode(piece))]
 
     def _opening(self, turns: list[Turn]) -> list[int]:
         """What comes before a question: the end of the document before, or of a reply that did not end itself."""
@@ -227,7 +245,7 @@ class Dialogue:
     def _system(self, text: str) -> str:
         """A system message as the template writes it; nothing for none, also where there is no such role."""
         messages = [{"role": "system", "content": text}] if text else []
-        return "".join(part for part, _ in self.template.segments(messages))
+        return "".join(self.template.history(messages))
 
 
 def _ids(turns: list[Turn]) -> list[int]:

@@ -9,7 +9,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from rwkv_train.chat.dialogue import Dialogue
+from rwkv_train.chat.dialogue import Dialogue, Thought
 from rwkv_train.generate import Sampling
 
 
@@ -103,7 +103,9 @@ class Chat:
         """Print the answer to a line as it comes, and an empty line. Ctrl-C breaks the answer off.
 
         plain: at once instead and without empty lines in it; then Ctrl-C goes on to the caller. before: printed first.
+        Thoughts are dimmed on a terminal, and left out elsewhere.
         """
+        dims = not plain and sys.stdout.isatty()
         with self._screen, closing(self.answer(line)) as pieces:
             if before:
                 write(before)
@@ -111,13 +113,18 @@ class Chat:
                 said: list[str] = []
                 try:
                     for piece in pieces:
-                        said.append(piece)
+                        said += [] if isinstance(piece, Thought) else [piece]
                 finally:  # an interrupt does not hide what came before it
                     write(re.sub(r"\n\s*\n", "\n", "".join(said).strip()))
             else:
                 try:
+                    thinking = False
                     for piece in pieces:
-                        write(piece)
+                        if not isinstance(piece, Thought):
+                            write("\n" * thinking + piece)
+                        elif dims:
+                            write(f"\x1b[2m{piece}\x1b[0m")
+                        thinking = dims and isinstance(piece, Thought)
                 except KeyboardInterrupt:
                     pieces.close()
                     write(" [stopped]")
@@ -131,13 +138,14 @@ class Chat:
 
 def spoken(reply: Iterator[str]) -> Iterator[str]:
     """A reply's pieces, or a note where there are none. Closing this breaks the reply off."""
-    empty = True
+    empty, thought = True, False
     with closing(reply):
         for piece in reply:
-            empty = False
+            thought |= isinstance(piece, Thought)
+            empty &= isinstance(piece, Thought)
             yield piece
     if empty:
-        yield "(empty reply)"
+        yield "(a thought without a reply; /settings tokens N allows more)" if thought else "(empty reply)"
 
 
 def _help(chat: Chat, rest: str) -> Iterable[str]:
@@ -216,6 +224,12 @@ def _settings(dialogue: Dialogue) -> dict[str, Setting]:
     found = {f.name: sampled(f.name, f.type) for f in fields(Sampling)}
     found["seed"] = Setting(lambda: dialogue.rng.initial_seed(), lambda value: dialogue.reseed(number(value, int)))
     found["tokens"] = Setting(lambda: dialogue.max_new_tokens, lambda value: dialogue.limit(number(value, int)))
+
+    def think(value: str) -> None:
+        dialogue.template = replace(dialogue.template, thinking=value)
+
+    if dialogue.template.thinks:
+        found["thinking"] = Setting(lambda: dialogue.template.thinking, think)
     return found
 
 

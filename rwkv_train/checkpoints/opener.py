@@ -2,12 +2,14 @@
 
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from rwkv_train.checkpoints.modelfile import load_model, parts_of
+from rwkv_train.data.known_templates import named_template, template_of
 from rwkv_train.data.store import Store
 from rwkv_train.data.templates import Template
 from rwkv_train.data.text_format import TextFormat, compare, compare_templates
@@ -35,10 +37,12 @@ def open_model(
     dtype: torch.dtype | str | None = None,
     device: str | torch.device = "cpu",
     for_chats: bool = True,
+    thinking: str | None = None,
 ) -> Opened:
     """Open what `load_model` opens, with the tokenizer and the template that lie with it, or those given.
 
-    tokenizer: "world", "bytes" or a path; template: a YAML file. dtype: torch's, a name in DTYPES, or INT8. What is
+    tokenizer: "world", "bytes" or a path; template: a name in NAMED, or a YAML file; thinking: in place of the
+    template's. dtype: torch's, a name in DTYPES, or INT8. What is
     unknown, and what a given one overrides, is told on standard error; of the template only for_chats. Raises as
     `load_model` does, and ValueError if the tokenizer is unknown or does not fit, torch has no such device, or INT8
     finds no torchao.
@@ -50,7 +54,8 @@ def open_model(
         model = load_model(name, DTYPES.get(dtype, dtype), device)
     known = format_of(name)
     found = _tokenizer(name, known.tokenizer, tokenizer, model.config.vocab_size)
-    return Opened(model, found, _template(name, known.template, template, for_chats))
+    written = _template(name, known.template, template, for_chats)
+    return Opened(model, found, written if thinking is None else replace(written, thinking=thinking))
 
 
 def dtype_of(model: RWKV) -> str:
@@ -134,10 +139,12 @@ def _tokenizer(name: str | Path, known: Tokenizer | None, given: str | None, voc
 
 def _template(name: str | Path, known: Template | None, given: str | None, for_chats: bool) -> Template:
     if given:
-        found = Template.load(given)
+        found = named_template(given)
         if other := compare_templates(name, known, f"--template {given}", found):
             told(f"{other}; --template is taken")
         return found
-    if known is None and for_chats:
-        told(f"{name} does not say how chats are written; taken to be as for RWKV World (see --template)")
-    return known or Template()
+    if known is None:
+        series, known = template_of(name) or ("", Template())
+        why = f"as for RWKV {series or 'world'}" + ", as its name suggests" * bool(series)
+        told(f"{name} does not say how chats are written; taken to be {why} (see --template)" if for_chats else "")
+    return known

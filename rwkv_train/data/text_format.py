@@ -50,8 +50,9 @@ def compare(name: str | Path, ours: Tokenizer | None, other: str | Path, theirs:
 
 def compare_templates(name: str | Path, ours: Template | None, other: str | Path, theirs: Template | None) -> str:
     """How chats are written otherwise, in a line, or "" if they are not, or nothing is known of one of them."""
-    if not ours or not theirs or ours.roles == theirs.roles:
+    names = ("collapse_blank_lines", "paragraphs", "thinks", "thinking")  # what is trained is no matter of a text
+    one, two = (t.roles | {n: getattr(t, n) for n in names} if t else {} for t in (ours, theirs))
+    ways = "; ".join(f"{n} {two.get(n)!r}, not {one.get(n)!r}" for n in {**one, **two} if one.get(n) != two.get(n))
+    if not ours or not theirs or not ways:
         return ""
-    roles = [role for role in {**ours.roles, **theirs.roles} if ours.roles.get(role) != theirs.roles.get(role)]
-    ways = "; ".join(f"{role} {theirs.roles.get(role)!r}, not {ours.roles.get(role)!r}" for role in roles)
     return f"chats of {other} are written otherwise than those of {name}: {ways}"

@@ -7,10 +7,11 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Request
 from pydantic import BaseModel
 
+from rwkv_train.data.templates import REASONING
 from rwkv_train.serve.conversation import Asked
 from rwkv_train.serve.errors import ERRORS, ApiError
 from rwkv_train.serve.jobs import End, Event, Piece
-from rwkv_train.serve.schemas import ChatRequest, CompletionRequest
+from rwkv_train.serve.schemas import EFFORTS, ChatRequest, CompletionRequest
 from rwkv_train.serve.service import Running, Service
 from rwkv_train.serve.streams import EventStream, sse, together, unless_gone
 from rwkv_train.serve.tokens import Rights, require
@@ -83,9 +84,10 @@ async def chat(request: Request, asked: ChatRequest, rights: Talker) -> Any:
     if format and format["type"] == "json_schema":
         format = {"type": "json_schema"} | format["json_schema"]
     messages, who = [m.plain() for m in asked.messages], service.who(rights, name)
+    thinking = EFFORTS.get(asked.reasoning_effort)
     running = await service.reply(
         name,
-        lambda version: service.conversations.whole(messages, who, version),
+        lambda version: service.conversations.whole(messages, who, version, thinking),
         asked,
         rights,
         "chatcmpl-",
@@ -106,7 +108,7 @@ async def _chat_answer(service: Service, running: Running, scored: bool) -> dict
     choices = [
         {
             "index": n,
-            "message": {"role": "assistant", "content": end.shown, "refusal": None},
+            "message": {"role": "assistant", "content": end.shown, "refusal": None} | _reasoning(end.thought),
             "logprobs": {"content": [_scored(service.tokenizer, p) for p in pieces[0, n]]} if scored else None,
             "finish_reason": finish(end),
         }
@@ -126,9 +128,9 @@ async def _chat_events(service: Service, running: Running, scored: bool, usage: 
         yield chunk(n, {"role": "assistant", "content": ""})
     async with aclosing(service.events(running)) as events:
         async for event in events:
-            if isinstance(event, Piece) and (event.text or scored):
+            if isinstance(event, Piece) and (event.text or event.thought or scored):
                 scores = [_scored(service.tokenizer, event)] if scored else None
-                yield chunk(event.choice, {"content": event.text}, scores=scores)
+                yield chunk(event.choice, {"content": event.text} | _reasoning(event.thought), scores=scores)
             if isinstance(event, End):
                 ends.append(event)
                 if event.reason == "error":
@@ -155,8 +157,8 @@ async def completions(request: Request, asked: CompletionRequest, rights: Talker
         for number, prompt in enumerate(prompts):
             ids = [tokenizer.eod, *tokenizer.encode(prompt)]
             seed = asked if asked.seed is None else asked.model_copy(update={"seed": asked.seed + number * asked.n})
-            find = lambda version, ids=ids: Asked(None, [], ids, ids, None, "", 0)  # noqa: E731
-            more = {"stored": False, "end": "", "likeliest": asked.logprobs}
+            find = lambda version, ids=ids: Asked(None, [], ids, ids, None)  # noqa: E731
+            more = {"stored": False, "likeliest": asked.logprobs}
             most = service.most(asked.max_tokens)
             running.append(await service.reply(name, find, seed, rights, "cmpl-", most, asked.n, **more))
     except BaseException:  # the whole request is refused
@@ -229,6 +231,10 @@ def _collect(job: int, event: Event, pieces: dict, ends: dict) -> None:
     if event.reason == "error":
         raise ApiError(500, _broken(event)["message"], "model_error")
     ends[job, event.choice] = event
+
+
+def _reasoning(thought: str) -> dict[str, str]:
+    return {REASONING: thought} if thought else {}
 
 
 def finish(end: End) -> str:

@@ -90,7 +90,7 @@ def open_server(config: ServeConfig) -> Opened:
     if not config.model and not program.STARTER.exists():
         raise ValueError(f"the starter model is not there ({program.STARTER}); name a model with --model")
     name = config.model or program.STARTER
-    opened = open_model(name, config.tokenizer, config.template, config.dtype, config.device)
+    opened = open_model(name, config.tokenizer, config.template, config.dtype, config.device, thinking=config.thinking)
     opened.template.prompt([{"role": "user", "content": "-"}])  # has both roles, or says so now
     service = Service(opened, config, data_folder(config.folder), name)
     return Opened(create_app(service, tokens), service, config)

@@ -4,6 +4,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+Effort = Literal["none", "minimal", "low", "medium", "high"]
+EFFORTS = {"none": "off", "minimal": "fake", "low": "short", "medium": "normal", "high": "long"}  # keys of THINKING
+EFFORT = "How long a model thinks that was taught to; with `minimal` it replies after an empty thought."
 MOST_CHOICES, MOST_STOPS, MOST_LIKELIEST = 16, 16, 20
 
 
@@ -112,6 +115,7 @@ class ChatRequest(TextRequest):
     top_logprobs: int | None = Field(default=None, ge=0, le=MOST_LIKELIEST)
     response_format: Annotated[Format | SchemaFormat, Field(discriminator="type")] | None = None
     stream_options: StreamOptions | None = None
+    reasoning_effort: Effort | None = Field(default=None, description=EFFORT)
     store: bool | None = Field(
         default=None, description="Whether the state after the reply is kept; it is if not given."
     )
@@ -133,6 +137,10 @@ class TextSettings(Strict):
     format: Annotated[Format | FlatSchemaFormat, Field(discriminator="type")] | None = None
 
 
+class Reasoning(Strict):
+    effort: Effort | None = Field(default=None, description=EFFORT)
+
+
 class ResponseRequest(TextRequest):
     input: str | Annotated[list[Message], Field(min_length=1)]
     instructions: str | None = Field(default=None, description="A system message before the input.")
@@ -140,6 +148,7 @@ class ResponseRequest(TextRequest):
         default=None, description="The reply that this follows: its state is gone on from, and nothing is read twice."
     )
     max_output_tokens: int | None = Field(default=None, ge=1)
+    reasoning: Reasoning | None = None
     text: TextSettings | None = None
     store: bool | None = Field(default=None, description="Whether the reply is kept; it is if not given.")
     metadata: dict[str, str] | None = None

@@ -155,11 +155,10 @@ class Service:
         stored: bool = True,
         answer: dict | None = None,
         format: dict | None = None,
-        end: str | None = None,
         likeliest: int | None = None,
     ) -> Running:
         """Submit a reply. find(version): what is asked, of that version of the model; prefix: of the response's id;
-        answer: to keep with the turn; format: as of `json_schema` requests; end: None is the template's.
+        answer: to keep with the turn; format: as of `json_schema` requests.
 
         ApiError 400 for a prompt that is too long or a wrong schema, 503 where too many wait.
         """
@@ -178,7 +177,8 @@ class Service:
             [seed + choice for choice in range(n)],
             max_new_tokens,
             lambda event: self._told.append((running, event)),
-            self.template.end() if end is None else end,
+            asked.template,
+            asked.history,
             tuple(request.stop or ()),
             await asyncio.to_thread(self._constraint, format),
             likeliest,

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from rwkv_train.config import Thinking
+
 LOOPBACK, PORT = "127.0.0.1", 8080
 
 
@@ -17,7 +19,12 @@ class ServeConfig:
     """world, bytes or a tokenizer JSON; known where tokenizer.json lies with the model"""
 
     template: str | None = None
-    """YAML file that says how chats are written; template.yaml with the model, or RWKV World's if not given"""
+    """how chats are written: world, g1, raven, or a YAML file; if not given, as template.yaml or the chat_template with
+    the model says, or else as its name suggests"""
+
+    thinking: Thinking | None = None
+    """how a model that was taught to think does so: off; fake, it replies after an empty thought; on; normal, short or
+    long, where it is asked for a thought of such a length. As the template says if not given"""
 
     dtype: Literal["fp32", "fp16", "bf16", "int8"] = "fp32"
     """number format of the weights in memory; a profile of corrections belongs to the one it was begun with"""
