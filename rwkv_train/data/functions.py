@@ -12,7 +12,8 @@ from pathlib import Path
 from rwkv_train.files import parse_json, read_text
 
 ASKED = "Return only a JSON function call."
-BLOCK = re.compile(r"```json\s*\n(.*?)(?:\n```|\Z)", re.DOTALL)
+FENCE = "```json"
+BLOCK = re.compile(FENCE + r"\s*\n(.*?)(?:\n```|\Z)", re.DOTALL)
 
 
 def named(tools: Sequence[dict]) -> str:
@@ -58,6 +59,12 @@ def as_texts(messages: Sequence, tools: Sequence[dict] = ()) -> list:
     return [{"role": "system", "content": said}, *written]
 
 
+def may_call(reply: str) -> bool:
+    """Whether a reply may be a call, going by its beginning."""
+    begun = reply.lstrip()
+    return begun.startswith(FENCE) or FENCE.startswith(begun)
+
+
 def calls(reply: str) -> list[dict]:
     """The calls that a reply begins with, each {"name": text, "arguments": object}; [] if it is no call."""
     found: list[dict] = []
@@ -76,17 +83,14 @@ def calls(reply: str) -> list[dict]:
 
 def _with_calls(message: dict, number: int) -> dict:
     """A message with what it calls as blocks of JSON after its text."""
-    blocks = []
-    for call in message["tool_calls"]:
-        function = call.get("function", call) if isinstance(call, dict) else {}
-        arguments = function.get("arguments", {})
-        try:
-            arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
-            name = function["name"]
-        except (ValueError, KeyError, TypeError):
-            what = f"expected a function's name and arguments in JSON, found {call!r:.80}"
-            raise ValueError(f"message {number}: {what}") from None
-        blocks.append(f"```json\n{_json({'name': name, 'arguments': arguments})}\n```")
+    try:
+        asked = [call.get("function", call) for call in message["tool_calls"]]
+        given = [(call["name"], call.get("arguments", {})) for call in asked]
+        read = [{"name": name, "arguments": json.loads(a) if isinstance(a, str) else a} for name, a in given]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        what = f"expected a function's name and arguments in JSON, found {message['tool_calls']!r:.80}"
+        raise ValueError(f"message {number}: {what}") from None
+    blocks = [f"```json\n{_json(call)}\n```" for call in read]
     before = [message["content"]] if message.get("content") else []
     rest = {name: value for name, value in message.items() if name != "tool_calls"}
     return rest | {"content": "\n".join([*before, *blocks])}

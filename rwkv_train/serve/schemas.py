@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 Effort = Literal["none", "minimal", "low", "medium", "high"]
 EFFORTS = {"none": "off", "minimal": "fake", "low": "short", "medium": "normal", "high": "long"}  # keys of THINKING
@@ -33,6 +33,17 @@ def _joined(content: object) -> object:
 Text = Annotated[str, BeforeValidator(_joined, json_schema_input_type=str | Annotated[list[Part], Field(min_length=1)])]
 
 
+class CalledFunction(Strict):
+    name: str
+    arguments: str = Field(description="A JSON object.")
+
+
+class ToolCall(Strict):
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
 class Message(Strict):
     """One message of a conversation."""
 
@@ -44,6 +55,46 @@ class Message(Strict):
 
     def plain(self) -> dict:
         return {"role": "system" if self.role == "developer" else self.role, "content": self.content}
+
+
+class ChatMessage(Message):
+    """One message of a chat, perhaps one that calls functions, or what a function gave."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"] = Field(
+        description="`developer` is taken as `system`."
+    )
+    content: Text | None = Field(default=None, description="Its text, or parts that are joined; null beside calls.")
+    tool_calls: list[ToolCall] | None = Field(default=None, min_length=1)
+    tool_call_id: str | None = Field(default=None, description="As calls have it; not used: results follow the calls.")
+    reasoning_content: str | None = Field(default=None, description="As answers have it; not used.")
+    refusal: str | None = Field(default=None, description="As answers have it; not used.")
+
+    @model_validator(mode="after")
+    def _says_something(self) -> "ChatMessage":
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError("tool_calls are the assistant's alone")
+        if self.content is None and not self.tool_calls:
+            raise ValueError("content is missing; only a message with tool_calls may be without")
+        return self
+
+    def plain(self) -> dict:
+        called = {"tool_calls": [call.model_dump() for call in self.tool_calls]} if self.tool_calls else {}
+        return super().plain() | called
+
+
+class Function(Strict):
+    name: str = Field(min_length=1, max_length=64)
+    description: str | None = None
+    parameters: dict[str, Any] | None = Field(default=None, description="A JSON schema.")
+    strict: bool | None = Field(default=None, description="Not used: arguments are as the model writes them.")
+
+
+class Tool(Strict):
+    type: Literal["function"]
+    function: Function
+
+    def plain(self) -> dict:
+        return {"function": self.function.model_dump(exclude_none=True, exclude={"strict"})}
 
 
 class Format(Strict):
@@ -107,7 +158,9 @@ class StreamOptions(Strict):
 
 
 class ChatRequest(TextRequest):
-    messages: list[Message] = Field(min_length=1)
+    messages: list[ChatMessage] = Field(min_length=1)
+    tools: list[Tool] | None = Field(default=None, max_length=128, description="Functions that the reply may call.")
+    tool_choice: Literal["auto", "none"] | None = Field(default=None, description="`none` does not name the tools.")
     max_tokens: int | None = Field(default=None, ge=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
     n: int = Field(default=1, ge=1, le=MOST_CHOICES)

@@ -172,7 +172,7 @@ def refused(client, status, match, **asked):
     ("status", "match", "param", "asked"),
     [
         (404, "there are: small, base", "model", {"model": "other"}),
-        (400, "not known here", "tools", {"tools": [{"type": "function", "function": {"name": "f"}}]}),
+        (400, "not known here", "parallel_tool_calls", {"parallel_tool_calls": True}),
         (400, "at most 4,096", None, {"max_tokens": 5000}),
         (400, "is empty", None, {"messages": [{"role": "user", "content": " "}]}),
         (400, "role", "messages.0.role", {"messages": [{"role": "robot", "content": "x"}]}),
