@@ -253,7 +253,11 @@ def _read_old_names(parser: ArgumentParser) -> None:
 
     def load_settings(text: str):
         found = load(text)
-        return renamed(found) if isinstance(found, dict) else found
+        if not isinstance(found, dict):
+            return found
+        if isinstance(asked := found.get("thinking"), bool):  # what on and off are in YAML
+            found["thinking"] = "on" if asked else "off"
+        return renamed(found)
 
     set_loader("settings", load_settings, (YAMLError, ValueError))
     parser.parser_mode = "settings"

@@ -21,10 +21,9 @@ def named_template(spec: str | Path) -> Template:
     """A template by its name in NAMED, or out of a YAML file. ValueError if it is neither."""
     if str(spec) in NAMED:
         return NAMED[str(spec)]
-    try:
-        return Template.load(spec)
-    except ValueError as error:
-        raise ValueError(f"{error} Name a YAML file, or one of {', '.join(NAMED)}.") from None
+    if not Path(spec).exists():
+        raise ValueError(f"there is no template {spec}, and no such file; name {', '.join(NAMED)}, or a YAML file")
+    return Template.load(spec)
 
 
 def template_of(file: str | Path) -> tuple[str, Template] | None:

@@ -4,17 +4,21 @@ from dataclasses import replace
 
 import pytest
 import torch
+from feedback_toys import CONFIG, rehearsal_set, small_model
 from helpers import assert_close_rel, random_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rwkv_train.chat.dialogue import Dialogue, Thought
 from rwkv_train.chat.reply import Reply
+from rwkv_train.chat.session import Chat
+from rwkv_train.cli import parse
 from rwkv_train.config import Thinking
-from rwkv_train.data.known_templates import NAMED, template_of
+from rwkv_train.data.known_templates import NAMED, named_template, template_of
 from rwkv_train.data.templates import THINKING, split_thought
+from rwkv_train.feedback import Correction, Learner
 from rwkv_train.feedback.decode import Form, decode
-from rwkv_train.generate import prefill
+from rwkv_train.generate import Sampling, prefill
 from rwkv_train.tokenizer import load_tokenizer, train_bpe
 
 G1, BYTES, WORLD = NAMED["g1"], load_tokenizer("bytes"), load_tokenizer("world")
@@ -82,6 +86,16 @@ def test_the_forms_are_the_makers():
         "short": "User: Why? (think a bit)\n\nAssistant: <think",
         "long": "User: Why? (think a lot)\n\nAssistant: <think",
     }
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_mode_is_asked_for_by_flag_and_in_yaml(tmp_path, mode):
+    """Where on and off are words of another meaning."""
+    (tmp_path / "config.yaml").write_text(f"thinking: {mode}\n")
+    (tmp_path / "template.yaml").write_text(f"thinks: true\nthinking: {mode}\n")
+    for argv in ([f"--thinking={mode}"], ["--config", str(tmp_path / "config.yaml")]):
+        assert parse("chat", argv)[0].thinking == mode
+    assert named_template(tmp_path / "template.yaml").thinking == mode
 
 
 @pytest.mark.parametrize(
@@ -174,3 +188,40 @@ class Fixed(torch.nn.Module):
 
     def forward(self, x):
         return self.call(x)
+
+
+def test_thoughts_are_dimmed_on_a_terminal_and_left_out_elsewhere(monkeypatch, tmp_path, capsys):
+    d = Dialogue(MODELS[BYTES], BYTES, replace(G1, thinking="on"), max_new_tokens=200)
+    chat = Chat(d, tmp_path)
+    for is_terminal, shown in ((True, "\x1b[2mHm.\x1b[0m\nHi.\n\n"), (False, "Hi.\n\n")):
+        monkeypatch.setattr("sys.stdout.isatty", lambda is_terminal=is_terminal: is_terminal)
+        d.sampling = iter(BYTES.encode(written("on", "Hm.", "Hi.")))
+        chat.show("Hello")
+        assert capsys.readouterr().out.replace("\x1b[0m\x1b[2m", "") == shown
+    d.sampling = iter(BYTES.encode(written("on", "Hm.", "Hi.")))
+    chat.show("Hello", plain=True)
+    chat.show("/settings thinking short")
+    chat.show("/settings thinking loud")
+    assert capsys.readouterr().out.startswith("Hi.\n\nthinking short\n\nthinking is 'loud', expected off,")
+
+
+def test_what_is_taught_is_said_after_an_empty_thought(tmp_path, generation):
+    """Corrections of a model that is asked to think, undone and after a restart."""
+    model, template = small_model(generation=generation), replace(G1, thinking="short")
+
+    def opened():
+        form = Form(BYTES, template.for_answers())
+        rehearsal = rehearsal_set(model)
+        rehearsal.form = form
+        return Learner(model, BYTES, tmp_path / "profile", template, CONFIG, rehearsal)
+
+    with opened() as learner:
+        before = learner.weights
+        outcome = learner.learn(Correction("sun?", "hot\n\nand dry"))
+        assert outcome.accepted, outcome.why
+        assert outcome.answer_after == "hot\n\nand dry" == learner.answer("sun?")
+    with opened() as learner:
+        d = Dialogue(learner.model, BYTES, replace(G1, thinking="fake"), Sampling(0))
+        assert "".join(d.say("sun?")) == "hot\n\nand dry" and d.last().ended
+        learner.undo()
+        assert learner.weights == before
