@@ -84,7 +84,7 @@ def test_a_share_of_one_is_a_token_that_is_left():
 def test_where_a_choice_is_recorded_it_asks_for_no_number():
     """What waits for the device cannot be recorded; on "meta" there are no numbers. Its first use takes seconds."""
     like = {"device": "meta"}
-    settings, uniform = torch.zeros(2, 6, **like), torch.zeros(2, dtype=torch.float64, **like)
+    settings, uniform = torch.zeros(2, 7, **like), torch.zeros(2, dtype=torch.float64, **like)
     for needs in (
         Needs(True, True, True, True, True, False),
         Needs(False, True, *[False] * 4),
