@@ -65,8 +65,8 @@ def advance(
     as of `choose`.
     """
     if needs.decayed:
-        least = (lanes.counts > 0) * FADED
-        lanes.counts.mul_(lanes.settings[:, -1:]).clamp_(min=least)
+        faded = lanes.counts.clamp(max=FADED)
+        torch.maximum(lanes.counts.mul_(lanes.settings[:, -1:]), faded, out=lanes.counts)
     if needs.penalised:
         lanes.counts.scatter_add_(1, lanes.token[:, None], torch.ones_like(lanes.settings[:, :1]))
     logits, state = read(lanes.token)

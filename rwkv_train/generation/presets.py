@@ -11,7 +11,7 @@ from rwkv_train.generation.sampling import Sampling
 PRESETS = {
     "chat": Sampling(0.8, 0.5),
     "text": Sampling(1.0, 0.9),
-    "greedy": Sampling(0),
+    "greedy": Sampling(0.0),
     # As the makers of RWKV-7 "G" advise for replies after a thought, and after an empty one.
     "thinking": Sampling(0.96, 0.76, 32, presence_penalty=1.0, frequency_penalty=0.1, penalty_decay=0.988),
     "fake-thinking": Sampling(1.0, 0.28, 32),

@@ -8,6 +8,7 @@ import { has, t } from "./words.js";
 const SAMPLING = [
   { name: "temperature", min: 0, max: 5, step: 0.05 },
   { name: "top_p", min: 0.01, max: 1, step: 0.01 },
+  { name: "min_p", min: 0, max: 1, step: 0.01 },
   { name: "max_output_tokens", min: 1, step: 1 },
   { name: "presence_penalty", min: -5, max: 5, step: 0.05 },
   { name: "frequency_penalty", min: -5, max: 5, step: 0.05 },
