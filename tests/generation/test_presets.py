@@ -1,5 +1,7 @@
 """Presets: their names and what help says of them, what is given beside them, and the makers' own sampler."""
 
+import json
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -9,12 +11,15 @@ from helpers import random_model, run
 from rwkv_train import cli
 from rwkv_train.command_config import Preset
 from rwkv_train.generate import Sampling, prefill, stream_tokens
+from rwkv_train.generation import presets
 from rwkv_train.generation.presets import PRESETS, described, sampling_of, stop_texts
 from rwkv_train.generation.sampling import Needs, choose, random_numbers
 
 
-def test_the_help_names_every_preset_with_its_values(capsys):
+def test_the_help_and_the_page_name_every_preset(capsys):
     assert get_args(Preset) == tuple(PRESETS)
+    page = Path(presets.__file__).parent.parent / "serve/page/settings.js"
+    assert f"const PRESETS = {json.dumps(['', *PRESETS])};" in page.read_text(encoding="utf-8")
     for command, usual in (("generate", "text"), ("chat", "chat"), ("serve", "chat")):
         told = " ".join(run(command, "--help", capsys=capsys)[1].split())
         assert all(f"{name} ({described(sampling)})" in told for name, sampling in PRESETS.items())
