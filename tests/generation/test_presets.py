@@ -9,7 +9,7 @@ import torch
 from helpers import random_model, run
 
 from rwkv_train import cli
-from rwkv_train.command_config import Preset
+from rwkv_train.command_config import Preset, explained
 from rwkv_train.generate import Sampling, prefill, stream_tokens
 from rwkv_train.generation import presets
 from rwkv_train.generation.presets import PRESETS, described, sampling_of, stop_texts
@@ -23,7 +23,8 @@ def test_the_help_and_the_page_name_every_preset(capsys):
     for command, usual in (("generate", "text"), ("chat", "chat"), ("serve", "chat")):
         told = " ".join(run(command, "--help", capsys=capsys)[1].split())
         assert all(f"{name} ({described(sampling)})" in told for name, sampling in PRESETS.items())
-        assert cli.parse(command, ["--model=x"])[0].preset == usual
+        config, _ = cli.parse(command, ["--model=x"])
+        assert config.preset == usual and explained(type(config), "preset") in told
 
 
 def test_what_is_given_goes_before_the_preset_and_is_told(capsys):
