@@ -3,6 +3,7 @@
 import json
 import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from tqdm import tqdm
@@ -18,7 +19,8 @@ from rwkv_train.data.store import Store
 from rwkv_train.data.text_format import TextFormat, compare, compare_templates
 from rwkv_train.evaluate import Score, Scorer, byte_lengths, position_table
 from rwkv_train.files import read_lines, unescaped
-from rwkv_train.generate import LANES, Sampling, generate_text, generate_texts
+from rwkv_train.generate import LANES, generate_text, generate_texts
+from rwkv_train.generation.presets import sampling_of, stop_texts
 from rwkv_train.models.finite import broken_weight, finite
 from rwkv_train.models.loss import IGNORE_INDEX
 from rwkv_train.run_config import found_paths, run_settings
@@ -102,17 +104,18 @@ def _figures(score: Score) -> dict:
 
 def generate(config: GenerateConfig) -> None:
     """Print a prompt and its continuation as it is written, or those of a file, in its order."""
-    sampling = Sampling(config.temperature, config.top_p, config.top_k)
+    how = {"sampling": sampling_of(config), "max_new_tokens": config.tokens, "seed": config.seed}
+    how["stop"] = stop_texts(config.stop)
     if config.tokens < 1:
         raise ValueError(f"--tokens must be at least 1, found {config.tokens}")
     prompts = _prompts(config)
     dtype = DTYPES[config.dtype] if config.dtype else None
     model, tokenizer, _ = open_model(config.model, config.tokenizer, None, dtype, config.device, for_chats=False)
     if config.prompts is not None:
-        _generate_side_by_side(config, model, tokenizer, prompts, sampling)
+        _show(prompts, generate_texts(model, tokenizer, prompts, lanes=config.lanes or LANES, **how))
         return
     sys.stdout.write(prompts[0])
-    for piece in generate_text(model, tokenizer, prompts[0], sampling, config.tokens, config.seed):
+    for piece in generate_text(model, tokenizer, prompts[0], **how):
         sys.stdout.write(piece)
         sys.stdout.flush()
     print()
@@ -133,10 +136,9 @@ def _prompts(config: GenerateConfig) -> list[str]:
     return prompts
 
 
-def _generate_side_by_side(config: GenerateConfig, model, tokenizer: Tokenizer, prompts: list[str], sampling) -> None:
+def _show(prompts: list[str], pieces: Iterator[tuple[int, str | None]]) -> None:
     """Print each text once it and those before it have ended, a blank line between two."""
     texts, ended, shown = list(prompts), set(), 0
-    pieces = generate_texts(model, tokenizer, prompts, sampling, config.tokens, config.seed, config.lanes or LANES)
     with tqdm(total=len(prompts), desc="generate", unit="text", leave=False, disable=None) as bar:
         for number, piece in pieces:
             texts[number] += piece or ""

@@ -5,7 +5,6 @@ may end in the middle of a UTF-8 character and only the bytes can be joined safe
 """
 
 import ast
-import codecs
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
@@ -62,7 +61,7 @@ class Tokenizer:
         return b"".join(table[i] for i in map(int, ids) if 0 <= i < size)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text; bytes that are no UTF-8 become U+FFFD. For one id at a time see `StreamDecoder`."""
+        """The text; bytes that are no UTF-8 become U+FFFD. For one id at a time see generation/reply.py."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def byte_lengths(self) -> np.ndarray:
@@ -239,22 +238,6 @@ class JsonTokenizer(Tokenizer):
         for text in texts:
             to_utf8(text)
         return [e.ids for e in self._library.encode_batch_fast(list(texts), add_special_tokens=False)]
-
-
-class StreamDecoder:
-    """Decodes one id at a time, holding bytes back until their character is complete."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
-
-    def push(self, token: int) -> str:
-        """The characters that `token` completes, often one token's text, sometimes ""."""
-        return self._utf8.decode(self._tokenizer.decode_bytes([token]))
-
-    def flush(self) -> str:
-        """What is left at the end: "" or one U+FFFD for an unfinished character."""
-        return self._utf8.decode(b"", final=True)
 
 
 def load_tokenizer(spec: str | Path, eod: str | int | None = None) -> Tokenizer:

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 
-from rwkv_train.chat.reply import Reply
 from rwkv_train.checkpoints.weightfile import read_weights, write_pth
 from rwkv_train.data.templates import Template
 from rwkv_train.files import replace_file
 from rwkv_train.generate import Sampling, prefill, random_numbers, stream_tokens
+from rwkv_train.generation.reply import Reply
 from rwkv_train.models.base import RWKV
 from rwkv_train.models.state import State
 from rwkv_train.tokenizer import Tokenizer
@@ -52,7 +52,8 @@ class Thought(str):
 class Dialogue:
     """Turns of a conversation, and how the next one is sampled.
 
-    sampling and template may be changed between turns; max_new_tokens: tokens of a reply. One thread at a time.
+    sampling and template may be changed between turns; max_new_tokens: tokens of a reply; stops: texts before which it
+    ends. One thread at a time.
     Raises ValueError for a template without users and assistants, or a tokenizer of another model.
     """
 
@@ -64,6 +65,7 @@ class Dialogue:
         sampling: Sampling | None = None,
         seed: int = 0,
         max_new_tokens: int = 500,
+        stops: tuple[str, ...] = (),
     ):
         if tokenizer.vocab_size > model.config.vocab_size:
             sizes = f"{tokenizer.vocab_size:,} tokens, the model {model.config.vocab_size:,}"
@@ -72,6 +74,7 @@ class Dialogue:
         self.template, self.sampling = template or Template(), sampling or Sampling()
         self.template.prompt([{"role": "user", "content": "-"}])  # has both roles, or says so now
         self.reseed(seed)
+        self.stops = stops
         self.limit(max_new_tokens)
         self.turns: list[Turn] = []
         self.pending: str | None = None  # a system message that goes before the next question
@@ -90,9 +93,9 @@ class Dialogue:
     def say(self, text: str) -> Iterator[str]:
         """The reply to a message, piece by piece, never breaking a character; of a `Thought` before it, too.
 
-        Nothing happens before the first piece is asked for. The reply ends at the template's end of turn, at an end
-        of document, or after `max_new_tokens` tokens; closing the iterator breaks it off. Either way the state then
-        holds exactly what was shown. Raises ValueError for a message without text.
+        Nothing happens before the first piece is asked for. The reply ends at the template's end of turn, before one
+        of `stops`, at an end of document, or after `max_new_tokens` tokens; closing the iterator breaks it off. Either
+        way the state then holds exactly what was shown. Raises ValueError for a message without text.
         """
         self.stop()
         self._prompt(self.turns, text, self.pending, opened=True)  # or says what is wrong with it
@@ -211,18 +214,16 @@ class Dialogue:
             logits, state = prefill(model, opened, before)
         elif more := opened[len(prompt) :]:
             logits, state = prefill(model, more, state)
-        reply = Reply(self.tokenizer, self.template, asked.state)
-        stop, thought = frozenset([self.tokenizer.eod]), 0
+        reply = Reply(self.tokenizer, self.template, asked.state, self.stops)
+        stop = frozenset([self.tokenizer.eod])
         try:
             for token, after in stream_tokens(model, logits, state, self.sampling, self.max_new_tokens, stop, self.rng):
-                piece = reply.push(token, lambda after=after: after)
-                if more := reply.thought[thought:]:
-                    thought += len(more)
-                    yield Thought(more)
-                if piece:
-                    yield piece
-                if reply.ended:
+                thought, piece = len(reply.thought), reply.push(token, lambda after=after: after)
+                yield from filter(None, (Thought(reply.thought[thought:]), piece))
+                if reply.done:
                     break
+            thought, piece = len(reply.thought), reply.finish()
+            yield from filter(None, (Thought(reply.thought[thought:]), piece))
         finally:
             ids, rest, state = reply.settle()
             if rest := self.tokenizer.encode(rest):

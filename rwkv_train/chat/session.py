@@ -10,7 +10,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from rwkv_train.chat.dialogue import Dialogue, Thought
-from rwkv_train.generate import Sampling
+from rwkv_train.generation.presets import PRESETS, described
+from rwkv_train.generation.sampling import Sampling
 
 
 @dataclass(frozen=True)
@@ -221,7 +222,17 @@ def _settings(dialogue: Dialogue) -> dict[str, Setting]:
 
         return Setting(lambda: getattr(dialogue.sampling, name), change)
 
-    found = {f.name: sampled(f.name, f.type) for f in fields(Sampling)}
+    def preset() -> str:
+        name = next((name for name, known in PRESETS.items() if known == dialogue.sampling), "none")
+        return f"{name}: {described(dialogue.sampling)}"
+
+    def take(name: str) -> None:
+        if name not in PRESETS:
+            raise ValueError(f"there is no preset {name}; there are: {', '.join(PRESETS)}")
+        dialogue.sampling = PRESETS[name]
+
+    found = {"preset": Setting(preset, take)}
+    found |= {f.name: sampled(f.name, f.type) for f in fields(Sampling)}
     found["seed"] = Setting(lambda: dialogue.rng.initial_seed(), lambda value: dialogue.reseed(number(value, int)))
     found["tokens"] = Setting(lambda: dialogue.max_new_tokens, lambda value: dialogue.limit(number(value, int)))
 

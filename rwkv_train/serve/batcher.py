@@ -12,10 +12,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from rwkv_train.chat.reply import Reply
 from rwkv_train.feedback.background import half_the_threads, in_a_line
 from rwkv_train.generation.decoder import Decoder, Scores
 from rwkv_train.generation.prefill import prefill
+from rwkv_train.generation.reply import Reply
 from rwkv_train.generation.sampling import random_numbers
 from rwkv_train.models.base import RWKV
 from rwkv_train.models.finite import NotFinite

@@ -4,6 +4,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from rwkv_train.command_config import Preset
+
 Effort = Literal["none", "minimal", "low", "medium", "high"]
 EFFORTS = {"none": "off", "minimal": "fake", "low": "short", "medium": "normal", "high": "long"}  # keys of THINKING
 EFFORT = "How long a model thinks that was taught to; with `minimal` it replies after an empty thought."
@@ -135,13 +137,21 @@ class TextRequest(Strict):
 
     model: str | None = Field(default=None, description="A name of `/v1/models`; the first one if not given.")
     stream: bool = Field(default=False, description="Send server-sent events, each when it is there.")
+    preset: Preset | None = Field(
+        default=None, description="Values by name of what else is not given here; the server's own if not given."
+    )
     temperature: float | None = Field(default=None, ge=0, le=100, description="0 always takes the likeliest token.")
     top_p: float | None = Field(default=None, ge=0, le=1, description="0 always takes the likeliest token.")
-    top_k: int = Field(default=0, ge=0, description="Sample from this many of the likeliest tokens; 0 is all.")
-    presence_penalty: float = Field(default=0, ge=-100, le=100)
-    frequency_penalty: float = Field(default=0, ge=-100, le=100)
-    penalty_decay: float = Field(
-        default=1, ge=0, le=1, description="What `frequency_penalty` counts shrinks by this factor with each token."
+    top_k: int | None = Field(
+        default=None, ge=0, description="Sample from this many of the likeliest tokens; 0 is all."
+    )
+    min_p: float | None = Field(
+        default=None, ge=0, le=1, description="Leave out tokens less likely than the likeliest one times this."
+    )
+    presence_penalty: float | None = Field(default=None, ge=-100, le=100)
+    frequency_penalty: float | None = Field(default=None, ge=-100, le=100)
+    penalty_decay: float | None = Field(
+        default=None, ge=0, le=1, description="What `frequency_penalty` counts shrinks by this factor with each token."
     )
     seed: int | None = Field(
         default=None,
@@ -149,7 +159,7 @@ class TextRequest(Strict):
         lt=2**63,
         description="The same seed and request give the same reply; else by chance.",
     )
-    stop: Stop | None = Field(default=None, description="Texts before which the reply ends.")
+    stop: Stop | None = Field(default=None, description="Texts before which the reply ends, in place of the server's.")
     user: str | None = Field(default=None, description="Not used: who you are is told by the token.")
 
 

@@ -3,13 +3,14 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from rwkv_train.command_config import SamplingConfig
 from rwkv_train.config import Thinking
 
 LOOPBACK, PORT = "127.0.0.1", 8080
 
 
 @dataclass
-class ServeConfig:
+class ServeConfig(SamplingConfig):
     """Serve a model: an OpenAI-like API, corrections while it talks, and a page to talk and correct on."""
 
     model: str | None = None
@@ -52,12 +53,6 @@ class ServeConfig:
 
     memory: float | None = None
     """GB that corrections may take, the model counted; most of the machine's if not given"""
-
-    temperature: float = 0.8
-    """of replies that do not ask for another: below 1 is safer, above 1 bolder, 0 always takes the likeliest token"""
-
-    top_p: float = 0.5
-    """the same: sample from the likeliest tokens that make up this much probability"""
 
     reply_tokens: int = 500
     """tokens of a reply that does not ask for a number of them"""

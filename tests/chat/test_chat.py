@@ -104,6 +104,13 @@ def test_settings_and_system_are_those_of_the_flags(say):
     assert flags == say("/settings temperature 0\n/settings tokens 7\n/system S\na\nb")[3:]
     assert say("a", "--seed=5") == say("/settings seed 5\na")[1:]
     assert say("/settings top_k 2\n/settings top_k")[1] == "top_k 2"
+    flags = say("a\nb", "--preset=fake-thinking", "--stop=e", "--stop=o")
+    assert flags == say("/settings preset fake-thinking\na\nb", "--stop=e", "--stop=o")[1:]
+    assert not set("eo") & set("".join(flags).replace("(empty reply)", ""))
+    shown = say("/settings preset\n/settings min_p 0.1\n/settings preset")
+    assert shown == [
+        "preset chat: temperature 0.8, top_p 0.5", "min_p 0.1", "preset none: temperature 0.8, top_p 0.5, min_p 0.1"
+    ]  # fmt: skip
     with_template = "roles:\n  user: 'Q: {content}\n\n    '\n  assistant: 'A: {content}\n\n    '\n"
     with open("starter/template.yaml", "w") as f:
         f.write(with_template)
@@ -135,9 +142,10 @@ def test_settings_and_system_are_those_of_the_flags(say):
         ("/state save x", "nothing has been said"),
         ("/state load x", "there are: none"),
         ("/settings top_p 2", "top_p must be above 0"),
+        ("/settings preset wild", "there are: chat, text"),
         ("/settings temperature hot", "a number, found 'hot'"),
         ("/settings tokens 0", "at least 1"),
-        ("/settings loudness", "there are: temperature"),
+        ("/settings loudness", "there are: preset, temperature"),
         (b"a\xffb", "surrogate"),
     ],
 )

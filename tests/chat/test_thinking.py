@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rwkv_train.chat.dialogue import Dialogue, Thought
-from rwkv_train.chat.reply import Reply
 from rwkv_train.chat.session import Chat
 from rwkv_train.cli import parse
 from rwkv_train.config import Thinking
@@ -19,6 +18,7 @@ from rwkv_train.data.templates import THINKING, split_thought
 from rwkv_train.feedback import Correction, Learner
 from rwkv_train.feedback.decode import Form, decode
 from rwkv_train.generate import Sampling, prefill
+from rwkv_train.generation.reply import Reply
 from rwkv_train.tokenizer import load_tokenizer, train_bpe
 
 G1, BYTES, WORLD = NAMED["g1"], load_tokenizer("bytes"), load_tokenizer("world")
