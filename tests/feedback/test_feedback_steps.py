@@ -9,6 +9,7 @@ from helpers import assert_close_rel, random_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rwkv_train.data.templates import TurnEnd
 from rwkv_train.feedback import FeedbackConfig, texts
 from rwkv_train.feedback.curvature import DAMPING, Curvature
 from rwkv_train.feedback.decode import decode, greedy
@@ -156,7 +157,8 @@ def test_drift_counts_every_token_once():
 def test_sampled_replies_are_drawn_by_seed():
     model, prompts = small_model(), [FORM.prompt("a"), FORM.prompt("another")]
     draws = [
-        decode(model, BYTES, prompts, "\n\n", max_new_tokens=6, rng=torch.Generator().manual_seed(s)) for s in (1, 1, 2)
+        decode(model, BYTES, prompts, TurnEnd("\n\n"), max_new_tokens=6, rng=torch.Generator().manual_seed(s))
+        for s in (1, 1, 2)
     ]
     assert draws[0] == draws[1] != draws[2]
 
