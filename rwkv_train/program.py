@@ -99,3 +99,9 @@ def trim_heap() -> None:
     """Give the system back what was freed, which GNU's C library keeps; elsewhere nothing is done."""
     if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "malloc_trim"):
         library.malloc_trim(0)
+
+
+def told(text: str) -> None:
+    """Say something of what is unknown or overridden, if it is anything, on standard error."""
+    if text:
+        print(f"note: {text}", file=sys.stderr)

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from rwkv_train.checkpoints import hub
 from rwkv_train.checkpoints.foreign import ORIGINAL, kind_by_name, refuse_model
 from rwkv_train.checkpoints.hf import from_hf_name, hf_files, hf_generation, save_hf, to_hf_name, turned
 from rwkv_train.checkpoints.room import check_room
 from rwkv_train.checkpoints.run_checkpoint import TRAINER, WEIGHTS, newest_sound
-from rwkv_train.checkpoints.weightfile import drop_pages, read_weights, write_pth, write_safetensors
+from rwkv_train.checkpoints.weightfile import drop_pages, read_shapes, read_weights, write_pth, write_safetensors
 from rwkv_train.data.templates import Template
 from rwkv_train.data.text_format import TextFormat
 from rwkv_train.files import replace_file
@@ -37,10 +38,11 @@ def load_model(path: str | Path, dtype: torch.dtype | None = None, device: str |
     """Open a model, in eval mode, with weights that no longer depend on the file.
 
     path: a `.pth` or `.safetensors` file with BlinkDL's or Hugging Face's names, a Hugging Face directory, a directory
-    with model.pth, a run directory (its newest checkpoint), or one checkpoint of a run. "BASE+ADAPTER" puts an adapter
-    (see models/adapters.py) on a model; that of a run comes with the run.
+    with model.pth, a run directory (its newest checkpoint), one checkpoint of a run, or hf:OWNER/REPO[/FILE][@REVISION]
+    for one on the Hugging Face hub (see hub.py). "BASE+ADAPTER" puts an adapter (see models/adapters.py) on a model;
+    that of a run comes with the run.
     dtype: None keeps the file's; if it mixes several, all get the widest.
-    Raises FileNotFoundError if there is nothing at path, ValueError if there is no RWKV-4 or RWKV-7.
+    Raises FileNotFoundError if there is nothing at path, ValueError if there is no RWKV-4 or RWKV-7, or no room for it.
     """
     _check_dtype(dtype)
     path, *others = parts_of(path)
@@ -86,14 +88,36 @@ def _load(found: "_Found", shapes: dict[str, torch.Size], dtype: torch.dtype, de
 
 
 def parts_of(path: str | Path) -> list[Path]:
-    """The model and the adapters that a path names: BASE, or BASE+ADAPTER where there is no file of that name."""
-    whole = Path(path).expanduser()
-    return [whole] if whole.exists() else [Path(part).expanduser() for part in str(path).split("+")]
+    """The model and the adapters that a path names: BASE, or BASE+ADAPTER where there is no file of that name.
+
+    Those on the hub are downloaded.
+    """
+    return [hub.fetched(part) if hub.is_hub(part) else Path(part).expanduser() for part in names_in(path)]
+
+
+def names_in(path: str | Path) -> list[str]:
+    """The same as names."""
+    return [str(path)] if Path(path).expanduser().exists() else str(path).split("+")
+
+
+def pinned(path: str, before: str | None = None) -> str:
+    """The same where each part on the hub has its commit: the one in a name of before, if that is of the same model."""
+    before = names_in(before) if before else []
+    return "+".join(hub.pinned(part, before) if hub.is_hub(part) else part for part in names_in(path))
+
+
+def called(path: str | Path) -> str:
+    """What a model is called: the last words of its name, without suffix."""
+    names = names_in(path)
+    if not any(map(hub.is_hub, names)):
+        path = Path(path).expanduser().resolve()
+        return path.parent.name if path.stem == "model" else path.stem
+    return "+".join(hub.HubName.of(name).stem if hub.is_hub(name) else Path(name).stem for name in names)
 
 
 def save_adapter(path: str | Path, target: str | Path) -> None:
     """Write the adapter that a run trained, and nothing else, to a `.pth` or `.safetensors` file."""
-    adapter, target = _read(Path(path).expanduser()).take_adapter(), Path(target).expanduser().resolve()
+    adapter, target = _read(parts_of(path)[0]).take_adapter(), Path(target).expanduser().resolve()
     if not adapter:
         raise ValueError(f"{path} holds no adapter; a run with model.tune has one")
     if target.suffix not in (".pth", ".safetensors"):
@@ -104,8 +128,15 @@ def save_adapter(path: str | Path, target: str | Path) -> None:
 
 
 def model_sizes(path: str | Path) -> RWKV4Config | RWKV7Config:
-    """The sizes of the model at path, from its shapes: its weights stay on the disk. Raises as `load_model` does."""
-    return _sizes(_read(parts_of(path)[0]))
+    """The sizes of the model at path, from its shapes: its weights stay where they are, on the disk or on the hub.
+
+    Raises as `load_model` does.
+    """
+    name = names_in(path)[0]
+    if not hub.is_hub(name):
+        return _sizes(_read(Path(name).expanduser()))
+    content = hub.look_into(name, lambda file: read_shapes(file, name))
+    return _sizes(_sort_keys(Path(name), content, mapped=False))
 
 
 def save_model(
@@ -162,7 +193,7 @@ def _weight_files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     if not path.is_dir():
-        hint = "check the name" if path.suffix else "a model on the Hugging Face hub must be downloaded first"
+        hint = "check the name" if path.suffix else f"a model on the Hugging Face hub is named hf:{path}"
         raise FileNotFoundError(f"{path}: no such file or directory; {hint}")
     if (path / "config.json").is_file():
         return hf_files(path)

@@ -1,7 +1,6 @@
 """One name -> a model, its tokenizer and how chats are written for it."""
 
 import shlex
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +13,7 @@ from rwkv_train.data.text_format import TextFormat, compare, compare_templates
 from rwkv_train.models.adapters import quantise
 from rwkv_train.models.base import RWKV
 from rwkv_train.ops.products import is_quantised
+from rwkv_train.program import told
 from rwkv_train.tokenizer import Tokenizer, UnknownEnd, load_tokenizer, tokenizer_file
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -100,12 +100,6 @@ def format_of_run(init: str | None, store: Store, given: str | None) -> tuple[Te
 def remedy_of(name: str | Path) -> str:
     """What to do where a text was made with another tokenizer than a model."""
     return f"prepare the text with --tokenizer {shlex.quote(str(tokenizer_file(_folder(name))))}"
-
-
-def told(text: str) -> None:
-    """Say something of what is unknown or overridden, if it is anything, on standard error."""
-    if text:
-        print(f"note: {text}", file=sys.stderr)
 
 
 def _folder(name: str | Path) -> Path:

@@ -19,8 +19,8 @@ def check_room(source: Path, numbers: int, dtype: torch.dtype, device: str | tor
     remedies = ["a smaller model", "an end of what else runs there"]
     remedies[:0] = ["--dtype bf16 (half of fp32)"] * (dtype.itemsize > 2) + ["--device cpu"] * (device.type == "cuda")
     raise ValueError(
-        f"{source} does not fit: as {name} it needs {needed / GB:.2f} GB, and {free / GB:.2f} GB of {device} memory are "
-        f"free; what helps: {', '.join(remedies)}"
+        f"{source} does not fit: as {name} it needs {needed / GB:.2f} GB, and {free / GB:.2f} GB of {device} memory are"
+        f" free; what helps: {', '.join(remedies)}"
     )
 
 

@@ -1,7 +1,8 @@
-"""A file as large as a released RWKV-7, and what opening it takes: python big_model.py write 1.5b FILE, open FILE [DTYPE].
+"""A file as large as a released RWKV-7, and what opening it takes.
 
-write: random weights in the shapes of the G1 series, in bf16, as .pth, .safetensors, or a folder of shards. open: the
-seconds, and the largest memory besides what the program itself takes, over the size of the weights.
+python big_model.py write 1.5b FILE: zeros in the shapes of the G1 series, in bf16, as .pth, .safetensors or a folder
+of shards. python big_model.py open FILE [DTYPE]: the seconds, and the largest memory besides what the program itself
+takes, over the size of the weights.
 """
 
 import json
@@ -54,7 +55,7 @@ def measure(source: str, dtype: str | None = None) -> None:
     model = open_model(source, dtype=dtype, for_chats=False).model
     seconds, peak = time.perf_counter() - began, peak_bytes() - resident
     read = sum(p.numel() for p in model.parameters()) * DTYPES["fp32" if dtype == "fp32" else "bf16"].itemsize
-    print(f"{source} {dtype or 'as it is'}: {seconds:.2f} s, {peak / read:.3f} x the {read / 1e9:.2f} GB of its weights")
+    print(f"{source} {dtype or 'as it is'}: {seconds:.2f} s, {peak / read:.3f} x the {read / 1e9:.2f} GB it holds")
 
 
 if __name__ == "__main__":
