@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NoReturn
 
-# What a file begins with, and what that is.
+# What a file begins with, or its name ends in, and what that is.
 FORMATS = {
     b"GGUF": "a GGUF file, of llama.cpp",
     b"fmgg": "a file of rwkv.cpp (ggml)",
@@ -13,7 +13,13 @@ FORMATS = {
     b"7767517": "an ncnn model's description",
     b"\x89HDF": "an HDF5 file, as Keras writes",
 }
-SUFFIXES = {".onnx": "an ONNX model", ".mnn": "an MNN model", ".tflite": "a TensorFlow Lite model"}
+ENDS = {
+    ".param": "an ncnn model",
+    ".ncnn.bin": "an ncnn model's weights",
+    ".onnx": "an ONNX model",
+    ".mnn": "an MNN model",
+    ".tflite": "a TensorFlow Lite model",
+}
 ORIGINAL = "load the .pth, the .safetensors or the Hugging Face folder that it was made from"
 
 # A stretch of a key of what goes on a model: what that is, and how it is used.
@@ -40,8 +46,9 @@ NAMES = {"rwkv7a-": ".s_emb", "rwkv7b-": ".qkv.", "rwkv8-": ".ffn.enn.", "rwkv-8
 def refuse_format(path: Path | str, head: bytes) -> NoReturn:
     """ValueError for a file that begins as neither a .pth nor a .safetensors does."""
     kinds = [kind for start, kind in FORMATS.items() if head.startswith(start)]
-    if kind := next(iter(kinds), SUFFIXES.get(Path(path).suffix.lower())):
-        raise ValueError(f"{path} is {kind}, which is not opened; {ORIGINAL}")
+    kinds += [kind for end, kind in ENDS.items() if str(path).lower().endswith(end)]
+    if kinds:
+        raise ValueError(f"{path} is {kinds[0]}, which is not opened; {ORIGINAL}")
     raise ValueError(f"{path} is no checkpoint: it starts with {head[:12]!r}; expected .pth or .safetensors")
 
 
