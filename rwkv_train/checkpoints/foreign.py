@@ -32,7 +32,7 @@ PARTS = {
 # and rwkv_v8_rc00_hybrid_demo.py; RWKV-v5/src/model.py). The first that is found counts.
 MARKS = {
     ".ffn.enn.": "an RWKV-8, which is research",
-    ".qkv.": "an RWKV-7b: an RWKV-7 with DeepEmbed and an attention over it",
+    ".qkv.qq.": "an RWKV-7b: an RWKV-7 with DeepEmbed and an attention over it",
     ".s_emb": "an RWKV-7a: an RWKV-7 with DeepEmbed",
     ".time_maa_": "an RWKV-6",
     ".time_decay_w1": "an RWKV-6",  # as web-rwkv's converter writes it
@@ -40,7 +40,7 @@ MARKS = {
     ".mamba.": "a Mamba, or a hybrid with one",
 }
 # For what keys do not tell: the same of a stretch of the file's name.
-NAMES = {"rwkv7a-": ".s_emb", "rwkv7b-": ".qkv.", "rwkv8-": ".ffn.enn.", "rwkv-8-": ".ffn.enn."}
+NAMES = {"rwkv7a-": ".s_emb", "rwkv7b-": ".qkv.qq.", "rwkv8-": ".ffn.enn.", "rwkv-8-": ".ffn.enn."}
 
 
 def refuse_format(path: Path | str, head: bytes) -> NoReturn:

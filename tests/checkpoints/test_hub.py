@@ -3,6 +3,7 @@
 import io
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub.utils
@@ -10,13 +11,17 @@ import pytest
 import torch
 from helpers import random_model, run
 from hub_stand_in import TOKEN, StandIn, listening, use
+from runs import config_of
 from safetensors.torch import save
 
 from rwkv_train import load_model
 from rwkv_train.checkpoints import hub
 from rwkv_train.checkpoints.hf import to_hf
-from rwkv_train.checkpoints.modelfile import called, model_sizes, pinned
+from rwkv_train.checkpoints.modelfile import called, model_sizes, pinned, save_adapter
+from rwkv_train.config import ModelConfig, SampleConfig, TrainConfig
 from rwkv_train.models.rwkv7 import RWKV7
+from rwkv_train.run_config import found_paths, run_settings
+from rwkv_train.train.fit import fit
 
 MODEL = random_model(vocab_size=257, generation="rwkv7")
 
@@ -180,3 +185,24 @@ def test_commands_take_such_names(stand_in, tmp_path, monkeypatch, capsys):
     assert same(load_model("o.pth"))
     code, _, err = run("generate", "--model=hf:A/c", "--prompt=x", capsys=capsys)
     assert code == 1 and err.count("\n") == 1 and "no repository A/c" in err
+
+
+def test_a_run_keeps_the_commit_it_began_with(stand_in, tmp_path, store):
+    first = stand_in.commit("A/b", {"small.pth": pth()})
+    model = ModelConfig(init="hf:A/b", tune="lora", rank=2)
+    train = TrainConfig(steps=2, save_every=1, device="cpu")
+    config = config_of(store, tmp_path, model=model, train=train, samples=SampleConfig(prompts=[]))
+    assert fit(config) == 0
+    kept = f"hf:A/b/small.pth@{first}"
+    assert run_settings(tmp_path / "run/config.yaml")["model"]["init"] == kept
+    assert found_paths(tmp_path / "run/config.yaml")["model.init"] == kept
+    stand_in.commit("A/b", {"small.pth": pth(random_model(vocab_size=257, generation="rwkv7", seed=1))})
+    hub._chosen.cache_clear()
+    stand_in.requests.clear()
+    assert fit(replace(config, train=replace(train, steps=3)), resume="newest") == 0
+    assert run_settings(tmp_path / "run/config.yaml")["model"]["init"] == kept
+    assert not stand_in.fetched("small.pth")
+    save_adapter(tmp_path / "run", tmp_path / "adapter.pth")
+    stand_in.commit("A/c", {"adapter.pth": (tmp_path / "adapter.pth").read_bytes()})
+    for name in (f"{kept}+{tmp_path}/adapter.pth", f"{kept}+hf:A/c/adapter.pth"):
+        assert same(load_model(name), load_model(tmp_path / "run"))
