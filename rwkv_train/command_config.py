@@ -65,7 +65,8 @@ class ValidateConfig:
     """Score a model on text."""
 
     model: str
-    """checkpoint, or runs/NAME, which is scored on what its training held out unless data says otherwise"""
+    """checkpoint, hf:OWNER/REPO/FILE, or runs/NAME, which is scored on what its training held out unless data says
+    otherwise"""
 
     data: str | None = None
     """token store to score on"""
@@ -97,7 +98,7 @@ class GenerateConfig(SamplingConfig):
     """Write a continuation of a prompt, or of many side by side."""
 
     model: str
-    """checkpoint or runs/NAME"""
+    """checkpoint, runs/NAME or hf:OWNER/REPO/FILE"""
 
     prompt: str = ""
     """text to continue; \\n in it is a line break, \\\\ a backslash; an empty one starts a new document"""
@@ -131,7 +132,8 @@ class ChatConfig(SamplingConfig):
     """Talk to a model in the terminal; /help there lists what else can be typed."""
 
     model: str | None = None
-    """checkpoint, runs/NAME, or a folder with model.pth; the small one that comes along if not given"""
+    """checkpoint, runs/NAME, hf:OWNER/REPO/FILE, or a folder with model.pth; the small one that comes along if
+    not given"""
 
     tokenizer: str | None = None
     """world, bytes or a tokenizer JSON; known where tokenizer.json lies with the model"""
@@ -202,7 +204,7 @@ class FeedbackFileConfig:
     """Learn a file of corrections, one after another, or all that a profile has together."""
 
     model: str
-    """checkpoint, runs/NAME, or a folder with model.pth"""
+    """checkpoint, runs/NAME, hf:OWNER/REPO/FILE, or a folder with model.pth"""
 
     file: str | None = None
     """jsonl with one correction a line, as {"question": "...", "answer": "..."}; or another profile's folder, to
@@ -266,7 +268,7 @@ class ExportConfig:
     """Write a model in another format."""
 
     model: str
-    """checkpoint or runs/NAME"""
+    """checkpoint, runs/NAME or hf:OWNER/REPO/FILE"""
 
     out: str
     """NAME.pth (RWKV-LM, ChatRWKV), NAME.safetensors, or a folder (Hugging Face)"""

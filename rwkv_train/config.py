@@ -40,7 +40,8 @@ class ModelConfig:
     """The model."""
 
     init: str | None = None
-    """checkpoint to start from (.pth, .safetensors, Hugging Face directory or runs/NAME); none starts fresh"""
+    """checkpoint to start from (.pth, .safetensors, Hugging Face directory, runs/NAME or hf:OWNER/REPO/FILE); none
+    starts fresh"""
 
     architecture: Literal["rwkv4", "rwkv7"] | None = None
     """generation of a fresh model, rwkv4 or rwkv7; rwkv4 if not given"""

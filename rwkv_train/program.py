@@ -4,6 +4,7 @@ what comes along with it lies.
 rwkv_train/starter and rwkv_train/configs are links into the clone; in a wheel they are folders of that name.
 """
 
+import ctypes
 import os
 import re
 import resource
@@ -92,3 +93,15 @@ def peak_bytes() -> int:
     if found:
         return int(found[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def trim_heap() -> None:
+    """Give the system back what was freed, which GNU's C library keeps; elsewhere nothing is done."""
+    if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "malloc_trim"):
+        library.malloc_trim(0)
+
+
+def told(text: str) -> None:
+    """Say something of what is unknown or overridden, if it is anything, on standard error."""
+    if text:
+        print(f"note: {text}", file=sys.stderr)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from rwkv_train.files import read_yaml
 
+HUB = "hf:"  # begins the name of a model on the Hugging Face hub, which is no path
 PATHS = (("data", "path"), ("data", "val"), ("data", "tokenizer"), ("model", "init"))
 
 
@@ -50,6 +51,8 @@ def found_paths(file: Path, given: tuple[str, ...] = ()) -> dict[str, str]:
 
 
 def _find(path: str, was: Path, run: Path, label: str) -> str:
+    if path.startswith(HUB):
+        return path
     places = [path]
     if os.path.isabs(path) == was.is_absolute():
         places.insert(0, os.path.normpath(run / os.path.relpath(path, was)))

@@ -203,7 +203,8 @@ class FeedbackBench:
     """Measure corrections: are they learnt, kept, understood, and is all else left alone? (15 min on 2 cores)"""
 
     model: str | None = None
-    """checkpoint, runs/NAME, or a folder with model.pth; the small one that comes along if not given"""
+    """checkpoint, runs/NAME, hf:OWNER/REPO/FILE, or a folder with model.pth; the small one that comes along if
+    not given"""
 
     cases: str | None = None
     """open, corrections of eight kinds of talk, written by hand; open-final, others like them, not to be tuned to;
@@ -269,7 +270,8 @@ class ServeBench:
     """
 
     model: str | None = None
-    """checkpoint, runs/NAME, or a folder with model.pth; the small one that comes along if not given"""
+    """checkpoint, runs/NAME, hf:OWNER/REPO/FILE, or a folder with model.pth; the small one that comes along if
+    not given"""
 
     tokenizer: str | None = None
     """world, bytes or a tokenizer JSON; known where tokenizer.json lies with the model"""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import platformdirs
 
+from rwkv_train.checkpoints.modelfile import called
 from rwkv_train.checkpoints.opener import Opened
 from rwkv_train.feedback import Learner
 from rwkv_train.feedback.profile import OtherModel
@@ -39,8 +40,8 @@ def open_profile(opened: Opened, folder: Path, profile: str | None, name: str | 
     if memory is not None and not memory > 0:
         raise ValueError(f"--memory must be above 0 GB, found {memory}; leave it out for most of the device's")
     model, tokenizer, template = opened
-    most, path = None if memory is None else int(memory * 2**30), Path(name).expanduser().resolve()
-    usual = folder / "profiles" / (profile or (path.parent.name if path.stem == "model" else path.stem))
+    most = None if memory is None else int(memory * 2**30)
+    usual = folder / "profiles" / (profile or called(name))
     try:
         return Learner(model, tokenizer, usual, template, recover=False, memory=most)
     except OtherModel as error:

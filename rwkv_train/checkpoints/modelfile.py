@@ -3,6 +3,7 @@
 The layout is told by a file's keys, sizes are read off the shapes.
 """
 
+import math
 import os
 import re
 from dataclasses import dataclass
@@ -13,9 +14,12 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from rwkv_train.checkpoints import hub
+from rwkv_train.checkpoints.foreign import ORIGINAL, kind_by_name, refuse_model
 from rwkv_train.checkpoints.hf import from_hf_name, hf_files, hf_generation, save_hf, to_hf_name, turned
+from rwkv_train.checkpoints.room import check_room
 from rwkv_train.checkpoints.run_checkpoint import TRAINER, WEIGHTS, newest_sound
-from rwkv_train.checkpoints.weightfile import read_weights, write_pth, write_safetensors
+from rwkv_train.checkpoints.weightfile import drop_pages, read_shapes, read_weights, write_pth, write_safetensors
 from rwkv_train.data.templates import Template
 from rwkv_train.data.text_format import TextFormat
 from rwkv_train.files import replace_file
@@ -26,6 +30,7 @@ from rwkv_train.models.rwkv7 import RWKV7, RWKV7Config
 from rwkv_train.ops.products import is_quantised
 from rwkv_train.tokenizer import Tokenizer
 
+PIECE = 2**24  # bytes of a file that are copied at once
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -33,10 +38,11 @@ def load_model(path: str | Path, dtype: torch.dtype | None = None, device: str |
     """Open a model, in eval mode, with weights that no longer depend on the file.
 
     path: a `.pth` or `.safetensors` file with BlinkDL's or Hugging Face's names, a Hugging Face directory, a directory
-    with model.pth, a run directory (its newest checkpoint), or one checkpoint of a run. "BASE+ADAPTER" puts an adapter
-    (see models/adapters.py) on a model; that of a run comes with the run.
+    with model.pth, a run directory (its newest checkpoint), one checkpoint of a run, or hf:OWNER/REPO[/FILE][@REVISION]
+    for one on the Hugging Face hub (see hub.py). "BASE+ADAPTER" puts an adapter (see models/adapters.py) on a model;
+    that of a run comes with the run.
     dtype: None keeps the file's; if it mixes several, all get the widest.
-    Raises FileNotFoundError if there is nothing at path, ValueError if there is no RWKV-4 or RWKV-7.
+    Raises FileNotFoundError if there is nothing at path, ValueError if there is no RWKV-4 or RWKV-7, or no room for it.
     """
     _check_dtype(dtype)
     path, *others = parts_of(path)
@@ -46,31 +52,72 @@ def load_model(path: str | Path, dtype: torch.dtype | None = None, device: str |
         adapters.append((other, _read(other).take_adapter()))
         if not adapters[-1][1]:
             raise ValueError(f"{other} holds no adapter: no low-rank factors, and no state to begin in")
+    if not found.keys:
+        raise ValueError(f"{path} holds an adapter and no model; give it with its model, BASE+{path}")
     with torch.device("meta"), _NoInit():  # no memory, no initialisation: every weight is assigned
         model = found.generation(_sizes(found))
-    tensors = {name: found.fitted(name, t.shape) for name, t in model.state_dict().items()}
-    if extra := [key for name, key in found.keys.items() if name not in tensors]:
+    shapes = {name: t.shape for name, t in model.state_dict().items()}
+    widest = reduce(torch.promote_types, (found.fitted(name, shape).dtype for name, shape in shapes.items()))
+    if extra := [key for name, key in found.keys.items() if name not in shapes]:
         raise ValueError(
-            f"{found.source} holds {len(extra)} keys that no {model.name} of {model.config.n_layer} layers has, "
-            f"unexpected: {', '.join(extra[:3])}; load the file of an {model.name} alone"
+            f"{found.source}{kind_by_name(found.source)} holds {len(extra)} keys that no {model.name} of "
+            f"{model.config.n_layer} layers has, unexpected: {', '.join(extra[:3])}; load the file of an {model.name} "
+            "alone"
         )
-    found.tensors.clear()
-    dtype = dtype or reduce(torch.promote_types, (t.dtype for t in tensors.values()))
-    model.load_state_dict(_own(tensors, dtype, device), assign=True)
+    dtype = dtype or widest
+    check_room(found.source, sum(math.prod(shape) for shape in shapes.values()), dtype, device)
+    model.load_state_dict(_load(found, shapes, dtype, device), assign=True)
     for source, adapter in adapters:
         put_on(model, adapter, source)
     return model.eval()
 
 
+def _load(found: "_Found", shapes: dict[str, torch.Size], dtype: torch.dtype, device) -> dict[str, Tensor]:
+    """Weights of these shapes, each in memory of its own; of the file no more than a piece is in memory beside them."""
+    weights = {}
+    for name, shape in shapes.items():
+        t = found.fitted(name, shape)
+        weights[name] = torch.empty(shape, dtype=dtype, device=device)
+        rows = max(1, PIECE * len(t) // t.nbytes)
+        for ours, theirs in zip(weights[name].split(rows), t.split(rows), strict=True):
+            ours.copy_(theirs)
+            if found.mapped:
+                drop_pages(theirs)
+        del found.tensors[name]
+    return weights
+
+
 def parts_of(path: str | Path) -> list[Path]:
-    """The model and the adapters that a path names: BASE, or BASE+ADAPTER where there is no file of that name."""
-    whole = Path(path).expanduser()
-    return [whole] if whole.exists() else [Path(part).expanduser() for part in str(path).split("+")]
+    """The model and the adapters that a path names: BASE, or BASE+ADAPTER where there is no file of that name.
+
+    Those on the hub are downloaded.
+    """
+    return [hub.fetched(part) if hub.is_hub(part) else Path(part).expanduser() for part in names_in(path)]
+
+
+def names_in(path: str | Path) -> list[str]:
+    """The same as names."""
+    return [str(path)] if Path(path).expanduser().exists() else str(path).split("+")
+
+
+def pinned(path: str, before: str | None = None) -> str:
+    """The same where each part on the hub has its commit: the one in a name of before, if that is of the same model."""
+    before = names_in(before) if before else []
+    return "+".join(hub.pinned(part, before) if hub.is_hub(part) else part for part in names_in(path))
+
+
+def called(path: str | Path) -> str:
+    """What a model is called: the last words of its name, without suffix."""
+    names = names_in(path)
+    if not any(map(hub.is_hub, names)):
+        path = Path(path).expanduser().resolve()
+        return path.parent.name if path.stem == "model" else path.stem
+    return "+".join(hub.HubName.of(name).stem if hub.is_hub(name) else Path(name).stem for name in names)
 
 
 def save_adapter(path: str | Path, target: str | Path) -> None:
     """Write the adapter that a run trained, and nothing else, to a `.pth` or `.safetensors` file."""
-    adapter, target = _read(Path(path).expanduser()).take_adapter(), Path(target).expanduser().resolve()
+    adapter, target = _read(parts_of(path)[0]).take_adapter(), Path(target).expanduser().resolve()
     if not adapter:
         raise ValueError(f"{path} holds no adapter; a run with model.tune has one")
     if target.suffix not in (".pth", ".safetensors"):
@@ -81,8 +128,15 @@ def save_adapter(path: str | Path, target: str | Path) -> None:
 
 
 def model_sizes(path: str | Path) -> RWKV4Config | RWKV7Config:
-    """The sizes of the model at path, from its shapes: its weights stay on the disk. Raises as `load_model` does."""
-    return _sizes(_read(Path(path).expanduser(), shapes_only=True))
+    """The sizes of the model at path, from its shapes: its weights stay where they are, on the disk or on the hub.
+
+    Raises as `load_model` does.
+    """
+    name = names_in(path)[0]
+    if not hub.is_hub(name):
+        return _sizes(_read(Path(name).expanduser()))
+    content = hub.look_into(name, lambda file: read_shapes(file, name))
+    return _sizes(_sort_keys(Path(name), content, mapped=False))
 
 
 def save_model(
@@ -123,13 +177,15 @@ def save_model(
         save_hf(tensors, model, target, TextFormat(tokenizer, template))
 
 
-def _read(path: Path, shapes_only: bool = False) -> "_Found":
-    """The tensors of what path names; shapes_only: without their contents."""
+def _read(path: Path) -> "_Found":
+    """The tensors of what path names, as `read_weights` has them."""
     files = _weight_files(path)
-    content: dict[str, object] = {}
+    content, mapped = {}, True
     for file in files:
-        content |= read_weights(file, shapes_only)
-    return _sort_keys(files[0] if len(files) == 1 else path, content)
+        values, maps = read_weights(file)
+        content |= values
+        mapped &= maps
+    return _sort_keys(files[0] if len(files) == 1 else path, content, mapped)
 
 
 def _weight_files(path: Path) -> list[Path]:
@@ -137,7 +193,7 @@ def _weight_files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     if not path.is_dir():
-        hint = "check the name" if path.suffix else "a model on the Hugging Face hub must be downloaded first"
+        hint = "check the name" if path.suffix else f"a model on the Hugging Face hub is named hf:{path}"
         raise FileNotFoundError(f"{path}: no such file or directory; {hint}")
     if (path / "config.json").is_file():
         return hf_files(path)
@@ -162,6 +218,7 @@ class _Found:
     tensors: dict[str, Tensor]
     keys: dict[str, str]
     hf: type[RWKV] | None  # whose Hugging Face layout it has
+    mapped: bool = False  # whether the tensors are the file, as `read_weights` says
 
     @property
     def generation(self) -> type[RWKV]:
@@ -185,7 +242,7 @@ class _Found:
         names = list(filter(is_adapter, self.tensors))
         for name in names:
             del self.keys[name]
-        return {name: self.tensors.pop(name) for name in names}
+        return {name: self.tensors.pop(name).clone() for name in names}
 
     def matrix(self, name: str) -> torch.Size:
         """The shape of what has to be a matrix."""
@@ -211,11 +268,11 @@ class _Found:
         return t.reshape(shape)
 
 
-def _sort_keys(source: Path, content: dict[str, object]) -> _Found:
+def _sort_keys(source: Path, content: dict[str, object], mapped: bool) -> _Found:
     """Rename to our names, and refuse what is not a plain tensor of floats."""
-    _refuse_other_models(source, [key for key in content if key.isprintable()])
+    refuse_model(source, {key: value for key, value in content.items() if key.isprintable()})
     hf = hf_generation(list(content))
-    found = _Found(source, {}, {}, hf)
+    found = _Found(source, {}, {}, hf, mapped)
     for key, value in content.items():
         if not key.isprintable():  # nothing a message should repeat
             raise ValueError(f"{source} is damaged: it names a tensor {key!r}; download or save it again")
@@ -238,20 +295,6 @@ def _sort_keys(source: Path, content: dict[str, object]) -> _Found:
     return found
 
 
-def _refuse_other_models(source: Path, keys: list[str]) -> None:
-    """Tell of files that are sound but hold something else than an RWKV-4 or RWKV-7."""
-    for key in keys:
-        if "lora_" in key.lower():
-            raise ValueError(f"{source} holds a LoRA ({key}); merge it into its base model and load the result")
-    marks = {".time_maa_": "RWKV-6", ".time_faaaa": "RWKV-5 or 6"}
-    if not any(".r_k" in key for key in keys):  # RWKV-7 has an ln_x too
-        marks[".ln_x."] = "RWKV-5 or 6"
-    for mark, other in marks.items():
-        for key in keys:
-            if mark in key:
-                raise ValueError(f"{source} ({key}): {other} is not supported; load an RWKV-4 or RWKV-7")
-
-
 def _sizes(found: _Found) -> RWKV4Config | RWKV7Config:
     return _rwkv7_config(found) if found.generation is RWKV7 else _rwkv4_config(found)
 
@@ -269,6 +312,9 @@ def _rwkv7_config(found: _Found) -> RWKV7Config:
     if n_head * head_size != n_embd:
         shape = f"{found.key('blocks.0.att.r_k')} has shape {[n_head, head_size]}"
         raise ValueError(f"{found.source}: {shape}, expected heads and channels of a head, together {n_embd}")
+    if (turned := found.matrix("blocks.0.att.w1"))[1] == n_embd != turned[0]:
+        shape = f"{found.key('blocks.0.att.w1')} has shape {list(turned)}"
+        raise ValueError(f"{found.source}: {shape}, turned, as web-rwkv's converter (ai00's .st) leaves it; {ORIGINAL}")
     n_ffn, _ = found.matrix("blocks.0.ffn.key.weight")
     ranks = {f"rank_{x}": found.matrix(f"blocks.0.att.{x}1")[1] for x in "wag"}
     first_v = "blocks.0.att.v1" in found.tensors

@@ -1,7 +1,6 @@
 """One name -> a model, its tokenizer and how chats are written for it."""
 
 import shlex
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +15,7 @@ from rwkv_train.data.text_format import TextFormat, compare, compare_templates
 from rwkv_train.models.adapters import quantise
 from rwkv_train.models.base import RWKV
 from rwkv_train.ops.products import is_quantised
+from rwkv_train.program import told
 from rwkv_train.tokenizer import Tokenizer, UnknownEnd, load_tokenizer, tokenizer_file
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -42,10 +42,9 @@ def open_model(
     """Open what `load_model` opens, with the tokenizer and the template that lie with it, or those given.
 
     tokenizer: "world", "bytes" or a path; template: a name in NAMED, or a YAML file; thinking: in place of the
-    template's. dtype: torch's, a name in DTYPES, or INT8. What is
-    unknown, and what a given one overrides, is told on standard error; of the template only for_chats. Raises as
-    `load_model` does, and ValueError if the tokenizer is unknown or does not fit, torch has no such device, or INT8
-    finds no torchao.
+    template's. dtype: torch's, a name in DTYPES, or INT8. What is unknown, and what a given one overrides, is told on
+    standard error; of the template only for_chats. Raises as `load_model` does, and ValueError if the tokenizer is
+    unknown or does not fit, torch has no such device, or INT8 finds no torchao.
     """
     _check_device(str(device))
     if dtype == INT8:
@@ -94,6 +93,8 @@ def format_of_run(init: str | None, store: Store, given: str | None) -> tuple[Te
     if not init:
         return text, [] if text.tokenizer else [f"{store.path} does not say which tokenizer it was made with"]
     known = format_of(init)
+    if series := _series(init):
+        known = known._replace(template=known.template or series[1])
     notes = [
         compare(init, known.tokenizer, store.path, text.tokenizer, remedy_of(init)),
         compare_templates(init, known.template, store.path, text.template),
@@ -105,12 +106,6 @@ def format_of_run(init: str | None, store: Store, given: str | None) -> tuple[Te
 def remedy_of(name: str | Path) -> str:
     """What to do where a text was made with another tokenizer than a model."""
     return f"prepare the text with --tokenizer {shlex.quote(str(tokenizer_file(_folder(name))))}"
-
-
-def told(text: str) -> None:
-    """Say something of what is unknown or overridden, if it is anything, on standard error."""
-    if text:
-        print(f"note: {text}", file=sys.stderr)
 
 
 def _folder(name: str | Path) -> Path:
@@ -137,6 +132,11 @@ def _tokenizer(name: str | Path, known: Tokenizer | None, given: str | None, voc
     return found
 
 
+def _series(name: str | Path) -> tuple[str, Template] | None:
+    """(the name, the template) of the series that a model is of, going by its name."""
+    return template_of(str(name).split("+")[0])
+
+
 def _template(name: str | Path, known: Template | None, given: str | None, for_chats: bool) -> Template:
     if given:
         found = named_template(given)
@@ -144,7 +144,7 @@ def _template(name: str | Path, known: Template | None, given: str | None, for_c
             told(f"{other}; --template is taken")
         return found
     if known is None:
-        series, known = template_of(name) or ("", Template())
+        series, known = _series(name) or ("", Template())
         why = f"as for RWKV {series or 'world'}" + ", as its name suggests" * bool(series)
         told(f"{name} does not say how chats are written; taken to be {why} (see --template)" if for_chats else "")
     return known

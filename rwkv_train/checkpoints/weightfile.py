@@ -3,37 +3,85 @@
 What a file is gets decided by its first bytes, never by its name.
 """
 
+import ctypes
 import errno
+import json
+import mmap
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
+from torch.serialization import skip_data
+
+from rwkv_train.checkpoints.foreign import refuse_format
+
+SAFETENSORS_DTYPES = {
+    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
+    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8},
+}
+HEADER = 100_000_000  # bytes that the safetensors library allows its header to have
 
 
-def read_weights(path: Path, shapes_only: bool = False) -> dict[str, object]:
+def read_weights(path: Path) -> tuple[dict[str, object], bool]:
     """Everything in a `.pth` or `.safetensors` file, on the CPU; of a training checkpoint, the model's part.
 
-    shapes_only: tensors that may stay on the disk, or have the shapes alone.
-    Values are what the file holds, tensors or not. Raises ValueError, naming file and remedy, otherwise.
+    The second is whether the tensors are the file, mapped: nothing is read before it is used, and they change with it.
+    A `.pth` as torch wrote it before 1.6 is read as a whole. Values are what the file holds, tensors or not. Raises
+    ValueError, naming file and remedy, otherwise.
     """
     try:
         with path.open("rb") as f:
             head = f.read(64)
     except OSError as e:
         raise ValueError(f"{path} cannot be read: {e.strerror}") from e
+    if _is_safetensors(path, head):
+        return _guarded(path, _map_safetensors), True
+    # A name that ends in .safetensors would have torch take the file for one.
+    mapped = head.startswith(b"PK") and path.suffix != ".safetensors"
+    return _plain(path, _guarded(path, _map_pth if mapped else _read_pth)), mapped
+
+
+def drop_pages(t: Tensor) -> None:
+    """Take what was read of a mapped tensor out of this process's memory; it is read again where it is used again."""
+    if not hasattr(mmap, "MADV_DONTNEED") or not t.is_contiguous():
+        return
+    start, end = t.data_ptr(), t.data_ptr() + t.nbytes
+    start, end = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE  # its own pages alone
+    if start < end:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
+
+
+def read_shapes(file: BinaryIO, name: str) -> dict[str, object]:
+    """The same of an open file, with tensors of the right shapes and dtypes and no contents.
+
+    Little more than the names is read, which makes it right for a file that lies far away.
+    """
+    head = file.read(64)
+    file.seek(0)
+    if _is_safetensors(name, head):
+        return _guarded(name, lambda _: _safetensors_shapes(file))
+    with skip_data():
+        return _plain(name, _guarded(name, lambda _: torch.load(file, map_location="cpu", weights_only=True)))
+
+
+def _is_safetensors(path: Path | str, head: bytes) -> bool:
+    """Whether it is one, or a .pth; ValueError for anything else."""
     if not head:
         raise ValueError(f"{path} is empty; download or save it again")
     if head.startswith(b"version https://git-lfs"):
         raise ValueError(f'{path} is a Git LFS pointer, not the file itself; run "git lfs pull" beside it')
     if head[8:9] == b"{":
-        return _guarded(path, _safetensors_shapes if shapes_only else _read_safetensors)
+        return True
     if not head.startswith((b"PK", b"\x80")):
-        raise ValueError(f"{path} is no checkpoint: it starts with {head[:12]!r}; expected .pth or .safetensors")
-    # Two thirds of a training checkpoint are the optimizer's: mapping the file leaves those on the disk.
-    mapped = (shapes_only or path.suffix == ".ckpt") and head.startswith(b"PK")
-    found = _guarded(path, _map_pth if mapped else _read_pth)
+        refuse_format(path, head)
+    return False
+
+
+def _plain(path: Path | str, found: object) -> dict[str, object]:
+    """The dict of tensors among what torch has found."""
     if isinstance(found, Mapping) and isinstance(found.get("state_dict"), Mapping):
         found = found["state_dict"]
         # Lightning's names begin with the attribute that holds the model.
@@ -42,7 +90,7 @@ def read_weights(path: Path, shapes_only: bool = False) -> dict[str, object]:
     if not isinstance(found, Mapping):
         kind = type(found).__name__
         raise ValueError(f"{path} holds a {kind}, expected a dict of tensors; save the model's state_dict")
-    return {str(k): v.clone() if mapped and not shapes_only and isinstance(v, Tensor) else v for k, v in found.items()}
+    return {str(k): v for k, v in found.items()}
 
 
 def _map_pth(path: Path):
@@ -54,26 +102,23 @@ def _read_pth(path: Path):
         return torch.load(f, map_location="cpu", weights_only=True)
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
+def _map_safetensors(path: Path) -> dict[str, Tensor]:
     from safetensors import safe_open
 
     with safe_open(path, "pt") as f:
-        names = list(f.keys())
-    tensors = {}
-    for name in names:  # opened anew each time: the pages of an open mapping count as ours, so twice the model
-        with safe_open(path, "pt") as f:
-            tensors[name] = f.get_tensor(name).clone()
-    return tensors
+        return {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
 
 
-def _safetensors_shapes(path: Path) -> dict[str, Tensor]:
-    from safetensors import safe_open
+def _safetensors_shapes(file: BinaryIO) -> dict[str, Tensor]:
+    size = int.from_bytes(file.read(8), "little")
+    if size > HEADER:
+        raise ValueError(f"a header of {size} bytes")
+    entries = json.loads(file.read(size))
+    entries.pop("__metadata__", None)
+    return {k: torch.zeros((), dtype=SAFETENSORS_DTYPES[e["dtype"]]).expand(e["shape"]) for k, e in entries.items()}
 
-    with safe_open(path, "pt") as f:
-        return {name: torch.zeros(()).expand(f.get_slice(name).get_shape()) for name in f.keys()}  # noqa: SIM118
 
-
-def _guarded(path: Path, read: Callable):
+def _guarded(path: Path | str, read: Callable):
     """read(path), with whatever a damaged file makes the libraries raise told as one ValueError."""
     try:
         return read(path)

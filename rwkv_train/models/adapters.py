@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rwkv_train.models.base import RWKV
+from rwkv_train.program import trim_heap
 
 STATE = ("initial_shift", "initial_wkv")
 
@@ -59,7 +60,9 @@ def quantise(model: RWKV) -> RWKV:
     The model itself is returned; nothing of it requires gradients. ValueError where torchao is not installed.
     """
     quantize_, config = _torchao()
-    quantize_(model.requires_grad_(False).blocks, config)
+    for block in model.requires_grad_(False).blocks:
+        quantize_(block, config)
+        trim_heap()  # what was freed would not be used again
     return model
 
 

@@ -14,7 +14,8 @@ class ServeConfig(SamplingConfig):
     """Serve a model: an OpenAI-like API, corrections while it talks, and a page to talk and correct on."""
 
     model: str | None = None
-    """checkpoint, runs/NAME, or a folder with model.pth; the small one that comes along if not given"""
+    """checkpoint, runs/NAME, hf:OWNER/REPO/FILE, or a folder with model.pth; the small one that comes along if
+    not given"""
 
     tokenizer: str | None = None
     """world, bytes or a tokenizer JSON; known where tokenizer.json lies with the model"""

@@ -13,7 +13,7 @@ from pathlib import Path
 import lightning as L
 import torch
 
-from rwkv_train.checkpoints.modelfile import load_model
+from rwkv_train.checkpoints.modelfile import load_model, pinned
 from rwkv_train.checkpoints.opener import format_of_run, open_model, told
 from rwkv_train.checkpoints.run_checkpoint import TRAINER
 from rwkv_train.config import FitConfig, LogConfig, ModelConfig
@@ -49,6 +49,9 @@ def fit(config: FitConfig, resume: str | None = None) -> int:
             run = find_run(config, resume)
             writing.enter_context(_only_writer(run))
             then = open_run(run, resume)
+        if config.model.init:
+            init = pinned(config.model.init, then and then.settings.get("model.init"))
+            config = replace(config, model=replace(config.model, init=init))
         store = Store.open(config.data.path)
         form, notes = format_of_run(config.model.init, store, config.data.tokenizer)
         tokenizer = form.tokenizer

@@ -94,7 +94,7 @@ WRONG = [
     ({"rwkv.head.weight": MATRIX, "head.weight": MATRIX}, ["both", "rwkv.head.weight"]),
     ({"blocks__0__att__r_k": torch.zeros(1, 8)}, ["att.w1 is missing, expected in every RWKV-7"]),
     ({"blocks__0__att__r_k": MATRIX}, ["att.r_k has shape [8, 8]", "together 8"]),
-    ({"blocks__0__att__time_maa_x": MATRIX}, ["time_maa_x", "RWKV-6 is not"]),
+    ({"blocks__0__att__time_maa_x": MATRIX}, ["time_maa_x", "is an RWKV-6"]),
     ({"blocks__0__att__ln_x__weight": MATRIX}, ["ln_x", "RWKV-5"]),
     ({"blocks__0__att__key__lora_A": MATRIX}, ["lora_A", "merge"]),
 ]  # fmt: skip

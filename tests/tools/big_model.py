@@ -1,0 +1,62 @@
+"""A file as large as a released RWKV-7, and what opening it takes.
+
+python big_model.py write 1.5b FILE: zeros in the shapes of the G1 series, in bf16, as .pth, .safetensors or a folder
+of shards. python big_model.py open FILE [DTYPE]: the seconds, and the largest memory besides what the program itself
+takes, over the size of the weights.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from rwkv_train.checkpoints.hf import to_hf
+from rwkv_train.checkpoints.modelfile import model_sizes, save_model
+from rwkv_train.checkpoints.opener import DTYPES, INT8, open_model
+from rwkv_train.models.adapters import quantise
+from rwkv_train.models.rwkv7 import RWKV7, RWKV7Config
+from rwkv_train.program import peak_bytes
+
+SIZES = {"0.1b": (12, 768), "0.4b": (24, 1024), "1.5b": (24, 2048), "2.9b": (32, 2560), "7.2b": (32, 4096)}
+SHARDS = 4
+
+
+def write(size: str, target: Path) -> None:
+    """A model of that size in bf16; weights are zero, which is as many bytes, and quick."""
+    n_layer, n_embd = SIZES[size]
+    with torch.device("meta"):
+        model = RWKV7(RWKV7Config(65536, n_embd, n_layer))
+    model = model.to(torch.bfloat16).to_empty(device="cpu")
+    for p in model.parameters():
+        p.data.zero_()
+    if target.suffix:
+        save_model(model, target)
+        return
+    target.mkdir()
+    weights, names = list(to_hf(RWKV7, model.state_dict()).items()), {}
+    for i in range(SHARDS):
+        part = dict(weights[i::SHARDS])
+        names |= dict.fromkeys(part, f"model-{i}.safetensors")
+        save_file(part, target / f"model-{i}.safetensors")
+    (target / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    (target / "config.json").write_text('{"model_type": "rwkv7"}')
+
+
+def measure(source: str, dtype: str | None = None) -> None:
+    """Print seconds, and the peak beside the larger of what is read and what it becomes."""
+    model_sizes(source)  # what is imported on the way is the program's, not the model's
+    if dtype == INT8:
+        quantise(RWKV7(RWKV7Config(65, 64, 1)))
+    resident = int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+    began = time.perf_counter()
+    model = open_model(source, dtype=dtype, for_chats=False).model
+    seconds, peak = time.perf_counter() - began, peak_bytes() - resident
+    read = sum(p.numel() for p in model.parameters()) * DTYPES["fp32" if dtype == "fp32" else "bf16"].itemsize
+    print(f"{source} {dtype or 'as it is'}: {seconds:.2f} s, {peak / read:.3f} x the {read / 1e9:.2f} GB it holds")
+
+
+if __name__ == "__main__":
+    {"write": lambda size, target: write(size, Path(target)), "open": measure}[sys.argv[1]](*sys.argv[2:])
