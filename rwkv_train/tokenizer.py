@@ -81,6 +81,11 @@ class Tokenizer:
         text = self.decode([self.eod])
         return text if text and self.eod in self.encode(text) else None
 
+    @property
+    def special_tokens(self) -> Sequence[str]:
+        """Names of tokens that no text holds."""
+        raise NotImplementedError
+
     @cached_property
     def library_json(self) -> str:
         """The JSON that the library `tokenizers` opens, and encodes alike."""
@@ -115,6 +120,7 @@ class ByteTokenizer(Tokenizer):
     """Id 0 ends a document, byte b is id b + 1."""
 
     name, vocab_size, eod = "bytes", 257, 0
+    special_tokens = (EOD_NAMES[0],)
 
     @cached_property
     def library_json(self) -> str:
@@ -136,6 +142,7 @@ class WorldTokenizer(Tokenizer):
     """RWKV World: ids 1 to 65529 are byte strings, 0 ends a document, models round up to 65536."""
 
     name, vocab_size, eod = "world", 65536, 0
+    special_tokens = (WORLD_END,)
 
     def __reduce__(self):
         return WorldTokenizer, ()  # the Rust object cannot be pickled, and is quick to build again
@@ -216,6 +223,10 @@ class JsonTokenizer(Tokenizer):
 
     def __reduce__(self):
         return JsonTokenizer, (self._text, self.name, self.eod)
+
+    @property
+    def special_tokens(self) -> list[str]:
+        return [token["content"] for token in self._spec["added_tokens"] if token["special"]]
 
     @property
     def library_json(self) -> str:

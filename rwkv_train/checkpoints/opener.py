@@ -1,7 +1,6 @@
 """One name -> a model, its tokenizer and how chats are written for it."""
 
 import shlex
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,6 +10,7 @@ from rwkv_train.checkpoints.modelfile import load_model, parts_of
 from rwkv_train.data.store import Store
 from rwkv_train.data.templates import Template
 from rwkv_train.data.text_format import TextFormat, compare, compare_templates
+from rwkv_train.files import told
 from rwkv_train.models.adapters import quantise
 from rwkv_train.models.base import RWKV
 from rwkv_train.ops.products import is_quantised
@@ -80,6 +80,16 @@ def format_of(name: str | Path) -> TextFormat:
         return TextFormat.read(folder, eod=0)
 
 
+def format_to_export(name: str | Path, tokenizer: str | None, template: str | None, vocab_size: int) -> TextFormat:
+    """What goes along with a model: as `open_model` takes it, but for what is not known, and its chats if unsaid."""
+    known = format_of(name)
+    named = tokenizer or known.tokenizer or vocab_size == 65536
+    return TextFormat(
+        _tokenizer(name, known.tokenizer, tokenizer, vocab_size) if named else None,
+        _template(name, known.template, template, for_chats=False) if template or known.template else None,
+    )
+
+
 def format_of_run(init: str | None, store: Store, given: str | None) -> tuple[TextFormat, list[str]]:
     """(what a run knows of its text, what is to be told of it): what the store says, or else the model it begins with.
 
@@ -100,12 +110,6 @@ def format_of_run(init: str | None, store: Store, given: str | None) -> tuple[Te
 def remedy_of(name: str | Path) -> str:
     """What to do where a text was made with another tokenizer than a model."""
     return f"prepare the text with --tokenizer {shlex.quote(str(tokenizer_file(_folder(name))))}"
-
-
-def told(text: str) -> None:
-    """Say something of what is unknown or overridden, if it is anything, on standard error."""
-    if text:
-        print(f"note: {text}", file=sys.stderr)
 
 
 def _folder(name: str | Path) -> Path:
