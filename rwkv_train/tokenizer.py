@@ -17,6 +17,7 @@ import numpy as np
 from rwkv_train.files import read_text
 from rwkv_train.tokenizer_json import (
     EOD_NAMES,
+    WORLD_END,
     UnknownEnd,
     bytes_json,
     end_of_document,
@@ -32,7 +33,6 @@ from rwkv_train.tokenizer_json import (
 KEY = "rwkv_train_tokenizer"  # of its name: alone in the small JSON that stands for World, or in tokenizer_config.json
 OWN_FILE = "rwkv_train_tokenizer.json"  # in folders: a tokenizer.json there is one that `tokenizers` opens
 WORLD_FILE = "rwkv_vocab_v20230424.txt"  # the World vocabulary: a line a token, "ID LITERAL LENGTH"
-WORLD_END = "<|rwkv_tokenizer_end_of_text|>"  # what Hugging Face folders of World models call id 0
 
 
 class Tokenizer:

@@ -6,10 +6,12 @@ from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
 
+WORLD_END = "<|rwkv_tokenizer_end_of_text|>"  # what Hugging Face folders of World models call id 0
 # Names of the token that ends a document, in published vocabularies; the first that is there is taken.
 EOD_NAMES = (
     *("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "<|eot_id|>", "<|im_end|>", "[EOS]", "<EOS>", "<|eos|>"),
     *("<|end|>", "<end_of_turn>", "<eod>", "<|eod|>", "<|end_of_document|>", "<\uff5cend\u2581of\u2581sentence\uff5c>"),
+    WORLD_END,
 )
 # What may lie beside a tokenizer, and under which key it says what ends a document.
 SAID_BESIDE = {
