@@ -9,7 +9,7 @@ import codecs
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import numpy as np
@@ -86,7 +86,7 @@ class Tokenizer:
         """Names of tokens that no text holds."""
         raise NotImplementedError
 
-    @cached_property
+    @property
     def library_json(self) -> str:
         """The JSON that the library `tokenizers` opens, and encodes alike."""
         raise NotImplementedError
@@ -122,7 +122,7 @@ class ByteTokenizer(Tokenizer):
     name, vocab_size, eod = "bytes", 257, 0
     special_tokens = (EOD_NAMES[0],)
 
-    @cached_property
+    @property
     def library_json(self) -> str:
         return bytes_json()
 
@@ -183,9 +183,9 @@ class WorldTokenizer(Tokenizer):
             to_utf8(text)
         return self._rust.encode_batch(list(texts))
 
-    @cached_property
+    @property
     def library_json(self) -> str:
-        return longest_match_json(self.table, WORLD_END)
+        return _world_json()
 
     def save(self, path: str | Path) -> None:
         Path(path).write_text(json.dumps({KEY: self.name}) + "\n", encoding="utf-8", newline="\n")
@@ -193,6 +193,11 @@ class WorldTokenizer(Tokenizer):
     def save_in(self, folder: str | Path) -> list[str]:
         self.save(Path(folder) / OWN_FILE)
         return [OWN_FILE]
+
+
+@cache
+def _world_json() -> str:
+    return longest_match_json(WorldTokenizer().table, WORLD_END)
 
 
 class JsonTokenizer(Tokenizer):
