@@ -276,5 +276,11 @@ class ExportConfig:
     dtype: Literal["fp32", "fp16", "bf16"] | None = None
     """number format of the weights; that of the model if not given"""
 
+    tokenizer: str | None = None
+    """for a folder: world, bytes or a tokenizer JSON, where the model does not say it"""
+
+    template: str | None = None
+    """for a folder: YAML file that says how chats are written; what lies with the model if not given"""
+
     adapter: bool = False
     """write only what a run with model.tune trained, the low-rank factors or the state"""

@@ -9,20 +9,22 @@ from pathlib import Path
 from tqdm import tqdm
 
 from rwkv_train.checkpoints.modelfile import load_model, save_adapter, save_model
-from rwkv_train.checkpoints.opener import DTYPES, format_of, open_model, remedy_of, told
+from rwkv_train.checkpoints.opener import DTYPES, format_of, format_to_export, open_model, remedy_of, told
 from rwkv_train.cli import parse
 from rwkv_train.command_config import ExportConfig, GenerateConfig, InspectConfig, ValidateConfig
 from rwkv_train.config import DataConfig
 from rwkv_train.data.batches import make_batches, validation_batches
 from rwkv_train.data.lanes import LaneBatches, split, trained_tokens
 from rwkv_train.data.store import Store
-from rwkv_train.data.text_format import TextFormat, compare, compare_templates
+from rwkv_train.data.text_format import TextFormat, alike_in_one, compare, compare_templates
 from rwkv_train.evaluate import Score, Scorer, byte_lengths, position_table
 from rwkv_train.files import read_lines, unescaped
 from rwkv_train.generate import LANES, generate_text, generate_texts
 from rwkv_train.generation.presets import sampling_of, stop_texts
+from rwkv_train.models.base import RWKV
 from rwkv_train.models.finite import broken_weight, finite
 from rwkv_train.models.loss import IGNORE_INDEX
+from rwkv_train.models.rwkv7 import RWKV7
 from rwkv_train.run_config import found_paths, run_settings
 from rwkv_train.tokenizer import Tokenizer
 from rwkv_train.train.runlog import read_metrics
@@ -178,35 +180,49 @@ def inspect(config: InspectConfig) -> None:
 
 def export(config: ExportConfig) -> None:
     """Write a model in another format, or what a run with model.tune has trained."""
-    known = format_of(config.model)
+    folder = config.out.endswith("/") or Path(config.out).suffix not in (".pth", ".safetensors")
+    if (config.adapter or not folder) and (config.tokenizer or config.template):
+        raise ValueError(f"{config.out}: a file of weights has no place for --tokenizer and --template; name a folder")
     if config.adapter:
         save_adapter(config.model, config.out)
         flag = f"--model BASE+{shlex.quote(config.out)}"
         print(f"{config.out}: what {config.model} trained; `{flag}` puts it on its model")
-        print(_left_out(known))
+        print(_left_out(format_of(config.model)))
         return
     model = load_model(config.model)
     if broken := broken_weight(model):
         raise ValueError(f"{config.model} gives no finite number: {broken}")
-    folder = config.out.endswith("/") or Path(config.out).suffix not in (".pth", ".safetensors")
-    save_model(model, config.out, DTYPES[config.dtype] if config.dtype else None, *(known if folder else ()))
-    c = model.config
-    print(f"{config.out}: {model.name}, {c.n_layer} layers x {c.n_embd} channels, vocabulary {c.vocab_size}")
-    print(_taken_along(known, model.config.vocab_size) if folder else _left_out(known))
-
-
-def _taken_along(known: TextFormat, vocab_size: int) -> str:
-    """Which program opens the tokenizer of an exported folder."""
-    if known.tokenizer and known.tokenizer.library_json:
-        lines = [f"tokenizer {known.tokenizer}: AutoTokenizer opens it there, too"]
-    elif known.tokenizer or vocab_size == 65536:
-        lines = ["tokenizer: RWKV World's, which only this program opens there; AutoTokenizer has no file for it"]
+    c, dtype = model.config, DTYPES[config.dtype] if config.dtype else None
+    if folder:
+        known = format_to_export(config.model, config.tokenizer, config.template, c.vocab_size)
+        save_model(model, config.out, dtype, *known)
+        said = "\n".join(_opened_by(model, known))
     else:
-        lines = ["tokenizer: unknown, so there is none in it; give --tokenizer where the folder is used"]
-    lines.append(
-        "chats: written as its template.yaml says" if known.template else "chats: unknown how they are written"
-    )
-    return "\n".join(lines)
+        save_model(model, config.out, dtype)
+        said = _left_out(format_of(config.model))
+    print(f"{config.out}: {model.name}, {c.n_layer} layers x {c.n_embd} channels, vocabulary {c.vocab_size}")
+    print(said)
+
+
+def _opened_by(model: RWKV, known: TextFormat) -> Iterator[str]:
+    """What opens an exported folder, and what it finds there."""
+    if not isinstance(model, RWKV7):
+        yield "weights: AutoModelForCausalLM of transformers 4 opens them"
+    elif model.config.head_size == 64:
+        yield "weights: RWKV7ForCausalLM of rwkv7-hf opens them; their names are flash-linear-attention's, too"
+    else:
+        yield f"weights: opened here alone, as others norm heads of {model.config.head_size} channels otherwise"
+    if known.tokenizer:
+        yield f"tokenizer {known.tokenizer}: AutoTokenizer opens it"
+    else:
+        yield "tokenizer: unknown, so there is none in it; give --tokenizer"
+    if known.template and known.tokenizer:
+        others = "" if alike_in_one(known.tokenizer, known.template) else ", with other ids where a message ends"
+        yield "chats: apply_chat_template writes them" + others
+    elif known.template:
+        yield "chats: written as its template.yaml says"
+    else:
+        yield "chats: unknown how they are written, so apply_chat_template cannot; give --template"
 
 
 def _left_out(known: TextFormat) -> str:

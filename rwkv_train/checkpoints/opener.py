@@ -12,6 +12,7 @@ from rwkv_train.data.known_templates import named_template, template_of
 from rwkv_train.data.store import Store
 from rwkv_train.data.templates import Template
 from rwkv_train.data.text_format import TextFormat, compare, compare_templates
+from rwkv_train.files import told
 from rwkv_train.models.adapters import quantise
 from rwkv_train.models.base import RWKV
 from rwkv_train.ops.products import is_quantised
@@ -82,6 +83,16 @@ def format_of(name: str | Path) -> TextFormat:
             raise
         told(f"{error}; the run {folder} was trained with id 0 for it")
         return TextFormat.read(folder, eod=0)
+
+
+def format_to_export(name: str | Path, tokenizer: str | None, template: str | None, vocab_size: int) -> TextFormat:
+    """What goes along with a model: as `open_model` takes it, but for what is not known, and its chats if unsaid."""
+    known = format_of(name)
+    named = tokenizer or known.tokenizer or vocab_size == 65536
+    return TextFormat(
+        _tokenizer(name, known.tokenizer, tokenizer, vocab_size) if named else None,
+        _template(name, known.template, template, for_chats=False) if template or known.template else None,
+    )
 
 
 def format_of_run(init: str | None, store: Store, given: str | None) -> tuple[TextFormat, list[str]]:

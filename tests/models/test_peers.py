@@ -16,7 +16,6 @@ from rwkv_train.models import rwkv4, rwkv7
 from rwkv_train.models.state import State
 from rwkv_train.ops.wkv4 import wkv4
 from rwkv_train.ops.wkv7 import wkv7
-from rwkv_train.tokenizer import load_tokenizer, train_bpe
 
 T = 20
 
@@ -90,30 +89,6 @@ def test_transformers_files_survive_us(transformers, tmp_path):
         "intermediate_size",
     ):
         assert getattr(back.config, option) == getattr(config, option)
-
-
-@pytest.mark.parametrize("kind", ["bytes", "bpe"])
-def test_an_exported_folder_opens_in_transformers(transformers, tmp_path, kind, generation):
-    """Its tokenizer by AutoTokenizer, with our ids; and an RWKV-4 by AutoModelForCausalLM, with our logits."""
-    text = "Hello, \u4f60\u597d!  Two  spaces\n\nand lines"
-    ours = load_tokenizer("bytes") if kind == "bytes" else train_bpe([text] * 3, 280)
-    model = random_model(vocab_size=ours.vocab_size, generation=generation)
-    save_model(model, tmp_path / "hf", tokenizer=ours)
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
-    ids = ours.encode(text)
-    assert theirs(text).input_ids == ids and theirs.decode(ids) == text
-    assert theirs.eos_token_id == ours.eod and len(theirs) == ours.vocab_size
-    if generation == "rwkv4":
-        opened = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
-        assert opened.config.eos_token_id == ours.eod
-        with torch.no_grad():
-            assert_close_rel(opened(torch.tensor([ids])).logits, model(torch.tensor([ids]))[0], 1e-5)
-
-
-def test_an_exported_folder_has_no_tokenizer_file_that_transformers_cannot_read(transformers, tmp_path):
-    save_model(random_model(), tmp_path / "hf", tokenizer=load_tokenizer("world"))
-    assert not list((tmp_path / "hf").glob("tokenizer*")) and load_tokenizer(tmp_path / "hf").name == "world"
-    transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
 
 
 def as_ours(model, theirs) -> State:
