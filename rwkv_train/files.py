@@ -9,7 +9,6 @@ import json
 import os
 import re
 import secrets
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -84,12 +83,6 @@ def counted(names: Counter[str], what: str) -> str:
     """Names and how often they were there, most often first: "tools" (12 records), "id" (1 record)."""
     several = [f"{quoted(name)} ({count:,} {what}{'s' * (count > 1)})" for name, count in names.most_common(NAMED)]
     return ", ".join(several) + f" and {len(names) - NAMED:,} more" * (len(names) > NAMED)
-
-
-def told(text: str) -> None:
-    """Say something of what is unknown or overridden, if it is anything, on standard error."""
-    if text:
-        print(f"note: {text}", file=sys.stderr)
 
 
 def read_text(path: str | Path) -> str:

@@ -12,7 +12,6 @@ from rwkv_train.data.known_templates import named_template, template_of
 from rwkv_train.data.store import Store
 from rwkv_train.data.templates import Template
 from rwkv_train.data.text_format import TextFormat, compare, compare_templates
-from rwkv_train.files import told
 from rwkv_train.models.adapters import quantise
 from rwkv_train.models.base import RWKV
 from rwkv_train.ops.products import is_quantised

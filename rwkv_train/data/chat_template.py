@@ -1,6 +1,7 @@
-"""How chats are written, as Hugging Face folders say it: a program in Jinja, to and from our `Template`.
+"""How chats are written, as Hugging Face folders say it: a program in Jinja, read as our `Template`.
 
 A foreign one is a stranger's program, run in Jinja's sandbox and not for long. What it does is told by what it writes.
+Our own are in chat_program.py.
 """
 
 import re
@@ -8,43 +9,9 @@ import sys
 from collections.abc import Callable, Sequence
 from datetime import datetime
 
+from rwkv_train.data.chat_program import to_jinja
+from rwkv_train.data.known_templates import NAMED
 from rwkv_train.data.templates import Template
-
-PROGRAM = """\
-{%- set forms = FORMS -%}
-{%- for message in messages -%}
-    {%- if message['role'] not in forms -%}
-        {{- raise_exception('role ' ~ message['role'] ~ ' is unknown; the template knows ' ~ forms | join(', ')) -}}
-    {%- elif message['content'] is not string -%}
-        {{- raise_exception('message ' ~ loop.index ~ ' has no text as its content') -}}
-    {%- elif message['content'].strip() -%}
-        {{- forms[message['role']][0] -}}
-        CONTENT
-        {{- forms[message['role']][1] -}}
-    {%- elif message['role'] != 'system' -%}
-        {{- raise_exception('message ' ~ loop.index ~ ' (' ~ message['role'] ~ ') is empty') -}}
-    {%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-    {{- PROMPT -}}
-{%- endif -%}
-"""
-CLEANED = """\
-{%- for line in message['content'].replace('\\r\\n', '\\n').strip().split('\\n') if line.strip() -%}
-            {{- line ~ ('' if loop.last else '\\n') -}}
-        {%- endfor -%}"""  # what `Template.clean` does
-
-
-def to_jinja(template: Template) -> str:
-    """The program by which transformers' `apply_chat_template` writes chats as `template` does, refusals included."""
-    forms = {role: tuple(form.split("{content}")) for role, form in template.roles.items()}
-    asks = (
-        repr("".join(template.prompt([]))) if "assistant" in forms else "raise_exception('there is no role assistant')"
-    )
-    content = CLEANED if template.collapse_blank_lines else "{{- message['content'] -}}"
-    parts = {"FORMS": repr(forms), "PROMPT": asks, "CONTENT": content}
-    return re.sub("|".join(parts), lambda name: parts[name[0]], PROGRAM)
-
 
 LARGEST = 1 << 16  # bytes of a foreign program
 LONGEST = 1_000_000  # lines of Python that it may run each time
@@ -59,6 +26,8 @@ def from_jinja(program: str, tokens: dict[str, str], special: Sequence[str]) -> 
     tokens: what the program finds under names such as "bos_token". special: names of the tokenizer's special tokens,
     which are plain text where we read text. Raises ValueError, to go on from "its chat template", if there is none.
     """
+    if known := next((template for template in NAMED.values() if to_jinja(template) == program), None):
+        return known, []
     write, notes = _writer(program, tokens), []
     start, forms = _forms(write)
     if start in special:

@@ -262,7 +262,7 @@ def read_message(message: object, number: int, thinks: bool = False) -> Message:
             found, weight = (left.pop(role), left.pop(content)), left.pop("weight", None)
             if isinstance(weight, bool) or weight not in (None, 0, 1):
                 raise ValueError(f"message {number}: weight {weight!r:.60} must be 0 (not trained) or 1 (trained)")
-            if not thinks:
+            if not thinks or found[0] not in ("assistant", "gpt"):
                 return Message(*found, weight, tuple(left))
             thought, text = split_thought(found[1])
             beside = left.pop(REASONING, "")

@@ -6,9 +6,11 @@ As files in their folders, and compared wherever a model and a text meet.
 from pathlib import Path
 from typing import NamedTuple
 
-from rwkv_train.data.chat_template import from_jinja, to_jinja
+from rwkv_train.data.chat_program import to_jinja
+from rwkv_train.data.chat_template import from_jinja
 from rwkv_train.data.templates import Template
-from rwkv_train.files import read_text, told
+from rwkv_train.files import read_text
+from rwkv_train.program import told
 from rwkv_train.tokenizer import Tokenizer, load_tokenizer, tokenizer_file
 from rwkv_train.tokenizer_json import said_in
 

@@ -2,13 +2,16 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rwkv_train.data.chat_template import from_jinja, to_jinja
-from rwkv_train.data.templates import WORLD_CHAT, Template
+from rwkv_train.data.chat_program import to_jinja
+from rwkv_train.data.chat_template import from_jinja
+from rwkv_train.data.known_templates import NAMED
+from rwkv_train.data.templates import THINKING, WORLD_CHAT, Template
 from rwkv_train.data.text_format import TextFormat, alike_in_one
 from rwkv_train.tokenizer import load_tokenizer, train_bpe
 
@@ -57,6 +60,46 @@ def test_transformers_writes_the_ids_of_ours(opened, name, template):
         assert theirs.apply_chat_template(chat, add_generation_prompt=True) == asked
 
     check()
+
+
+THINKS = st.text(st.sampled_from(" \n\r<>think/\u4f60"), max_size=8)
+REPLY = st.one_of(
+    CONTENT, st.tuples(THINKS, CONTENT).map("<think>{0[0]}</think>{0[1]}".format), CONTENT.map("a\n\nUser: {}".format)
+)
+
+
+@pytest.mark.parametrize("thinks", [True, False])
+def test_thoughts_and_paragraphs_are_those_of_ours(opened, thinks):
+    """In every mode; what ours refuses is refused there."""
+    form = replace(NAMED["g1"], thinks=thinks)
+    ours = load_tokenizer("bytes")
+    theirs = opened(ours, form)
+
+    @settings(max_examples=80, deadline=None)
+    @given(st.lists(st.tuples(CONTENT, REPLY, CONTENT), min_size=1, max_size=3), st.sampled_from(list(THINKING)))
+    def check(turns, mode):
+        template = replace(form, thinking=mode if thinks else "off")
+        chat = []
+        for question, reply, thought in turns:
+            chat += [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
+            if not reply.lstrip().startswith("<think>"):
+                chat[-1]["reasoning_content"] = thought
+        for messages, asks in ((chat, False), (chat[:-1], True)):
+            try:
+                pieces = template.prompt(messages) if asks else [text for text, _ in template.segments(messages)]
+            except ValueError:
+                with pytest.raises(Exception, match=r"empty|has no thought"):
+                    theirs.apply_chat_template(messages, thinking=template.thinking, add_generation_prompt=asks)
+                continue
+            found = theirs.apply_chat_template(messages, thinking=template.thinking, add_generation_prompt=asks)
+            assert found == [i for piece in pieces for i in ours.encode(piece)]
+
+    check()
+
+
+def test_named_templates_are_read_again():
+    for template in NAMED.values():
+        assert from_jinja(to_jinja(template), {}, []) == (template, [])
 
 
 def test_pieces_that_a_bpe_joins_are_told(opened):
