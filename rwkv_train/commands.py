@@ -217,7 +217,9 @@ def _opened_by(model: RWKV, known: TextFormat) -> Iterator[str]:
     else:
         yield "tokenizer: unknown, so there is none in it; give --tokenizer"
     if known.template and known.tokenizer:
-        others = "" if alike_in_one(known.tokenizer, known.template) else ", with other ids where a message ends"
+        others = (
+            "" if alike_in_one(known.tokenizer, known.template) else ", with other ids where a reply begins or ends"
+        )
         yield "chats: apply_chat_template writes them" + others
     elif known.template:
         yield "chats: written as its template.yaml says"

@@ -264,7 +264,7 @@ class JsonTokenizer(Tokenizer):
 
 
 def load_tokenizer(spec: str | Path, eod: str | int | None = None) -> Tokenizer:
-    """ "world", "bytes", a tokenizers JSON, a file written by `save`, or a folder with one of them.
+    """ "world", "bytes", a tokenizers JSON, a file written by `save`, World's vocabulary, or a folder with one of them.
 
     eod: the name or the id of the token that ends a document; None: what files beside the JSON say, or a usual name.
     Raises ValueError if `spec` is none of these, the JSON is damaged, or `eod` is no token of it; UnknownEnd where
@@ -305,9 +305,10 @@ def tokenizer_file(path: Path) -> Path:
     """Of a folder, the file in it that holds its tokenizer; there may be none."""
     if not path.is_dir():
         return path
-    return next(
-        (path / n for n in (OWN_FILE, "tokenizer.json", WORLD_FILE) if (path / n).is_file()), path / "tokenizer.json"
-    )
+    names = [OWN_FILE, "tokenizer.json"]
+    if (path / "tokenizer_config.json").is_file():  # elsewhere the vocabulary need not be that of what lies beside it
+        names.append(WORLD_FILE)
+    return next((path / name for name in names if (path / name).is_file()), path / "tokenizer.json")
 
 
 def _known(spec: dict) -> str | None:

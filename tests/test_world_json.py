@@ -82,8 +82,11 @@ def test_it_is_known_again_as_the_library_writes_it(library, world, tmp_path):
 
 def test_the_vocabulary_file_is_known(world, tmp_path):
     (tmp_path / WORLD_FILE).write_bytes(world._vocab.replace(b"\n", b"\r\n"))  # as the package rwkv has it
-    assert load_tokenizer(tmp_path).fingerprint == world.fingerprint
-    assert load_tokenizer(tmp_path / WORLD_FILE).name == "world"
+    assert load_tokenizer(tmp_path / WORLD_FILE).fingerprint == world.fingerprint
+    with pytest.raises(ValueError, match="there is no file"):  # beside it may lie models of other vocabularies
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    assert load_tokenizer(tmp_path).name == "world"
     (tmp_path / WORLD_FILE).write_bytes(world._vocab[:-1])
     with pytest.raises(ValueError, match=r"is not RWKV's World vocabulary.*Copy it again"):
         load_tokenizer(tmp_path)
