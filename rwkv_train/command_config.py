@@ -280,7 +280,13 @@ class ExportConfig:
     """for a folder: world, bytes or a tokenizer JSON, where the model does not say it"""
 
     template: str | None = None
-    """for a folder: YAML file that says how chats are written; what lies with the model if not given"""
+    """for a folder: how chats are written, as a name or a YAML file; what lies with the model if not given"""
+
+    profile: str | None = None
+    """with the corrections of this profile, as chat has it"""
+
+    folder: str | None = None
+    """where profiles are kept; the user's data folder if not given"""
 
     adapter: bool = False
     """write only what a run with model.tune trained, the low-rank factors or the state"""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from rwkv_train.chat.opening import corrected
 from rwkv_train.checkpoints.modelfile import load_model, save_adapter, save_model
 from rwkv_train.checkpoints.opener import DTYPES, format_of, format_to_export, open_model, remedy_of, told
 from rwkv_train.cli import parse
@@ -183,15 +184,19 @@ def export(config: ExportConfig) -> None:
     folder = config.out.endswith("/") or Path(config.out).suffix not in (".pth", ".safetensors")
     if (config.adapter or not folder) and (config.tokenizer or config.template):
         raise ValueError(f"{config.out}: a file of weights has no place for --tokenizer and --template; name a folder")
+    if config.profile and config.adapter:
+        raise ValueError("--profile is of a model with corrections, and --adapter of what a run trained; give one")
     if config.adapter:
         save_adapter(config.model, config.out)
         flag = f"--model BASE+{shlex.quote(config.out)}"
         print(f"{config.out}: what {config.model} trained; `{flag}` puts it on its model")
         print(_left_out(format_of(config.model)))
         return
-    model = load_model(config.model)
+    model = corrected(config.model, config.profile, config.folder) if config.profile else load_model(config.model)
     if broken := broken_weight(model):
         raise ValueError(f"{config.model} gives no finite number: {broken}")
+    if config.profile and config.dtype in ("fp16", "bf16"):
+        told(f"corrections are kept in fp32, and {config.dtype} rounds what they changed; ask the model what it knows")
     c, dtype = model.config, DTYPES[config.dtype] if config.dtype else None
     if folder:
         known = format_to_export(config.model, config.tokenizer, config.template, c.vocab_size)

@@ -19,7 +19,7 @@ from rwkv_train.checkpoints.foreign import ORIGINAL, kind_by_name, refuse_model
 from rwkv_train.checkpoints.hf import from_hf_name, hf_files, hf_generation, save_hf, to_hf_name, turned
 from rwkv_train.checkpoints.room import check_room
 from rwkv_train.checkpoints.run_checkpoint import TRAINER, WEIGHTS, newest_sound
-from rwkv_train.checkpoints.weightfile import drop_pages, read_shapes, read_weights, write_pth, write_safetensors
+from rwkv_train.checkpoints.weightfile import drop_pages, map_weights, read_shapes, write_pth, write_safetensors
 from rwkv_train.data.templates import Template
 from rwkv_train.data.text_format import TextFormat
 from rwkv_train.files import replace_file
@@ -178,11 +178,11 @@ def save_model(
 
 
 def _read(path: Path) -> "_Found":
-    """The tensors of what path names, as `read_weights` has them."""
+    """The tensors of what path names, as `map_weights` has them."""
     files = _weight_files(path)
     content, mapped = {}, True
     for file in files:
-        values, maps = read_weights(file)
+        values, maps = map_weights(file)
         content |= values
         mapped &= maps
     return _sort_keys(files[0] if len(files) == 1 else path, content, mapped)
@@ -218,7 +218,7 @@ class _Found:
     tensors: dict[str, Tensor]
     keys: dict[str, str]
     hf: type[RWKV] | None  # whose Hugging Face layout it has
-    mapped: bool = False  # whether the tensors are the file, as `read_weights` says
+    mapped: bool = False  # whether the tensors are the file, as `map_weights` says
 
     @property
     def generation(self) -> type[RWKV]:

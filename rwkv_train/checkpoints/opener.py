@@ -90,7 +90,7 @@ def format_to_export(name: str | Path, tokenizer: str | None, template: str | No
     named = tokenizer or known.tokenizer or vocab_size == 65536
     return TextFormat(
         _tokenizer(name, known.tokenizer, tokenizer, vocab_size) if named else None,
-        _template(name, known.template, template, for_chats=False) if template or known.template else None,
+        _template(name, known.template, template) if template or known.template or _series(name) else None,
     )
 
 
@@ -147,7 +147,7 @@ def _series(name: str | Path) -> tuple[str, Template] | None:
     return template_of(str(name).split("+")[0])
 
 
-def _template(name: str | Path, known: Template | None, given: str | None, for_chats: bool) -> Template:
+def _template(name: str | Path, known: Template | None, given: str | None, for_chats: bool = True) -> Template:
     if given:
         found = named_template(given)
         if other := compare_templates(name, known, f"--template {given}", found):
