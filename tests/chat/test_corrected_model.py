@@ -27,7 +27,7 @@ def taught(tmp_path_factory):
 def test_an_exported_model_has_the_corrections(taught, tmp_path, capsys, out):
     folder, model = taught
     argv = [f"--model={folder / 'model'}", "--profile=mine", f"--folder={folder / 'kept'}", f"--out={tmp_path}/{out}"]
-    code, said, err = run("export", *argv, capsys=capsys)
+    code, _, err = run("export", *argv, capsys=capsys)
     assert code == 0 and not err, err
     found = load_model(tmp_path / out)
     for name, weight in model.state_dict().items():
