@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from rwkv_train.checkpoints.modelfile import load_model, save_adapter, save_model
 from rwkv_train.checkpoints.opener import DTYPES, format_of, open_model, remedy_of, told
+from rwkv_train.checkpoints.states import to_time_states, told_of_beginning
 from rwkv_train.cli import parse
 from rwkv_train.command_config import ExportConfig, GenerateConfig, InspectConfig, ValidateConfig
 from rwkv_train.config import DataConfig
@@ -178,10 +179,10 @@ def export(config: ExportConfig) -> None:
     """Write a model in another format, or what a run with model.tune has trained."""
     known = format_of(config.model)
     if config.adapter:
-        save_adapter(config.model, config.out)
+        adapter = save_adapter(config.model, config.out)
         flag = f"--model BASE+{shlex.quote(config.out)}"
         print(f"{config.out}: what {config.model} trained; `{flag}` puts it on its model")
-        print(_left_out(known))
+        print(*told_of_beginning(adapter), _left_out(known), sep="\n")
         return
     model = load_model(config.model)
     if broken := broken_weight(model):
@@ -190,7 +191,8 @@ def export(config: ExportConfig) -> None:
     save_model(model, config.out, DTYPES[config.dtype] if config.dtype else None, *(known if folder else ()))
     c = model.config
     print(f"{config.out}: {model.name}, {c.n_layer} layers x {c.n_embd} channels, vocabulary {c.vocab_size}")
-    print(_taken_along(known, model.config.vocab_size) if folder else _left_out(known))
+    with_it = _taken_along(known, model.config.vocab_size) if folder else _left_out(known)
+    print(*told_of_beginning(to_time_states(model.state_dict())), with_it, sep="\n")
 
 
 def _taken_along(known: TextFormat, vocab_size: int) -> str:

@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from rwkv_train.checkpoints.hf import from_hf_name, hf_files, hf_generation, save_hf, to_hf_name, turned
 from rwkv_train.checkpoints.run_checkpoint import TRAINER, WEIGHTS, newest_sound
+from rwkv_train.checkpoints.states import TIME_STATE, from_time_states, to_time_states
 from rwkv_train.checkpoints.weightfile import read_weights, write_pth, write_safetensors
 from rwkv_train.data.templates import Template
 from rwkv_train.data.text_format import TextFormat
@@ -68,8 +69,11 @@ def parts_of(path: str | Path) -> list[Path]:
     return [whole] if whole.exists() else [Path(part).expanduser() for part in str(path).split("+")]
 
 
-def save_adapter(path: str | Path, target: str | Path) -> None:
-    """Write the adapter that a run trained, and nothing else, to a `.pth` or `.safetensors` file."""
+def save_adapter(path: str | Path, target: str | Path) -> dict[str, Tensor]:
+    """Write the adapter that a run trained, and nothing else, to a `.pth` or `.safetensors` file, and return it.
+
+    An RWKV-7's state is written as other programs have it, if it is all in wkv (see `states`).
+    """
     adapter, target = _read(Path(path).expanduser()).take_adapter(), Path(target).expanduser().resolve()
     if not adapter:
         raise ValueError(f"{path} holds no adapter; a run with model.tune has one")
@@ -77,7 +81,9 @@ def save_adapter(path: str | Path, target: str | Path) -> None:
         raise ValueError(f"{target}: an adapter is written to a .pth or .safetensors file")
     target.parent.mkdir(parents=True, exist_ok=True)
     write = write_pth if target.suffix == ".pth" else write_safetensors
-    replace_file(target, lambda temporary: write(_own(adapter, None, "cpu"), temporary))
+    adapter = _own(to_time_states(adapter), None, "cpu")
+    replace_file(target, lambda temporary: write(adapter, temporary))
+    return adapter
 
 
 def model_sizes(path: str | Path) -> RWKV4Config | RWKV7Config:
@@ -96,7 +102,8 @@ def save_model(
 
     dtype: None keeps the model's, weight by weight, and writes what is in 8 bits as it computes, in bf16. tokenizer,
     template: go into a Hugging Face directory, as files that are read back with it (see `TextFormat`); a file has no
-    place for them.
+    place for them. An RWKV-7's state to begin in is written as other programs have it, if it is all in wkv (see
+    `states`).
     A crash leaves the old file or the new one, complete. In an existing Hugging Face directory of an RWKV,
     weights and config are replaced and other files stay; any other directory with something in it is refused.
     Raises ValueError for a path that cannot be meant, and for a dtype that does not hold a weight.
@@ -113,6 +120,7 @@ def save_model(
     if is_file and (tokenizer or template):
         raise ValueError(f"{path}: a tokenizer or template is saved only into a Hugging Face directory, not a file")
     weights = {n: w.dequantize() if is_quantised(w) else w for n, w in model.state_dict().items()}
+    weights = to_time_states(weights)
     tensors = _own(dict(weights), dtype, "cpu")
     _check_range(weights, tensors)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -182,10 +190,10 @@ class _Found:
 
     def take_adapter(self) -> dict[str, Tensor]:
         """The tensors of an adapter, which this then no longer has."""
-        names = list(filter(is_adapter, self.tensors))
+        names = [name for name in self.tensors if is_adapter(name) or TIME_STATE.fullmatch(name)]
         for name in names:
             del self.keys[name]
-        return {name: self.tensors.pop(name) for name in names}
+        return from_time_states({name: self.tensors.pop(name) for name in names}, self.source)
 
     def matrix(self, name: str) -> torch.Size:
         """The shape of what has to be a matrix."""
