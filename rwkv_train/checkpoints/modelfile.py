@@ -43,6 +43,8 @@ def load_model(path: str | Path, dtype: torch.dtype | None = None, device: str |
     path, *others = parts_of(path)
     found = _read(path)
     adapters = [(path, found.take_adapter())]
+    if adapters[0][1] and not found.tensors:
+        raise ValueError(f"{path} holds an adapter alone; name the model it was trained on, too: BASE+{path}")
     for other in others:
         adapters.append((other, _read(other).take_adapter()))
         if not adapters[-1][1]:
