@@ -11,6 +11,7 @@ from tqdm import tqdm
 from rwkv_train.chat.opening import corrected
 from rwkv_train.checkpoints.modelfile import load_model, save_adapter, save_model
 from rwkv_train.checkpoints.opener import DTYPES, format_of, format_to_export, open_model, remedy_of, told
+from rwkv_train.checkpoints.states import to_time_states, told_of_beginning
 from rwkv_train.cli import parse
 from rwkv_train.command_config import ExportConfig, GenerateConfig, InspectConfig, ValidateConfig
 from rwkv_train.config import DataConfig
@@ -187,10 +188,10 @@ def export(config: ExportConfig) -> None:
     if config.profile and config.adapter:
         raise ValueError("--profile is of a model with corrections, and --adapter of what a run trained; give one")
     if config.adapter:
-        save_adapter(config.model, config.out)
+        adapter = save_adapter(config.model, config.out)
         flag = f"--model BASE+{shlex.quote(config.out)}"
         print(f"{config.out}: what {config.model} trained; `{flag}` puts it on its model")
-        print(_left_out(format_of(config.model)))
+        print(*told_of_beginning(adapter), _left_out(format_of(config.model)), sep="\n")
         return
     model = corrected(config.model, config.profile, config.folder) if config.profile else load_model(config.model)
     if broken := broken_weight(model):
@@ -206,7 +207,7 @@ def export(config: ExportConfig) -> None:
         save_model(model, config.out, dtype)
         said = _left_out(format_of(config.model))
     print(f"{config.out}: {model.name}, {c.n_layer} layers x {c.n_embd} channels, vocabulary {c.vocab_size}")
-    print(said)
+    print(*told_of_beginning(to_time_states(model.state_dict())), said, sep="\n")
 
 
 def _opened_by(model: RWKV, known: TextFormat) -> Iterator[str]:

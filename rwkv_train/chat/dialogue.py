@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from rwkv_train.checkpoints.states import load_state, save_state
 from rwkv_train.checkpoints.weightfile import read_weights, write_pth
 from rwkv_train.data.templates import Template
 from rwkv_train.files import replace_file
@@ -32,6 +33,7 @@ class Turn:
     reply: the text that was shown; thought: what the model wrote before it, which is not part of the dialogue
     ids: the reply's tokens, which hold exactly that text and, if the model wrote it (`ended`), the end of the turn
     version: of the model that wrote it
+    imported: stands for text that nobody knows, of which another program has left the state
     """
 
     user: str
@@ -43,6 +45,7 @@ class Turn:
     ended: bool = False
     version: str = ""
     thought: str = ""
+    imported: bool = False
 
 
 class Thought(str):
@@ -136,8 +139,8 @@ class Dialogue:
             self._running.close()
 
     def last(self) -> Turn:
-        """The last turn. Raises ValueError if there is none."""
-        if not self.turns:
+        """The last turn. Raises ValueError if there is none whose text is known."""
+        if not self.turns or self.turns[-1].imported:
             raise ValueError("nothing has been said yet")
         return self.turns[-1]
 
@@ -153,12 +156,17 @@ class Dialogue:
         return [*_ids(earlier), *self._opening(earlier), *self.tokenizer.encode(system)][1:]
 
     def reread(self, model: RWKV, version: str = "") -> None:
-        """Go on with another model of the same tokenizer: it reads the transcript, so every turn's state is its own."""
+        """Go on with another model of the same tokenizer: it reads the transcript, so every turn's state is its own.
+
+        An imported state stays what it is, as there is nothing to read.
+        """
         self.stop()
         turns: list[Turn] = []
         for turn in self.turns:
-            state = prefill(model, turn.prompt + turn.ids, turns[-1].state if turns else None)[1]
-            turns.append(replace(turn, state=state))
+            if not turn.imported:
+                state = prefill(model, turn.prompt + turn.ids, turns[-1].state if turns else None)[1]
+                turn = replace(turn, state=state)
+            turns.append(turn)
         self.model, self.version, self.turns = model, version, turns
 
     def save(self, path: str | Path) -> None:
@@ -198,6 +206,24 @@ class Dialogue:
         self.rng, self.pending = rng, pending
         if content.get("version") != self.version:
             self.reread(self.model, self.version)
+
+    def export_state(self, path: str | Path) -> None:
+        """Write the state in which the next question begins to a file from which the package `rwkv` goes on."""
+        self.stop()
+        self.last()
+        rest = self._opening(self.turns)
+        state = prefill(self.model, rest, self.state)[1] if rest else self.state
+        save_state(state, path, self.model.dtype)
+
+    def import_state(self, path: str | Path) -> None:
+        """Go on from a state that `export_state` or `rwkv` has left, at the beginning of a question.
+
+        What was said before it is unknown, so that there is nothing to retry, to correct, or to read again with another
+        model. Raises ValueError, changing nothing, for a file that does not fit.
+        """
+        self.stop()
+        state, about = load_state(path, self.model), f"(the state of {Path(path).name})"
+        self.turns, self.pending = [Turn("", None, [self.tokenizer.eod], state, about, ended=True, imported=True)], None
 
     def _start(self, reply: Iterator[str]) -> Iterator[str]:
         self._running = reply

@@ -150,7 +150,8 @@ def spoken(reply: Iterator[str]) -> Iterator[str]:
 
 
 def _help(chat: Chat, rest: str) -> Iterable[str]:
-    listed = [f"{c.usage:<28}{c.phrase}" for c in chat.commands.values()]
+    width = 2 + max(len(c.usage) for c in chat.commands.values())
+    listed = [f"{c.usage:<{width}}{c.phrase}" for c in chat.commands.values()]
     return ["\n".join([*listed, f"{chat.typing}A message that begins with / is written with //."])]
 
 
@@ -166,18 +167,26 @@ def _back(chat: Chat, rest: str) -> Iterable[str]:
 
 def _state(chat: Chat, rest: str) -> Iterable[str]:
     action, _, name = rest.partition(" ")
-    name = name.strip()
-    if action not in ("save", "load") or not re.fullmatch(r"[\w-]+", name):
-        raise ValueError("write /state save NAME or /state load NAME, with letters, digits, - and _ in NAME")
-    path = chat.folder / "dialogues" / f"{name}.state"
+    name, folder, dialogue = name.strip(), chat.folder / "dialogues", chat.dialogue
+    if action == "import" and name:
+        path = folder / f"{name}.pth" if re.fullmatch(r"[\w-]+", name) else Path(name)
+        dialogue.import_state(path)
+        return [IMPORTED.format(path)]
+    if action not in ("save", "load", "export") or not re.fullmatch(r"[\w-]+", name):
+        what = "/state save NAME, /state load NAME or /state export NAME, with letters, digits, - and _ in NAME"
+        raise ValueError(f"write {what}, or /state import FILE")
+    if action == "export":
+        dialogue.export_state(folder / f"{name}.pth")
+        return [f"{folder / name}.pth: the state after {len(dialogue.turns)} turns, for the package rwkv; without text"]
+    path = folder / f"{name}.state"
     if action == "save":
-        chat.dialogue.save(path)
-        return [f"saved {len(chat.dialogue.turns)} turns as {name}"]
+        dialogue.save(path)
+        return [f"saved {len(dialogue.turns)} turns as {name}"]
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in path.parent.glob("*.state"))) or "none"
         raise ValueError(f"no dialogue is saved as {name}; there are: {known}")
-    chat.dialogue.load(path)
-    return [f"loaded {len(chat.dialogue.turns)} turns; the last reply was: {chat.dialogue.last().reply}"]
+    dialogue.load(path)
+    return [f"loaded {len(dialogue.turns)} turns; the last reply was: {dialogue.last().reply}"]
 
 
 def _system(chat: Chat, rest: str) -> Iterable[str]:
@@ -204,11 +213,15 @@ def _quit(chat: Chat, rest: str) -> Iterable[str]:
     return ["bye"]
 
 
+IMPORTED = (
+    "{}: your next message goes on from this state. It holds no text: what was said before is not shown, corrections "
+    "are learnt without it, and after a correction it stays the state of the model that it was made with"
+)
 COMMANDS = {
     "help": Command("/help", "list the commands", _help),
     "retry": Command("/retry", "another reply to your last message", _retry),
     "back": Command("/back [N]", "unsay the last turn, or the last N", _back),
-    "state": Command("/state save|load NAME", "keep the conversation, or go on with a kept one", _state),
+    "state": Command("/state save|load|export|import NAME", "keep the conversation; hand its state on", _state),
     "system": Command("/system TEXT", "a system message before your next message", _system),
     "settings": Command("/settings [NAME [VALUE]]", "show or change how replies are sampled", _set),
     "quit": Command("/quit", "leave, as does Ctrl-D", _quit),

@@ -13,9 +13,9 @@ from pathlib import Path
 from torch import Tensor
 
 from rwkv_train.checkpoints.weightfile import write_safetensors
-from rwkv_train.command_config import ChatConfig, GenerateConfig
 from rwkv_train.data.text_format import JINJA_FILE, TextFormat
 from rwkv_train.files import read_text, sync, temporary_beside
+from rwkv_train.generation.presets import PRESETS
 from rwkv_train.models.base import RWKV
 from rwkv_train.models.rwkv4 import RWKV4, RWKV4Config
 from rwkv_train.models.rwkv7 import HEAD_NORM_EPS, RWKV7, RWKV7Config
@@ -204,11 +204,12 @@ def _with_old(text_format: TextFormat, target: Path) -> TextFormat:
 def _generation(known: TextFormat) -> dict:
     """How transformers samples from the model, if not told otherwise: as our commands do."""
     chats = known.template and "assistant" in known.template.roles
-    usual = ChatConfig if chats else GenerateConfig
+    asked = {"off": "chat", "fake": "fake-thinking"}.get(known.template.thinking, "thinking") if chats else "text"
+    usual = PRESETS[asked]
     config = {"do_sample": True, "temperature": usual.temperature, "top_p": usual.top_p, "top_k": usual.top_k}
     if chats and known.tokenizer:
-        end = known.tokenizer.encode(known.template.end())
-        if len(end) == 1:  # a reply ends with it, too
+        end, alone = known.tokenizer.encode(known.template.end()), not known.template.turn_end().before
+        if len(end) == 1 and alone:  # a reply ends with it, too
             config["eos_token_id"] = [known.tokenizer.eod, *end]
     return config
 

@@ -19,6 +19,7 @@ from rwkv_train.checkpoints.foreign import ORIGINAL, kind_by_name, refuse_model
 from rwkv_train.checkpoints.hf import from_hf_name, hf_files, hf_generation, save_hf, to_hf_name, turned
 from rwkv_train.checkpoints.room import check_room
 from rwkv_train.checkpoints.run_checkpoint import TRAINER, WEIGHTS, newest_sound
+from rwkv_train.checkpoints.states import TIME_STATE, from_time_states, to_time_states
 from rwkv_train.checkpoints.weightfile import drop_pages, map_weights, read_shapes, write_pth, write_safetensors
 from rwkv_train.data.templates import Template
 from rwkv_train.data.text_format import TextFormat
@@ -48,12 +49,12 @@ def load_model(path: str | Path, dtype: torch.dtype | None = None, device: str |
     path, *others = parts_of(path)
     found = _read(path)
     adapters = [(path, found.take_adapter())]
+    if adapters[0][1] and not found.tensors:
+        raise ValueError(f"{path} holds an adapter alone; give it with its model, BASE+{path}")
     for other in others:
         adapters.append((other, _read(other).take_adapter()))
         if not adapters[-1][1]:
             raise ValueError(f"{other} holds no adapter: no low-rank factors, and no state to begin in")
-    if not found.keys:
-        raise ValueError(f"{path} holds an adapter and no model; give it with its model, BASE+{path}")
     with torch.device("meta"), _NoInit():  # no memory, no initialisation: every weight is assigned
         model = found.generation(_sizes(found))
     shapes = {name: t.shape for name, t in model.state_dict().items()}
@@ -115,8 +116,11 @@ def called(path: str | Path) -> str:
     return "+".join(hub.HubName.of(name).stem if hub.is_hub(name) else Path(name).stem for name in names)
 
 
-def save_adapter(path: str | Path, target: str | Path) -> None:
-    """Write the adapter that a run trained, and nothing else, to a `.pth` or `.safetensors` file."""
+def save_adapter(path: str | Path, target: str | Path) -> dict[str, Tensor]:
+    """Write the adapter that a run trained, and nothing else, to a `.pth` or `.safetensors` file, and return it.
+
+    An RWKV-7's state is written as other programs have it, if it is all in wkv (see `states`).
+    """
     adapter, target = _read(parts_of(path)[0]).take_adapter(), Path(target).expanduser().resolve()
     if not adapter:
         raise ValueError(f"{path} holds no adapter; a run with model.tune has one")
@@ -124,7 +128,9 @@ def save_adapter(path: str | Path, target: str | Path) -> None:
         raise ValueError(f"{target}: an adapter is written to a .pth or .safetensors file")
     target.parent.mkdir(parents=True, exist_ok=True)
     write = write_pth if target.suffix == ".pth" else write_safetensors
-    replace_file(target, lambda temporary: write(_own(adapter, None, "cpu"), temporary))
+    adapter = _own(to_time_states(adapter), None, "cpu")
+    replace_file(target, lambda temporary: write(adapter, temporary))
+    return adapter
 
 
 def model_sizes(path: str | Path) -> RWKV4Config | RWKV7Config:
@@ -150,7 +156,8 @@ def save_model(
 
     dtype: None keeps the model's, weight by weight, and writes what is in 8 bits as it computes, in bf16. tokenizer,
     template: go into a Hugging Face directory, as files that are read back with it (see `TextFormat`); a file has no
-    place for them.
+    place for them. An RWKV-7's state to begin in is written as other programs have it, if it is all in wkv (see
+    `states`).
     A crash leaves the old file or the new one, complete. In an existing Hugging Face directory of an RWKV,
     weights and config are replaced and other files stay; any other directory with something in it is refused.
     Raises ValueError for a path that cannot be meant, and for a dtype that does not hold a weight.
@@ -167,6 +174,7 @@ def save_model(
     if is_file and (tokenizer or template):
         raise ValueError(f"{path}: a tokenizer or template is saved only into a Hugging Face directory, not a file")
     weights = {n: w.dequantize() if is_quantised(w) else w for n, w in model.state_dict().items()}
+    weights = to_time_states(weights)
     tensors = _own(dict(weights), dtype, "cpu")
     _check_range(weights, tensors)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -193,7 +201,8 @@ def _weight_files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     if not path.is_dir():
-        hint = "check the name" if path.suffix else f"a model on the Hugging Face hub is named hf:{path}"
+        named = re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not path.suffix
+        hint = f"if it is one on the Hugging Face hub, write hf:{path}" if named else "check the name"
         raise FileNotFoundError(f"{path}: no such file or directory; {hint}")
     if (path / "config.json").is_file():
         return hf_files(path)
@@ -239,10 +248,10 @@ class _Found:
 
     def take_adapter(self) -> dict[str, Tensor]:
         """The tensors of an adapter, which this then no longer has."""
-        names = list(filter(is_adapter, self.tensors))
+        names = [name for name in self.tensors if is_adapter(name) or TIME_STATE.fullmatch(name)]
         for name in names:
             del self.keys[name]
-        return {name: self.tensors.pop(name).clone() for name in names}
+        return from_time_states({name: self.tensors.pop(name).clone() for name in names}, self.source)
 
     def matrix(self, name: str) -> torch.Size:
         """The shape of what has to be a matrix."""

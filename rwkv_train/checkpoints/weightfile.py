@@ -99,6 +99,17 @@ def _plain(path: Path | str, found: object) -> dict[str, object]:
     return {str(k): v for k, v in found.items()}
 
 
+def read_list(path: Path) -> list:
+    """The list in a `.pth` file, on the CPU. Raises ValueError, naming file and remedy, otherwise."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; check the name")
+    found = _guarded(path, _read_pth)
+    if not isinstance(found, list):
+        kind = type(found).__name__
+        raise ValueError(f"{path} holds a {kind}, expected a list of tensors, the state that a text has left")
+    return found
+
+
 def _map_pth(path: Path):
     return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
@@ -141,7 +152,7 @@ def _guarded(path: Path | str, read: Callable):
         raise ValueError(f"{path} is truncated or damaged ({type(e).__name__}); download or save it again") from e
 
 
-def write_pth(tensors: dict[str, Tensor], path: Path) -> None:
+def write_pth(tensors: dict[str, Tensor] | list[Tensor], path: Path) -> None:
     with path.open("wb") as f:  # given a name, torch would write that name into the file
         torch.save(tensors, f)
 

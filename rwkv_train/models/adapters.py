@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rwkv_train.models.base import RWKV
+from rwkv_train.models.state import State
 from rwkv_train.program import trim_heap
 
 STATE = ("initial_shift", "initial_wkv")
@@ -89,9 +90,7 @@ def tune(model: RWKV, what: str, rank: int, base: str = "float") -> None:
     """
     model.requires_grad_(False)
     if what == "state":
-        begin = model.trainable_state() if model.initial_wkv is None else model.empty_state(1)
-        for name, part in zip(STATE, begin, strict=True):
-            setattr(model, name, nn.Parameter(part.detach().clone()))
+        begin_in(model, model.trainable_state() if model.initial_wkv is None else model.empty_state(1))
         return
     kind = Quantised if base == "int8" else LowRank
     for block in model.blocks:
@@ -101,6 +100,13 @@ def tune(model: RWKV, what: str, rank: int, base: str = "float") -> None:
                     setattr(mix, name, kind(layer, rank))
 
 
+def begin_in(model: RWKV, state: State) -> None:
+    """Let documents begin in a state of one lane, and the model's `tuned_state` of it be trainable."""
+    for name, part in state._asdict().items():
+        part = nn.Parameter(part.detach().clone(), requires_grad=name in model.tuned_state)
+        setattr(model, f"initial_{name}", part)
+
+
 def is_adapter(name: str) -> bool:
     """Whether a tensor of this name belongs to an adapter."""
     return name in STATE or name.endswith((".up", ".down"))
@@ -108,12 +114,17 @@ def is_adapter(name: str) -> bool:
 
 @torch.no_grad()
 def put_on(model: RWKV, adapter: dict[str, Tensor], source: Path) -> None:
-    """Add factors to a model's weights, and let it begin in an adapter's state. Raises ValueError for a misfit."""
+    """Add factors to a model's weights, and let it begin in an adapter's state. Raises ValueError for a misfit.
+
+    Of a state the shifts may be missing; they are zero then.
+    """
     weights = dict(model.named_parameters())
-    for name, like in zip(STATE, model.zero_state(1), strict=True):
-        if name in adapter:
-            _fit(source, name, adapter[name].shape == like.shape)
-            setattr(model, name, nn.Parameter(adapter[name].to(like)))
+    if any(name in adapter for name in STATE):
+        state = model.zero_state(1)
+        parts = [adapter.get(name, like) for name, like in zip(STATE, state, strict=True)]
+        for name, part, like in zip(STATE, parts, state, strict=True):
+            _fit(source, f"the state to begin in ({name}, {list(part.shape)})", part.shape == like.shape)
+        begin_in(model, State(*(part.to(like) for part, like in zip(parts, state, strict=True))))
     for layer in sorted({name.rpartition(".")[0] for name in adapter if name not in STATE}):
         weight, up, down = weights.get(f"{layer}.weight"), adapter.get(f"{layer}.up"), adapter.get(f"{layer}.down")
         _fit(source, layer, weight is not None and up is not None and down is not None)

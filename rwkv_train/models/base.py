@@ -77,6 +77,7 @@ class RWKV(nn.Module):
 
     name: str
     adam_eps: float
+    tuned_state = ("shift", "wkv")  # parts of the state to begin in that model.tune: state trains
     not_multiplied = ("emb.weight",)  # ends of the names of matrices that enter no product
 
     def __init__(self, config, blocks: Iterable[tuple[nn.Module, nn.Module]]):

@@ -80,6 +80,17 @@ def test_commands(say):
     }
 
 
+def test_a_state_alone_goes_from_one_chat_to_another(say):
+    ours = say("a\n/state export one\nb", "--temperature=0")
+    assert ours[1].startswith("kept/dialogues/one.pth: the state after 1 turn")
+    for name in ("one", "kept/dialogues/one.pth"):
+        told, reply, back, _, none = say(
+            f"/state import {name}\nb\n/back\n/back\n/retry", "--temperature=0", exit_code=1
+        )
+        assert "It holds no text" in told and reply == ours[2]
+        assert back == "back at: (the state of one.pth)" and "nothing has been said" in none
+
+
 def test_any_text_can_be_typed_in_one_line(say):
     r"""\n is a line break, \\ a backslash, everything else itself; a byte order mark is none of the text."""
     typed = r"C:\\new \\\\srv\dir a\nb \t \\"
@@ -141,6 +152,9 @@ def test_settings_and_system_are_those_of_the_flags(say):
         ("/state save ../x", "letters, digits"),
         ("/state save x", "nothing has been said"),
         ("/state load x", "there are: none"),
+        ("/state export x", "nothing has been said"),
+        ("/state import x", "dialogues/x.pth: no such file"),
+        ("/state import starter/model.pth", "holds a dict, expected a list of tensors"),
         ("/settings top_p 2", "top_p must be above 0"),
         ("/settings preset wild", "there are: chat, text"),
         ("/settings temperature hot", "a number, found 'hot'"),

@@ -29,13 +29,17 @@ from rwkv_train.feedback.texts import (
     wrong,
 )
 from rwkv_train.feedback.trainable import between, changed, localised_names, trained_twin, upper_names, with_weights
+from rwkv_train.models.adapters import begin_in
 
 
+@pytest.mark.parametrize("tuned", [False, True])  # whether it begins in a state
 @pytest.mark.parametrize(("trainable", "chunk"), [("upper", CHUNK), ("upper", 5), ("localised", CHUNK)])
-def test_one_step_is_a_plain_gradient_step_on_the_whole_model(trainable, chunk, generation, monkeypatch):
+def test_one_step_is_a_plain_gradient_step_on_the_whole_model(trainable, chunk, tuned, generation, monkeypatch):
     """Blocks left out, text read beforehand, texts padded together, read in chunks: none of it changes the gradient."""
     monkeypatch.setattr(texts, "CHUNK", chunk)
     model = random_model(n_embd=8, n_layer=4, vocab_size=257, dtype=torch.float64, generation=generation)
+    if tuned:
+        begin_in(model, model(torch.tensor([DIALOGUES[0]]))[1])
     model.requires_grad_(False)
     new = [Example([0, *BYTES.encode("a long way before: hot")], 3), Example([0, *BYTES.encode("sun? hot")], 3)]
     new.append(Example([0, *BYTES.encode("other talk. sun? hot")], 3, context=16))

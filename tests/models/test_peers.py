@@ -4,7 +4,6 @@ And the case this project began with: training on a CPU from a carried state, wh
 """
 
 import functools
-import sys
 
 import pytest
 import torch
@@ -12,8 +11,8 @@ from helpers import assert_close_rel, random_model
 from torch.nn import functional as F
 
 from rwkv_train import load_model, save_model
+from rwkv_train.checkpoints.states import from_rwkv
 from rwkv_train.models import rwkv4, rwkv7
-from rwkv_train.models.state import State
 from rwkv_train.ops.wkv4 import wkv4
 from rwkv_train.ops.wkv7 import wkv7
 
@@ -23,23 +22,6 @@ T = 20
 @pytest.fixture(scope="module")
 def transformers():
     return pytest.importorskip("transformers")
-
-
-@pytest.fixture
-def rwkv_package(monkeypatch):
-    """Opens a .pth with the package; it reads its options from the environment and sets torch's when imported."""
-    monkeypatch.setenv("RWKV_JIT_ON", "0")
-    monkeypatch.setenv("RWKV_CUDA_ON", "0")
-    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32
-
-    def open_model(path, generation):
-        monkeypatch.setenv("RWKV_V7_ON", "1" if generation == "rwkv7" else "0")
-        monkeypatch.delitem(sys.modules, "rwkv.model", raising=False)
-        return pytest.importorskip("rwkv.model").RWKV(model=str(path), strategy="cpu fp32")
-
-    yield open_model
-    cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = before
 
 
 def random_tokens(*shape, seed=0):
@@ -91,13 +73,6 @@ def test_transformers_files_survive_us(transformers, tmp_path):
         assert getattr(back.config, option) == getattr(config, option)
 
 
-def as_ours(model, theirs) -> State:
-    """The package's list of states, layer by layer: time mix, its sums, channel mix."""
-    n = len(theirs) // model.config.n_layer  # rwkv4: numerator, denominator, exponent; rwkv7: the matrix
-    att, *sums, ffn = (torch.stack(theirs[i::n]) for i in range(n))
-    return State(torch.stack([att, ffn], 1), torch.stack(sums, 1) if len(sums) > 1 else sums[0])
-
-
 def test_logits_and_state_equal_the_rwkv_package(rwkv_package, tmp_path, generation):
     sizes = {"n_embd": 16} if generation == "rwkv4" else {"n_embd": 128, "head_size": 64}
     model, tokens = random_model(n_layer=3, n_ffn=40, generation=generation, **sizes), random_tokens(1, T)
@@ -112,8 +87,8 @@ def test_logits_and_state_equal_the_rwkv_package(rwkv_package, tmp_path, generat
         one, carried = theirs.forward([token], carried)
         assert (logits[0, t] - one).abs().max() <= 1e-3
     for found in (their_state, carried):
-        for ours, part in zip(state.select(0), as_ours(model, found), strict=True):
-            assert_close_rel(ours[0], part, 1e-5)
+        for ours, part in zip(state, from_rwkv(found, model), strict=True):
+            assert_close_rel(ours, part, 1e-5)
 
 
 def loss_of(model, tokens, state):
