@@ -206,9 +206,9 @@ def export(config: ExportConfig) -> None:
 def _opened_by(model: RWKV, known: TextFormat) -> Iterator[str]:
     """What opens an exported folder, and what it finds there."""
     if not isinstance(model, RWKV7):
-        yield "weights: AutoModelForCausalLM of transformers 4 opens them"
+        yield "weights: AutoModelForCausalLM of transformers opens them"
     elif model.config.head_size == 64:
-        yield "weights: RWKV7ForCausalLM of rwkv7-hf opens them; their names are flash-linear-attention's, too"
+        yield "weights: RWKV7ForCausalLM of rwkv7-hf opens them, and flash-linear-attention"
     else:
         yield f"weights: opened here alone, as others norm heads of {model.config.head_size} channels otherwise"
     if known.tokenizer:
