@@ -26,6 +26,7 @@ from rwkv_train.models.loss import IGNORE_INDEX
 from rwkv_train.models.rwkv7 import RWKV7
 from rwkv_train.run_config import found_paths, run_settings
 from rwkv_train.tokenizer import Tokenizer
+from rwkv_train.tokenizer_json import mentions
 from rwkv_train.train.runlog import read_metrics
 
 
@@ -212,7 +213,9 @@ def _opened_by(model: RWKV, known: TextFormat) -> Iterator[str]:
     else:
         yield f"weights: opened here alone, as others norm heads of {model.config.head_size} channels otherwise"
     if known.tokenizer:
-        yield f"tokenizer {known.tokenizer}: AutoTokenizer opens it"
+        adds = mentions(json.loads(known.tokenizer.library_json).get("post_processor"), "TemplateProcessing")
+        others = ", and adds tokens to a text unless add_special_tokens is False" if adds else ""
+        yield f"tokenizer {known.tokenizer}: AutoTokenizer opens it" + others
     else:
         yield "tokenizer: unknown, so there is none in it; give --tokenizer"
     if known.template and known.tokenizer:
