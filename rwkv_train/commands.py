@@ -29,6 +29,7 @@ from rwkv_train.models.loss import IGNORE_INDEX
 from rwkv_train.models.rwkv7 import RWKV7
 from rwkv_train.run_config import found_paths, run_settings
 from rwkv_train.tokenizer import Tokenizer
+from rwkv_train.tokenizer_json import mentions
 from rwkv_train.train.runlog import read_metrics
 
 
@@ -213,13 +214,15 @@ def export(config: ExportConfig) -> None:
 def _opened_by(model: RWKV, known: TextFormat) -> Iterator[str]:
     """What opens an exported folder, and what it finds there."""
     if not isinstance(model, RWKV7):
-        yield "weights: AutoModelForCausalLM of transformers 4 opens them"
+        yield "weights: AutoModelForCausalLM of transformers opens them"
     elif model.config.head_size == 64:
-        yield "weights: RWKV7ForCausalLM of rwkv7-hf opens them; their names are flash-linear-attention's, too"
+        yield "weights: RWKV7ForCausalLM of rwkv7-hf opens them, and flash-linear-attention"
     else:
         yield f"weights: opened here alone, as others norm heads of {model.config.head_size} channels otherwise"
     if known.tokenizer:
-        yield f"tokenizer {known.tokenizer}: AutoTokenizer opens it"
+        adds = mentions(json.loads(known.tokenizer.library_json).get("post_processor"), "TemplateProcessing")
+        others = ", and adds tokens to a text unless add_special_tokens is False" if adds else ""
+        yield f"tokenizer {known.tokenizer}: AutoTokenizer opens it" + others
     else:
         yield "tokenizer: unknown, so there is none in it; give --tokenizer"
     if known.template and known.tokenizer:

@@ -108,7 +108,8 @@ class Tokenizer:
         (end,) = (token for token, index in vocabulary(json.loads(self.library_json)).items() if index == self.eod)
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": end, "eos_token": end}
         config |= {"clean_up_tokenization_spaces": False, "split_special_tokens": True, "model_max_length": 10**30}
-        config |= {KEY: self.name} | ({"chat_template": chat_template} if chat_template else {})
+        config |= {"model_input_names": ["input_ids", "attention_mask"], KEY: self.name}
+        config |= {"chat_template": chat_template} if chat_template else {}
         (folder / "tokenizer.json").write_text(self.library_json, encoding="utf-8", newline="\n")
         text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
         (folder / "tokenizer_config.json").write_text(text, encoding="utf-8", newline="\n")

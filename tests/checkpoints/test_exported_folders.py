@@ -47,7 +47,7 @@ def test_transformers_opens_the_tokenizer(transformers, tmp_path, kind):
     theirs.save_pretrained(tmp_path / "theirs")
     for opened in (theirs, transformers.AutoTokenizer.from_pretrained(tmp_path / "theirs")):
         ids = ours.encode(TEXT)
-        assert opened(TEXT).input_ids == ids and opened.decode(ids) == TEXT
+        assert opened(TEXT) == {"input_ids": ids, "attention_mask": [1] * len(ids)} and opened.decode(ids) == TEXT
         assert opened.eos_token_id == ours.eod and len(opened) == {"world": 65530}.get(kind, ours.vocab_size)
         assert opened.apply_chat_template(CHAT, add_generation_prompt=True, tokenize=False) == "User: Hi!\n\nAssistant:"
     again = format_of(tmp_path / "theirs")
@@ -60,9 +60,10 @@ def test_transformers_opens_an_rwkv4_and_how_to_sample(transformers, tmp_path):
     ours, model = load_tokenizer("world"), model_of("rwkv4", 65536)
     save_model(model, tmp_path / "hf", tokenizer=ours, template=Template())
     opened = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
-    ids = torch.tensor([ours.encode(TEXT)])
+    asked = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")(TEXT, return_tensors="pt")
     with torch.no_grad():
-        assert_close_rel(opened(ids).logits, model(ids)[0], 1e-5)
+        assert_close_rel(opened(**asked).logits, model(asked.input_ids)[0], 1e-5)
+    assert opened.generate(**asked, max_new_tokens=3).shape[1] <= asked.input_ids.shape[1] + 3
     how = opened.generation_config
     assert (how.do_sample, how.temperature, how.top_p, how.top_k) == (True, 0.8, 0.5, 0)
     assert how.eos_token_id == [0, *ours.encode("\n\n")] and how.pad_token_id == opened.config.eos_token_id == 0

@@ -55,9 +55,11 @@ def test_transformers_writes_the_ids_of_ours(opened, name, template):
             chat = [{"role": "system", "content": system}, *chat]
         pieces = [text for text, _ in template.segments(chat)]
         assert theirs.apply_chat_template(chat, tokenize=False) == "".join(pieces)
-        assert theirs.apply_chat_template(chat) == [i for piece in pieces for i in ours.encode(piece)]
+        assert theirs.apply_chat_template(chat, return_dict=False) == [
+            i for piece in pieces for i in ours.encode(piece)
+        ]
         asked = [i for piece in template.prompt(chat) for i in ours.encode(piece)]
-        assert theirs.apply_chat_template(chat, add_generation_prompt=True) == asked
+        assert theirs.apply_chat_template(chat, add_generation_prompt=True, return_dict=False) == asked
 
     check()
 
@@ -109,9 +111,9 @@ def test_pieces_that_a_bpe_joins_are_told(opened):
     chat = [{"role": role, "content": "b"} for role in ("user", "assistant", "user")]
     pieces = [text for text, _ in Template().segments(chat)]
     assert theirs.apply_chat_template(chat, tokenize=False) == "".join(pieces)
-    assert theirs.apply_chat_template(chat) != [i for piece in pieces for i in ours.encode(piece)]
+    assert theirs.apply_chat_template(chat, return_dict=False) != [i for piece in pieces for i in ours.encode(piece)]
     assert not alike_in_one(ours, Template())
-    assert theirs.apply_chat_template(chat[:1], add_generation_prompt=True) == ours.encode(
+    assert theirs.apply_chat_template(chat[:1], add_generation_prompt=True, return_dict=False) == ours.encode(
         Template().prompt(chat[:1])[0]
     )
 
