@@ -19,7 +19,14 @@ from rwkv_train.checkpoints.foreign import ORIGINAL, kind_by_name, refuse_model
 from rwkv_train.checkpoints.hf import from_hf_name, hf_files, hf_generation, save_hf, to_hf_name, turned
 from rwkv_train.checkpoints.room import check_room
 from rwkv_train.checkpoints.run_checkpoint import TRAINER, WEIGHTS, newest_sound
-from rwkv_train.checkpoints.weightfile import drop_pages, read_shapes, read_weights, write_pth, write_safetensors
+from rwkv_train.checkpoints.weightfile import (
+    drop_pages,
+    no_room,
+    read_shapes,
+    read_weights,
+    write_pth,
+    write_safetensors,
+)
 from rwkv_train.data.templates import Template
 from rwkv_train.data.text_format import TextFormat
 from rwkv_train.files import replace_file
@@ -66,7 +73,12 @@ def load_model(path: str | Path, dtype: torch.dtype | None = None, device: str |
         )
     dtype = dtype or widest
     check_room(found.source, sum(math.prod(shape) for shape in shapes.values()), dtype, device)
-    model.load_state_dict(_load(found, shapes, dtype, device), assign=True)
+    try:
+        model.load_state_dict(_load(found, shapes, dtype, device), assign=True)
+    except RuntimeError as e:
+        if not no_room(e):
+            raise
+        raise ValueError(f"{found.source} does not fit into memory as {dtype}; take a smaller model or dtype") from e
     for source, adapter in adapters:
         put_on(model, adapter, source)
     return model.eval()

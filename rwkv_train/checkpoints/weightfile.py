@@ -130,9 +130,14 @@ def _guarded(path: Path | str, read: Callable):
                 f"{path} holds more than tensors ({blocked[1]}) and is not opened for safety: such files can "
                 "run code; get the weights as .safetensors, or save a plain dict of tensors where it was made"
             ) from e
-        if "can't allocate memory" in str(e):
+        if no_room(e):
             raise ValueError(f"{path} does not fit into memory") from e
         raise ValueError(f"{path} is truncated or damaged ({type(e).__name__}); download or save it again") from e
+
+
+def no_room(error: Exception) -> bool:
+    """Whether this is torch's way, or the system's, of saying that memory is full."""
+    return isinstance(error, torch.OutOfMemoryError) or "t allocate memory" in str(error)
 
 
 def write_pth(tensors: dict[str, Tensor], path: Path) -> None:
