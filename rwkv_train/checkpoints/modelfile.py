@@ -21,9 +21,9 @@ from rwkv_train.checkpoints.room import check_room
 from rwkv_train.checkpoints.run_checkpoint import TRAINER, WEIGHTS, newest_sound
 from rwkv_train.checkpoints.weightfile import (
     drop_pages,
+    map_weights,
     no_room,
     read_shapes,
-    read_weights,
     write_pth,
     write_safetensors,
 )
@@ -190,11 +190,11 @@ def save_model(
 
 
 def _read(path: Path) -> "_Found":
-    """The tensors of what path names, as `read_weights` has them."""
+    """The tensors of what path names, as `map_weights` has them."""
     files = _weight_files(path)
     content, mapped = {}, True
     for file in files:
-        values, maps = read_weights(file)
+        values, maps = map_weights(file)
         content |= values
         mapped &= maps
     return _sort_keys(files[0] if len(files) == 1 else path, content, mapped)
@@ -205,7 +205,7 @@ def _weight_files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     if not path.is_dir():
-        hint = "check the name" if path.suffix else f"a model on the Hugging Face hub is named hf:{path}"
+        hint = f"a model on the Hugging Face hub is named hf:{path}" if len(path.parts) == 2 else "check the name"
         raise FileNotFoundError(f"{path}: no such file or directory; {hint}")
     if (path / "config.json").is_file():
         return hf_files(path)
@@ -230,7 +230,7 @@ class _Found:
     tensors: dict[str, Tensor]
     keys: dict[str, str]
     hf: type[RWKV] | None  # whose Hugging Face layout it has
-    mapped: bool = False  # whether the tensors are the file, as `read_weights` says
+    mapped: bool = False  # whether the tensors are the file, as `map_weights` says
 
     @property
     def generation(self) -> type[RWKV]:

@@ -25,7 +25,17 @@ SAFETENSORS_DTYPES = {
 HEADER = 100_000_000  # bytes that the safetensors library allows its header to have
 
 
-def read_weights(path: Path) -> tuple[dict[str, object], bool]:
+def read_weights(path: Path) -> dict[str, object]:
+    """What `map_weights` finds, in memory of its own."""
+    values, mapped = map_weights(path)
+    for name, value in values.items():
+        if mapped and isinstance(value, Tensor):
+            values[name] = value.clone()
+            drop_pages(value)
+    return values
+
+
+def map_weights(path: Path) -> tuple[dict[str, object], bool]:
     """Everything in a `.pth` or `.safetensors` file, on the CPU; of a training checkpoint, the model's part.
 
     The second is whether the tensors are the file, mapped: nothing is read before it is used, and they change with it.
