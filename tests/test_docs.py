@@ -13,6 +13,7 @@ import uvicorn
 from bench_toys import TOY
 from feedback_toys import BYTES, CONFIG
 from helpers import random_model
+from hub_stand_in import StandIn, listening, use
 
 import rwkv_train.feedback.learner as learner_module
 from rwkv_train import cli, program, save_model
@@ -21,7 +22,17 @@ from rwkv_train.tokenizer import train_bpe
 
 ROOT = Path(__file__).parent.parent
 PAGES = {path.name: path.read_text(encoding="utf-8") for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]}
-TASKS = ["train.md", "data.md", "correct.md", "plan.md", "survive.md", "speed.md", "library.md", "serve.md"]
+TASKS = [
+    "train.md",
+    "models.md",
+    "data.md",
+    "correct.md",
+    "plan.md",
+    "survive.md",
+    "speed.md",
+    "library.md",
+    "serve.md",
+]
 SMALL = ["--train.steps=2", "--train.epochs=null", "--data.lanes=2", "--data.chunk-len=16", "--data.horizon=2"]
 FEWER = {  # than in test_bench.py
     "bench wkv": ["--operators=[wkv7]", "--tokens=[5]", "--dtypes=[fp32]", "--repeats=1"],
@@ -114,9 +125,20 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def released():
+    """A stand-in for the Hugging Face hub, with a small model under the name of a released one."""
+    content = io.BytesIO()
+    torch.save(dict(random_model(vocab_size=65536, generation="rwkv7").state_dict()), content)
+    with listening(StandIn()) as hub:
+        hub.commit("BlinkDL/rwkv7-g1", {"rwkv7-g1d-0.1b-20260129-ctx8192.pth": content.getvalue()})
+        yield hub
+
+
 @pytest.fixture
-def newcomer(folder, monkeypatch):
+def newcomer(folder, released, monkeypatch):
     monkeypatch.chdir(folder)
+    use(monkeypatch, released, folder / "hub")
     monkeypatch.setenv("XDG_DATA_HOME", str(folder / "data_home"))
     monkeypatch.setattr(program, "STARTER", folder / "data" / "starter")
     return folder

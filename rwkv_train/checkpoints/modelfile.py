@@ -20,7 +20,14 @@ from rwkv_train.checkpoints.hf import from_hf_name, hf_files, hf_generation, sav
 from rwkv_train.checkpoints.room import check_room
 from rwkv_train.checkpoints.run_checkpoint import TRAINER, WEIGHTS, newest_sound
 from rwkv_train.checkpoints.states import TIME_STATE, from_time_states, to_time_states
-from rwkv_train.checkpoints.weightfile import drop_pages, map_weights, read_shapes, write_pth, write_safetensors
+from rwkv_train.checkpoints.weightfile import (
+    drop_pages,
+    map_weights,
+    no_room,
+    read_shapes,
+    write_pth,
+    write_safetensors,
+)
 from rwkv_train.data.templates import Template
 from rwkv_train.data.text_format import TextFormat
 from rwkv_train.files import replace_file
@@ -67,7 +74,12 @@ def load_model(path: str | Path, dtype: torch.dtype | None = None, device: str |
         )
     dtype = dtype or widest
     check_room(found.source, sum(math.prod(shape) for shape in shapes.values()), dtype, device)
-    model.load_state_dict(_load(found, shapes, dtype, device), assign=True)
+    try:
+        model.load_state_dict(_load(found, shapes, dtype, device), assign=True)
+    except RuntimeError as e:
+        if not no_room(e):
+            raise
+        raise ValueError(f"{found.source} does not fit into memory as {dtype}; take a smaller model or dtype") from e
     for source, adapter in adapters:
         put_on(model, adapter, source)
     return model.eval()
@@ -201,8 +213,7 @@ def _weight_files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     if not path.is_dir():
-        named = re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not path.suffix
-        hint = f"if it is one on the Hugging Face hub, write hf:{path}" if named else "check the name"
+        hint = f"a model on the Hugging Face hub is named hf:{path}" if len(path.parts) == 2 else "check the name"
         raise FileNotFoundError(f"{path}: no such file or directory; {hint}")
     if (path / "config.json").is_file():
         return hf_files(path)

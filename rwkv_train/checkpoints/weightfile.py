@@ -27,8 +27,12 @@ HEADER = 100_000_000  # bytes that the safetensors library allows its header to 
 
 def read_weights(path: Path) -> dict[str, object]:
     """What `map_weights` finds, in memory of its own."""
-    found, mapped = map_weights(path)
-    return {name: value.clone() if mapped and isinstance(value, Tensor) else value for name, value in found.items()}
+    values, mapped = map_weights(path)
+    for name, value in values.items():
+        if mapped and isinstance(value, Tensor):
+            values[name] = value.clone()
+            drop_pages(value)
+    return values
 
 
 def map_weights(path: Path) -> tuple[dict[str, object], bool]:
@@ -147,9 +151,14 @@ def _guarded(path: Path | str, read: Callable):
                 f"{path} holds more than tensors ({blocked[1]}) and is not opened for safety: such files can "
                 "run code; get the weights as .safetensors, or save a plain dict of tensors where it was made"
             ) from e
-        if "can't allocate memory" in str(e):
+        if no_room(e):
             raise ValueError(f"{path} does not fit into memory") from e
         raise ValueError(f"{path} is truncated or damaged ({type(e).__name__}); download or save it again") from e
+
+
+def no_room(error: Exception) -> bool:
+    """Whether this is torch's way, or the system's, of saying that memory is full."""
+    return isinstance(error, torch.OutOfMemoryError) or "t allocate memory" in str(error)
 
 
 def write_pth(tensors: dict[str, Tensor] | list[Tensor], path: Path) -> None:

@@ -23,7 +23,7 @@ def written(path, **changes):
 
 def test_nothing_there(tmp_path):
     fails_to_load(tmp_path / "m.pth", "no such file", error=FileNotFoundError)
-    fails_to_load("RWKV/rwkv-4-169m-pile", "write hf:RWKV/rwkv-4-169m-pile", error=FileNotFoundError)
+    fails_to_load("RWKV/rwkv-4-169m-pile", "hf:RWKV/rwkv-4-169m-pile", error=FileNotFoundError)
     fails_to_load(tmp_path, "config.json", "checkpoints/step=N")
     written(tmp_path / "a.pth")
     fails_to_load(tmp_path, "a.pth")

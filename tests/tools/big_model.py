@@ -11,10 +11,10 @@ import time
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from torch import Tensor
 
 from rwkv_train.checkpoints.hf import to_hf
-from rwkv_train.checkpoints.modelfile import model_sizes, save_model
+from rwkv_train.checkpoints.modelfile import model_sizes
 from rwkv_train.checkpoints.opener import DTYPES, INT8, open_model
 from rwkv_train.models.adapters import quantise
 from rwkv_train.models.rwkv7 import RWKV7, RWKV7Config
@@ -25,24 +25,35 @@ SHARDS = 4
 
 
 def write(size: str, target: Path) -> None:
-    """A model of that size in bf16; weights are zero, which is as many bytes, and quick."""
+    """A model of that size in bf16, all zeros; a .safetensors and shards are sparse files, which take no disk."""
     n_layer, n_embd = SIZES[size]
     with torch.device("meta"):
-        model = RWKV7(RWKV7Config(65536, n_embd, n_layer))
-    model = model.to(torch.bfloat16).to_empty(device="cpu")
-    for p in model.parameters():
-        p.data.zero_()
-    if target.suffix:
-        save_model(model, target)
-        return
-    target.mkdir()
-    weights, names = list(to_hf(RWKV7, model.state_dict()).items()), {}
-    for i in range(SHARDS):
-        part = dict(weights[i::SHARDS])
-        names |= dict.fromkeys(part, f"model-{i}.safetensors")
-        save_file(part, target / f"model-{i}.safetensors")
-    (target / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
-    (target / "config.json").write_text('{"model_type": "rwkv7"}')
+        model = RWKV7(RWKV7Config(65536, n_embd, n_layer)).to(torch.bfloat16)
+    weights = dict(model.state_dict())
+    if target.suffix == ".safetensors":
+        write_sparse(weights, target)
+    elif target.suffix:
+        torch.save({name: torch.zeros_like(t, device="cpu") for name, t in weights.items()}, target)
+    else:
+        target.mkdir()
+        weights = list(to_hf(RWKV7, weights).items())
+        shards = {f"model-{i}.safetensors": dict(weights[i::SHARDS]) for i in range(SHARDS)}
+        for name, shard in shards.items():
+            write_sparse(shard, target / name)
+        index = {"weight_map": {weight: name for name, shard in shards.items() for weight in shard}}
+        (target / "model.safetensors.index.json").write_text(json.dumps(index))
+        (target / "config.json").write_text('{"model_type": "rwkv7"}')
+
+
+def write_sparse(weights: dict[str, Tensor], path: Path) -> None:
+    entries, end = {}, 0
+    for name, t in weights.items():
+        entries[name] = {"dtype": "BF16", "shape": list(t.shape), "data_offsets": [end, end := end + t.nbytes]}
+    header = json.dumps(entries).encode()
+    header += b" " * (-len(header) % 8)
+    with path.open("wb") as f:
+        f.write(len(header).to_bytes(8, "little") + header)
+        f.truncate(8 + len(header) + end)
 
 
 def measure(source: str, dtype: str | None = None) -> None:
