@@ -111,7 +111,7 @@ def test_a_tuned_state_that_does_not_fit_is_named(tmp_path, change, message):
 def test_a_tuned_state_of_another_size_is_named(tmp_path, base):
     save_model(model_of(base), tmp_path / "base.pth")
     torch.save(time_states(heads=1), tmp_path / "state.pth")
-    with pytest.raises(ValueError, match="state.pth holds an adapter alone; name the model .* BASE"):
+    with pytest.raises(ValueError, match=r"state.pth holds an adapter alone; name the model .* BASE"):
         load_model(tmp_path / "state.pth")
     with pytest.raises(ValueError, match=r"state.pth: the state to begin in \(initial_wkv, \[1, 3, 1, 64, 64\]\)"):
         load_model(f"{tmp_path}/base.pth+{tmp_path}/state.pth")
