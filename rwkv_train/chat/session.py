@@ -169,7 +169,7 @@ def _state(chat: Chat, rest: str) -> Iterable[str]:
     action, _, name = rest.partition(" ")
     name, folder, dialogue = name.strip(), chat.folder / "dialogues", chat.dialogue
     if action == "import" and name:
-        path = folder / f"{name}.pth" if re.fullmatch(r"[\w-]+", name) else Path(name)
+        path = folder / f"{name}.pth" if re.fullmatch(r"[\w-]+", name) else Path(name).expanduser()
         dialogue.import_state(path)
         return [IMPORTED.format(path)]
     if action not in ("save", "load", "export") or not re.fullmatch(r"[\w-]+", name):

@@ -35,7 +35,7 @@ def from_time_states(tensors: dict[str, Tensor], source: Path) -> dict[str, Tens
     others = {name: t for name, t in tensors.items() if not TIME_STATE.fullmatch(name)}
     if "initial_wkv" in others:
         raise ValueError(f"{source} holds both initial_wkv and time_state, the same state; remove one")
-    return others | {"initial_wkv": torch.stack([s.float() for s in states])[None]}
+    return others | {"initial_wkv": torch.stack(states)[None]}
 
 
 def to_time_states(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -117,8 +117,9 @@ def test_a_tuned_state_of_another_size_is_named(tmp_path, base):
         load_model(f"{tmp_path}/base.pth+{tmp_path}/state.pth")
 
 
-def test_a_run_that_trained_shifts_goes_on_training_them(store, tmp_path, monkeypatch):
-    """Runs of before did so for RWKV-7 too; one that is resumed now ends where it would have ended."""
+@pytest.mark.parametrize("parts", [("wkv",), ("shift", "wkv")])
+def test_a_run_goes_on_training_the_parts_of_a_state_that_it_trained(store, tmp_path, monkeypatch, parts):
+    """Runs of before trained the shifts of an RWKV-7; one that is resumed now ends where it would have ended."""
     save_model(random_model(vocab_size=257, generation="rwkv7"), tmp_path / "base.pth")
     model = ModelConfig(init=str(tmp_path / "base.pth"), tune="state")
 
@@ -129,12 +130,12 @@ def test_a_run_that_trained_shifts_goes_on_training_them(store, tmp_path, monkey
             config.optim.schedule, config.optim.min_lr = "constant", None
             with monkeypatch.context() as patch:
                 if last == steps[0]:
-                    patch.setattr(RWKV7, "tuned_state", ("shift", "wkv"))
+                    patch.setattr(RWKV7, "tuned_state", parts)
                 assert fit(config, "newest" if last != steps[0] else None) == 0
         return load_model(tmp_path / name).state_dict()
 
     whole, resumed = trained("whole", 6), trained("resumed", 3, 6)
-    assert whole["initial_shift"].any() and all(torch.equal(whole[k], resumed[k]) for k in whole)
+    assert whole["initial_shift"].any() == ("shift" in parts) and all(torch.equal(whole[k], resumed[k]) for k in whole)
 
 
 @torch.no_grad()
