@@ -161,8 +161,9 @@ class ChatConfig:
     device: str = "cpu"
     """cpu, cuda or cuda:N"""
 
-    dtype: Literal["fp32", "fp16", "bf16", "int8"] = "fp32"
-    """number format of the weights in memory; those that corrections train are fp32 in any case. int8 needs torchao"""
+    dtype: Literal["fp32", "fp16", "bf16", "int8", "nf4"] = "fp32"
+    """number format of the weights in memory; those that corrections train are fp32 in any case. int8 and nf4, 8 and 4
+    bits a number of the blocks' matrices, need torchao"""
 
     memory: float | None = None
     """GB that a correction may take, the model counted (2^30 bytes); most of the device's if not given. A new profile
@@ -198,8 +199,9 @@ class FeedbackFileConfig:
     device: str = "cpu"
     """cpu, cuda or cuda:N"""
 
-    dtype: Literal["fp32", "fp16", "bf16", "int8"] = "fp32"
-    """number format of the weights in memory; those that corrections train are fp32 in any case. int8 needs torchao"""
+    dtype: Literal["fp32", "fp16", "bf16", "int8", "nf4"] = "fp32"
+    """number format of the weights in memory; those that corrections train are fp32 in any case. int8 and nf4, 8 and 4
+    bits a number of the blocks' matrices, need torchao"""
 
     memory: float | None = None
     """GB that a correction may take, the model counted (2^30 bytes); most of the device's if not given. A new profile
@@ -242,4 +244,4 @@ class ExportConfig:
     """number format of the weights; that of the model if not given"""
 
     adapter: bool = False
-    """write only what a run with model.tune trained, the low-rank factors or the state"""
+    """write only what a run with model.tune trained, the factors or the state; a folder is then PEFT's"""

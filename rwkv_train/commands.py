@@ -21,7 +21,7 @@ from rwkv_train.files import read_lines, unescaped
 from rwkv_train.generate import LANES, Sampling, generate_text, generate_texts
 from rwkv_train.models.finite import broken_weight, finite
 from rwkv_train.models.loss import IGNORE_INDEX
-from rwkv_train.run_config import found_paths, run_settings
+from rwkv_train.run_config import found_paths, is_run_config, run_settings
 from rwkv_train.tokenizer import Tokenizer
 from rwkv_train.train.runlog import read_metrics
 
@@ -178,7 +178,13 @@ def export(config: ExportConfig) -> None:
     """Write a model in another format, or what a run with model.tune has trained."""
     known = format_of(config.model)
     if config.adapter:
-        save_adapter(config.model, config.out)
+        run = Path(config.model) / "config.yaml"
+        base = (
+            found_paths(run, ("data.path", "data.val", "data.tokenizer")).get("model.init")
+            if is_run_config(run)
+            else None
+        )
+        save_adapter(config.model, config.out, base)
         flag = f"--model BASE+{shlex.quote(config.out)}"
         print(f"{config.out}: what {config.model} trained; `{flag}` puts it on its model")
         print(_left_out(known))

@@ -5,6 +5,7 @@ The layout is told by a file's keys, sizes are read off the shapes.
 
 import os
 import re
+import sys
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -14,16 +15,17 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from rwkv_train.checkpoints.hf import from_hf_name, hf_files, hf_generation, save_hf, to_hf_name, turned
+from rwkv_train.checkpoints.peft import read_peft, trained_on, write_peft
 from rwkv_train.checkpoints.run_checkpoint import TRAINER, WEIGHTS, newest_sound
 from rwkv_train.checkpoints.weightfile import read_weights, write_pth, write_safetensors
 from rwkv_train.data.templates import Template
 from rwkv_train.data.text_format import TextFormat
 from rwkv_train.files import replace_file
-from rwkv_train.models.adapters import is_adapter, put_on
+from rwkv_train.models.adapters import is_adapter, put_on, relative, samples
 from rwkv_train.models.base import RWKV
 from rwkv_train.models.rwkv4 import RWKV4, RWKV4Config
 from rwkv_train.models.rwkv7 import RWKV7, RWKV7Config
-from rwkv_train.ops.products import is_quantised
+from rwkv_train.ops.products import dequantised, is_quantised
 from rwkv_train.tokenizer import Tokenizer
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -41,11 +43,8 @@ def load_model(path: str | Path, dtype: torch.dtype | None = None, device: str |
     _check_dtype(dtype)
     path, *others = parts_of(path)
     found = _read(path)
-    adapters = [(path, found.take_adapter())]
-    for other in others:
-        adapters.append((other, _read(other).take_adapter()))
-        if not adapters[-1][1]:
-            raise ValueError(f"{other} holds no adapter: no low-rank factors, and no state to begin in")
+    own = found.take_adapter()
+    adapters = [(other, _adapter(other)) for other in others]
     with torch.device("meta"), _NoInit():  # no memory, no initialisation: every weight is assigned
         model = found.generation(_sizes(found))
     tensors = {name: found.fitted(name, t.shape) for name, t in model.state_dict().items()}
@@ -57,8 +56,12 @@ def load_model(path: str | Path, dtype: torch.dtype | None = None, device: str |
     found.tensors.clear()
     dtype = dtype or reduce(torch.promote_types, (t.dtype for t in tensors.values()))
     model.load_state_dict(_own(tensors, dtype, device), assign=True)
+    put_on(model, own, path)
+    bare = samples(model)
     for source, adapter in adapters:
-        put_on(model, adapter, source)
+        put_on(model, adapter, source, bare)
+        if not any(name.endswith(".base") for name in adapter):
+            _tell_other_base(path, source)
     return model.eval()
 
 
@@ -68,16 +71,41 @@ def parts_of(path: str | Path) -> list[Path]:
     return [whole] if whole.exists() else [Path(part).expanduser() for part in str(path).split("+")]
 
 
-def save_adapter(path: str | Path, target: str | Path) -> None:
-    """Write the adapter that a run trained, and nothing else, to a `.pth` or `.safetensors` file."""
-    adapter, target = _read(Path(path).expanduser()).take_adapter(), Path(target).expanduser().resolve()
+def _adapter(path: Path) -> dict[str, Tensor]:
+    """The adapter that a path names: a PEFT folder or file, one of ours, or that of a run."""
+    adapter = read_peft(path)
+    adapter = relative(_read(path).take_adapter()) if adapter is None else adapter
+    if not adapter:
+        raise ValueError(f"{path} holds no adapter: no low-rank factors, and no state to begin in")
+    return adapter
+
+
+def _tell_other_base(path: Path, adapter: Path) -> None:
+    """Say so on standard error where an adapter's folder names another model than it is put on."""
+    name = trained_on(adapter)
+    if name and Path(str(name)).stem != path.stem:
+        print(f"note: {adapter} says that it was trained on {name}, and is put on {path}", file=sys.stderr)
+
+
+def save_adapter(path: str | Path, target: str | Path, base: str | None = None) -> None:
+    """Write the adapter that a run trained, and nothing else: to `.pth`, `.safetensors`, or a folder as PEFT has it.
+
+    base: the name of the model it was trained on, which such a folder says.
+    """
+    found, target = _read(Path(path).expanduser()), Path(target).expanduser().resolve()
+    adapter = _own(relative(found.take_adapter()), None, "cpu")
     if not adapter:
         raise ValueError(f"{path} holds no adapter; a run with model.tune has one")
     if target.suffix not in (".pth", ".safetensors"):
-        raise ValueError(f"{target}: an adapter is written to a .pth or .safetensors file")
+        if not found.tensors:
+            raise ValueError(
+                f"{path} is an adapter without its model; a PEFT folder is made of the run that trained it"
+            )
+        write_peft(adapter, found.tensors, found.generation, target, base)
+        return
     target.parent.mkdir(parents=True, exist_ok=True)
     write = write_pth if target.suffix == ".pth" else write_safetensors
-    replace_file(target, lambda temporary: write(_own(adapter, None, "cpu"), temporary))
+    replace_file(target, lambda temporary: write(adapter, temporary))
 
 
 def model_sizes(path: str | Path) -> RWKV4Config | RWKV7Config:
@@ -94,7 +122,7 @@ def save_model(
 ) -> None:
     """Write a model's weights: `.pth`, `.safetensors`, or a Hugging Face directory (no suffix, or "name/").
 
-    dtype: None keeps the model's, weight by weight, and writes what is in 8 bits as it computes, in bf16. tokenizer,
+    dtype: None keeps the model's, weight by weight, and writes what is in few bits as it computes, in bf16. tokenizer,
     template: go into a Hugging Face directory, as files that are read back with it (see `TextFormat`); a file has no
     place for them.
     A crash leaves the old file or the new one, complete. In an existing Hugging Face directory of an RWKV,
@@ -112,7 +140,7 @@ def save_model(
         raise ValueError(f"{path} is {kinds[0]}, expected {kinds[1]} or nothing there; choose another name")
     if is_file and (tokenizer or template):
         raise ValueError(f"{path}: a tokenizer or template is saved only into a Hugging Face directory, not a file")
-    weights = {n: w.dequantize() if is_quantised(w) else w for n, w in model.state_dict().items()}
+    weights = {n: dequantised(w) if is_quantised(w) else w for n, w in model.state_dict().items()}
     tensors = _own(dict(weights), dtype, "cpu")
     _check_range(weights, tensors)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -141,6 +169,8 @@ def _weight_files(path: Path) -> list[Path]:
         raise FileNotFoundError(f"{path}: no such file or directory; {hint}")
     if (path / "config.json").is_file():
         return hf_files(path)
+    if (path / "adapter_config.json").is_file():
+        raise ValueError(f"{path} holds an adapter alone; name its model, too: BASE+{path}")
     if newest := newest_sound(path):
         return _weight_files(newest)
     for name in (WEIGHTS, TRAINER, "model.pth"):  # of one checkpoint; of a folder as data/starter is
@@ -242,7 +272,7 @@ def _refuse_other_models(source: Path, keys: list[str]) -> None:
     """Tell of files that are sound but hold something else than an RWKV-4 or RWKV-7."""
     for key in keys:
         if "lora_" in key.lower():
-            raise ValueError(f"{source} holds a LoRA ({key}); merge it into its base model and load the result")
+            raise ValueError(f"{source} holds a LoRA ({key}); name its model, too: BASE+{source}")
     marks = {".time_maa_": "RWKV-6", ".time_faaaa": "RWKV-5 or 6"}
     if not any(".r_k" in key for key in keys):  # RWKV-7 has an ln_x too
         marks[".ln_x."] = "RWKV-5 or 6"

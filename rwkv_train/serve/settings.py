@@ -19,7 +19,7 @@ class ServeConfig:
     template: str | None = None
     """YAML file that says how chats are written; template.yaml with the model, or RWKV World's if not given"""
 
-    dtype: Literal["fp32", "fp16", "bf16", "int8"] = "fp32"
+    dtype: Literal["fp32", "fp16", "bf16", "int8", "nf4"] = "fp32"
     """number format of the weights in memory; a profile of corrections belongs to the one it was begun with"""
 
     device: str = "cpu"

@@ -13,7 +13,7 @@ from rwkv_train.feedback.snapshots import weights_hash
 from rwkv_train.feedback.texts import log_probs
 from rwkv_train.feedback.trainable import changed, trained_twin
 from rwkv_train.generate import Sampling, prefill, stream_tokens
-from rwkv_train.models.adapters import quantise
+from rwkv_train.models.quantised import quantise
 from rwkv_train.ops.products import as_wide, is_quantised
 
 FORMATS = ("bf16", "fp16", "int8")

@@ -13,7 +13,11 @@ from rwkv_train.bptt import chunked_loss
 from rwkv_train.checkpoints.modelfile import save_adapter
 from rwkv_train.config import ModelConfig, TrainConfig
 from rwkv_train.models.adapters import is_adapter, tune
+from rwkv_train.models.quantised import BITS
+from rwkv_train.ops.products import quantised_bytes
 from rwkv_train.train.fit import fit, make_model
+
+WHAT = ("lora", "pissa", "miss", "state")
 
 
 def tuned(generation, what, **kwargs):
@@ -30,16 +34,18 @@ def tuned(generation, what, **kwargs):
     return model
 
 
-@pytest.mark.parametrize("what", ["lora", "state"])
+@pytest.mark.parametrize("what", WHAT)
 def test_nothing_changes_until_it_is_trained_and_then_only_the_little(generation, what):
     tokens, plain = torch.arange(20)[None], random_model(generation=generation, dtype=torch.float64)
     model = random_model(generation=generation, dtype=torch.float64)
     tune(model, what, rank=3)
     assert_close_rel(model(tokens)[0], plain(tokens)[0], 1e-12)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert trained == set(filter(is_adapter, model.state_dict()))
-    matrices = 7 if generation == "rwkv4" else 6  # of a block
-    assert len(trained) == (2 if what == "state" else 2 * 2 * matrices)
+    kept = {name for name in filter(is_adapter, model.state_dict()) if name.endswith(("base", "up0", "down0"))}
+    assert trained == set(filter(is_adapter, model.state_dict())) - kept
+    matrices = 2 * (7 if generation == "rwkv4" else 6)  # of two blocks
+    assert len(trained) == {"state": 2, "miss": matrices}.get(what, 2 * matrices)
+    assert len(kept) == (3 if what == "pissa" else 1) * matrices
     model = tuned(generation, what)
     chunked_loss(model, tokens, tokens, None, None, chunk_len=7)[0].backward()
     assert {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()} == trained
@@ -73,14 +79,14 @@ def test_packed_documents_begin_in_the_trained_state(generation):
         assert_close_rel(a, b, 1e-10, "gradient of the initial state")
 
 
-@pytest.mark.parametrize("what", ["lora", "state"])
+@pytest.mark.parametrize("what", WHAT)
 def test_a_run_trains_the_adapter_alone_and_it_can_be_kept_apart(finished_of, store, tmp_path, generation, what):
     base = tmp_path / "base.pth"
     save_model(load_model(finished_of(generation)), base)
     config = config_of(
         store,
         tmp_path,
-        model=ModelConfig(init=str(base), tune=what),
+        model=ModelConfig(init=str(base), tune=what, rank=None if what == "state" else 4),
         train=TrainConfig(steps=12, val_every=12, save_every=5, log_every=1, device="cpu"),
     )
     off = replace(config.train, checkpoint_blocks=False)
@@ -97,7 +103,8 @@ def test_a_run_trains_the_adapter_alone_and_it_can_be_kept_apart(finished_of, st
     weights = torch.load(next((tmp_path / "run/checkpoints/step=00000012").glob("*.ckpt")), weights_only=True)
     unmerged.load_state_dict({k.removeprefix("model."): v for k, v in weights["state_dict"].items()})
     for name, p in unmerged.state_dict().items():
-        assert is_adapter(name) or torch.equal(p, before.state_dict()[name]), name
+        same = what == "pissa" or is_adapter(name) or torch.equal(p, before.state_dict()[name])
+        assert same, name
     tokens = torch.arange(40)[None]
     expected = unmerged.eval()(tokens)[0]
     assert not torch.allclose(expected, before(tokens)[0])
@@ -108,15 +115,15 @@ def test_a_run_trains_the_adapter_alone_and_it_can_be_kept_apart(finished_of, st
             save_model(whole, tmp_path / "hf")
 
 
-def test_matrices_in_8_bits(finished_of, store, tmp_path, generation):
-    """They compute as what a state dict says they are, take a byte a number, and a run resumes to the bit."""
+@pytest.mark.parametrize(("bits", "tune"), [("int8", "lora"), ("nf4", "pissa"), ("nf4", "miss")])
+def test_matrices_in_few_bits(finished_of, store, tmp_path, generation, bits, tune):
+    """They compute as what a state dict says they are, take few bits a number, and a run resumes to the bit."""
     base, tokens = tmp_path / "base.pth", torch.arange(40)[None]
     save_model(load_model(finished_of(generation)), base)
-    config = ModelConfig(init=str(base), tune="lora", base="int8")
+    config = ModelConfig(init=str(base), tune=tune, base=bits)
     model, plain = make_model(config, None), make_model(replace(config, base="float"), None)
     weight = model.blocks[0].ffn.key.weight
-    numbers = [getattr(weight, name) for name in weight.__tensor_flatten__()[0]]
-    assert sum(t.nbytes for t in numbers) <= weight.numel() + 8 * len(weight)  # and of each row its scale
+    assert quantised_bytes(weight) <= weight.numel() * BITS[bits] // 8 + 8 * len(weight) + 100  # and the scales
     with torch.no_grad():
         for p in model.parameters():
             if p.requires_grad:
@@ -131,7 +138,7 @@ def test_matrices_in_8_bits(finished_of, store, tmp_path, generation):
     with torch.autocast("cpu", torch.bfloat16):
         assert_close_rel(model(tokens)[0], plain(tokens)[0], 5e-2)
     model.load_state_dict(model.state_dict())
-    with pytest.raises(ValueError, match=r"not that of model.init in 8 bits"):
+    with pytest.raises(ValueError, match=rf"not that of model.init in {BITS[bits]} bits"):
         model.load_state_dict(make_model(replace(config, base="float"), None).state_dict())
     runs = {}
     for name, steps in (("whole", [12]), ("resumed", [7, 12])):
