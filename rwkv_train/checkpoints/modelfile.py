@@ -272,7 +272,7 @@ def _refuse_other_models(source: Path, keys: list[str]) -> None:
     """Tell of files that are sound but hold something else than an RWKV-4 or RWKV-7."""
     for key in keys:
         if "lora_" in key.lower():
-            raise ValueError(f"{source} holds a LoRA ({key}); name its model, too: BASE+{source}")
+            raise ValueError(f"{source} holds a LoRA ({key}); merge it, or name its model, too: BASE+{source}")
     marks = {".time_maa_": "RWKV-6", ".time_faaaa": "RWKV-5 or 6"}
     if not any(".r_k" in key for key in keys):  # RWKV-7 has an ln_x too
         marks[".ln_x."] = "RWKV-5 or 6"

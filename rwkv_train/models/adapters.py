@@ -153,7 +153,7 @@ def put_on(model: RWKV, adapter: dict[str, Tensor], source: Path, bare: dict[str
     weights, layers = dict(model.named_parameters()), {}
     for name, like in zip(STATE, model.zero_state(1), strict=True):
         _fit(source, name, name not in adapter or adapter[name].shape == like.shape)
-    for name, t in adapter.items():
+    for name, t in sorted(adapter.items()):
         layer, _, part = name.rpartition(".")
         if part in FACTORS:
             layers.setdefault(layer, {})[part] = t

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from itertools import pairwise
+from typing import get_args
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from rwkv_train.bptt import chunked_loss
 from rwkv_train.checkpoints.modelfile import save_adapter
 from rwkv_train.config import ModelConfig, TrainConfig
 from rwkv_train.models.adapters import is_adapter, tune
+from rwkv_train.models.factors import Kind, add_product, as_lora, begin, change
 from rwkv_train.models.quantised import BITS
 from rwkv_train.ops.products import quantised_bytes
 from rwkv_train.train.fit import fit, make_model
@@ -140,10 +142,48 @@ def test_matrices_in_few_bits(finished_of, store, tmp_path, generation, bits, tu
     model.load_state_dict(model.state_dict())
     with pytest.raises(ValueError, match=rf"not that of model.init in {BITS[bits]} bits"):
         model.load_state_dict(make_model(replace(config, base="float"), None).state_dict())
+
+
+def test_ranks_are_by_parts_of_names(generation):
+    model = random_model(generation=generation)
+    tune(model, "lora", 3, ranks=["blocks.1.ffn=0", "key=2", "blocks.0-1.att=5"])
+    ranks = {name.removesuffix(".down"): len(p) for name, p in model.named_parameters() if name.endswith(".down")}
+    assert ranks["blocks.0.ffn.key"] == ranks["blocks.1.att.key"] == 2
+    assert ranks["blocks.0.ffn.value"] == 3 and ranks["blocks.1.att.output"] == 5
+    assert not any(name.startswith("blocks.1.ffn") for name in ranks)
+    for entry in ("blocks.2=4", "att.ke=4"):
+        with pytest.raises(ValueError, match=f"model.ranks: {entry} fits no matrix"):
+            tune(random_model(generation=generation), "lora", 3, ranks=[entry])
+    for what in ("pissa", "miss"):
+        with pytest.raises(ValueError, match="has room for, 16"):
+            tune(random_model(generation=generation), what, 17)
+
+
+@pytest.mark.parametrize("rank", [4, 5])  # 5 does not divide 16
+def test_factors_are_what_they_add(rank):
+    """Beside a weight and added to one, as a pair of factors, and as they begin."""
+    weight, x = torch.randn(12, 16, dtype=torch.float64), torch.randn(7, 16, dtype=torch.float64)
+    for kind in get_args(Kind):
+        begun = begin(kind, weight, rank)
+        assert kind == "pissa" or not change(begun, 16).any()
+        made = {name: torch.randn_like(t) for name, t in begun.items()}
+        assert_close_rel(add_product(x @ weight.t(), x, made), x @ (weight + change(made, 16)).t(), 1e-12)
+        up, down = as_lora(made, 16)
+        assert_close_rel(up @ down, change(made, 16), 1e-12)
+    u, s, v = torch.linalg.svd(weight)
+    principal = begin("pissa", weight, rank)
+    assert_close_rel(change(principal, 16), u[:, :rank] * s[:rank] @ v[:rank], 1e-6)
+    assert all(torch.equal(t, principal[name]) for name, t in begin("pissa", weight, rank).items())
+
+
+@pytest.mark.parametrize(("bits", "tune"), [("int8", "lora"), ("nf4", "pissa")])
+def test_a_run_beside_few_bits_resumes_to_the_bit(finished_of, store, tmp_path, bits, tune):
+    save_model(load_model(finished_of("rwkv4")), tmp_path / "base.pth")
+    config = ModelConfig(init=str(tmp_path / "base.pth"), tune=tune, base=bits, ranks=["att=4", "blocks.0.ffn=0"])
     runs = {}
-    for name, steps in (("whole", [12]), ("resumed", [7, 12])):
+    for name, steps in (("whole", [6]), ("resumed", [3, 6])):
         for last in steps:
-            train = TrainConfig(steps=last, val_every=12, save_every=5, log_every=1, device="cpu")
+            train = TrainConfig(steps=last, val_every=6, save_every=6, log_every=1, device="cpu")
             run = replace(config_of(store, tmp_path, model=config, train=train), name=name)
             run = replace(run, optim=replace(run.optim, lr=3e-2, schedule="constant"))
             assert fit(run, "newest" if last != steps[0] else None) == 0
