@@ -43,7 +43,7 @@ class ValidateConfig:
     json: str | None = None
     """also write the figures to this file"""
 
-    dtype: Literal["fp32", "fp16", "bf16"] | None = None
+    dtype: Literal["fp32", "fp16", "bf16", "int8", "nf4"] | None = None
     """number format of the weights in memory; that of the file if not given"""
 
 
@@ -84,7 +84,7 @@ class GenerateConfig:
     device: str = "cpu"
     """cpu, cuda or cuda:N"""
 
-    dtype: Literal["fp32", "fp16", "bf16"] | None = None
+    dtype: Literal["fp32", "fp16", "bf16", "int8", "nf4"] | None = None
     """number format of the weights in memory; that of the file if not given"""
 
 

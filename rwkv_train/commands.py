@@ -8,7 +8,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from rwkv_train.checkpoints.modelfile import load_model, save_adapter, save_model
-from rwkv_train.checkpoints.opener import DTYPES, format_of, open_model, remedy_of, told
+from rwkv_train.checkpoints.opener import DTYPES, format_of, load_in, open_model, remedy_of, told
 from rwkv_train.cli import parse
 from rwkv_train.command_config import ExportConfig, GenerateConfig, InspectConfig, ValidateConfig
 from rwkv_train.config import DataConfig
@@ -32,7 +32,7 @@ def validate(config: ValidateConfig) -> None:
     if data is None:
         data, val_share = _held_out(Path(config.model))
     store = Store.open(data)
-    model = load_model(config.model, DTYPES[config.dtype] if config.dtype else None)
+    model = load_in(config.model, config.dtype)
     training, held_out = split(store, val_share)
     documents = held_out if val_share else training
     if config.data is None:
@@ -106,8 +106,7 @@ def generate(config: GenerateConfig) -> None:
     if config.tokens < 1:
         raise ValueError(f"--tokens must be at least 1, found {config.tokens}")
     prompts = _prompts(config)
-    dtype = DTYPES[config.dtype] if config.dtype else None
-    model, tokenizer, _ = open_model(config.model, config.tokenizer, None, dtype, config.device, for_chats=False)
+    model, tokenizer, _ = open_model(config.model, config.tokenizer, None, config.dtype, config.device, for_chats=False)
     if config.prompts is not None:
         _generate_side_by_side(config, model, tokenizer, prompts, sampling)
         return

@@ -44,13 +44,17 @@ def open_model(
     few bits.
     """
     _check_device(str(device))
-    if dtype in BITS:
-        model = quantise(load_model(name, torch.bfloat16, device), dtype)
-    else:
-        model = load_model(name, DTYPES.get(dtype, dtype), device)
+    model = load_in(name, dtype, device)
     known = format_of(name)
     found = _tokenizer(name, known.tokenizer, tokenizer, model.config.vocab_size)
     return Opened(model, found, _template(name, known.template, template, for_chats))
+
+
+def load_in(name: str | Path, dtype: torch.dtype | str | None, device: str | torch.device = "cpu") -> RWKV:
+    """What `load_model` opens, in a number format as `open_model` names them; None keeps the file's."""
+    if dtype in BITS:
+        return quantise(load_model(name, torch.bfloat16, device), dtype)
+    return load_model(name, DTYPES.get(dtype, dtype), device)
 
 
 def dtype_of(model: RWKV) -> str:
