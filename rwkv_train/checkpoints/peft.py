@@ -127,7 +127,7 @@ def _scale(config: dict, layer: str, rank: int) -> float:
     """Of the factors of a matrix; rank_pattern and alpha_pattern are regular expressions for the ends of names."""
     try:
         patterns = (config.get("alpha_pattern") or {}).items()
-        alpha = next((a for p, a in patterns if re.fullmatch(rf"(?:.*\.)?(?:{p})", layer)), config.get("lora_alpha", 8))
+        alpha = next((a for p, a in patterns if re.fullmatch(rf"(?:.*\.)?(?:{p})", layer)), config.get("lora_alpha"))
         return float(alpha) / (rank**0.5 if config.get("use_rslora") else rank)
     except (AttributeError, TypeError, ValueError, re.error) as error:
         raise ValueError(f"{CONFIG}: lora_alpha and alpha_pattern cannot be read ({error})") from None
