@@ -92,11 +92,14 @@ def save_adapter(path: str | Path, target: str | Path, base: str | None = None) 
 
     base: the name of the model it was trained on, which such a folder says.
     """
-    found, target = _read(Path(path).expanduser()), Path(target).expanduser().resolve()
+    given, target = target, Path(target).expanduser().resolve()
+    found = _read(Path(path).expanduser())
     adapter = _own(relative(found.take_adapter()), None, "cpu")
     if not adapter:
         raise ValueError(f"{path} holds no adapter; a run with model.tune has one")
     if target.suffix not in (".pth", ".safetensors"):
+        if target.suffix and not target.is_dir() and not os.fspath(given).endswith(("/", os.sep)):
+            raise ValueError(f'{given}: unknown suffix; use .pth or .safetensors, or "{given}/" for a PEFT folder')
         if not found.tensors:
             raise ValueError(
                 f"{path} is an adapter without its model; a PEFT folder is made of the run that trained it"

@@ -17,9 +17,9 @@ FACTORS = ("up", "down", "miss")  # their names
 def begin(kind: Kind, weight: Tensor, rank: int, rng: torch.Generator | None = None) -> dict[str, Tensor]:
     """What is trained for a weight [out,in], as it begins: up [out,r] and down [r,in], or miss [r,out].
 
-    lora: up is 0 (Hu et al. 2021), and down drawn from rng, torch's own if None. miss: 0 (Kang et al. 2024). pissa: the
-    r largest singular vectors, each with the root of its value (Meng et al. 2024); that product is what has to be taken
-    out of the weight. Raises ValueError for a rank that the weight has no room for.
+    lora: up is 0 (Hu et al. 2021), and down drawn from rng, torch's own if None. miss: 0 (Kang and Yin 2024). pissa:
+    the r largest singular vectors, each with the root of its value (Meng et al. 2024); that product is what has to be
+    taken out of the weight. Raises ValueError for a rank that the weight has no room for.
     """
     outer, inner = weight.shape
     most = {"lora": rank, "pissa": min(outer, inner), "miss": inner}[kind]

@@ -137,6 +137,7 @@ def test_a_single_file_has_to_say_how_it_is_scaled(tmp_path):
         ({"from_tomorrow": 1}, "from_tomorrow is 1, which is not supported"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa', which changes the base model; save it as LoRA"),
         ({"peft_type": "MISS", "init_weights": "bat"}, "init_weights is 'bat', which changes the base model"),
+        ({"lora_alpha": None}, "lora_alpha and alpha_pattern cannot be read"),
         ({"lora_alpha": "much"}, "lora_alpha and alpha_pattern cannot be read"),
         ({"alpha_pattern": {"(": 1}}, "lora_alpha and alpha_pattern cannot be read"),
         ({"alpha_pattern": [1]}, "lora_alpha and alpha_pattern cannot be read"),
@@ -202,6 +203,8 @@ def test_only_adapters_go_into_a_folder_of_theirs(tmp_path):
     (tmp_path / "taken" / "letter.txt").touch()
     with pytest.raises(ValueError, match="is not empty and holds no adapter to replace"):
         save_adapter(tmp_path / "lora.pth", tmp_path / "taken")
+    with pytest.raises(ValueError, match=r"v1.0: unknown suffix; use .pth or .safetensors, or \".*v1.0/\" for a PEFT"):
+        save_adapter(tmp_path / "lora.pth", tmp_path / "v1.0")
     save_adapter(tmp_path / "lora.pth", tmp_path / "alone.pth")
     with pytest.raises(ValueError, match="is an adapter without its model"):
         save_adapter(tmp_path / "alone.pth", tmp_path / "folder")
