@@ -105,6 +105,8 @@ class FeedbackConfig:
             if f.name == "trainable":
                 if value not in get_args(Trainable):
                     raise ValueError(f"trainable must be one of {', '.join(get_args(Trainable))}, found {value!r}")
+            elif f.name == "rank" and value < 1:
+                raise ValueError(f"rank must be at least 1, found {value}")
             elif not value >= 0:
                 raise ValueError(f"{f.name} must not be negative, found {value}")
             elif value == inf and f.name != "max_kl":  # without a limit, the gate accepts any drift
