@@ -89,7 +89,7 @@ class ValidateConfig:
     json: str | None = None
     """also write the figures to this file"""
 
-    dtype: Literal["fp32", "fp16", "bf16"] | None = None
+    dtype: Literal["fp32", "fp16", "bf16", "int8", "nf4"] | None = None
     """number format of the weights in memory; that of the file if not given"""
 
 
@@ -121,7 +121,7 @@ class GenerateConfig(SamplingConfig):
     device: str = "cpu"
     """cpu, cuda or cuda:N"""
 
-    dtype: Literal["fp32", "fp16", "bf16"] | None = None
+    dtype: Literal["fp32", "fp16", "bf16", "int8", "nf4"] | None = None
     """number format of the weights in memory; that of the file if not given"""
 
     preset: Preset = field(default="text", kw_only=True)
@@ -191,8 +191,9 @@ class ChatConfig(SamplingConfig):
     device: str = "cpu"
     """cpu, cuda or cuda:N"""
 
-    dtype: Literal["fp32", "fp16", "bf16", "int8"] = "fp32"
-    """number format of the weights in memory; those that corrections train are fp32 in any case. int8 needs torchao"""
+    dtype: Literal["fp32", "fp16", "bf16", "int8", "nf4"] = "fp32"
+    """number format of the weights in memory; those that corrections train are fp32 in any case. int8 and nf4, 8 and 4
+    bits a number of the blocks' matrices, need torchao"""
 
     memory: float | None = None
     """GB that a correction may take, the model counted (2^30 bytes); most of the device's if not given. A new profile
@@ -233,8 +234,9 @@ class FeedbackFileConfig:
     device: str = "cpu"
     """cpu, cuda or cuda:N"""
 
-    dtype: Literal["fp32", "fp16", "bf16", "int8"] = "fp32"
-    """number format of the weights in memory; those that corrections train are fp32 in any case. int8 needs torchao"""
+    dtype: Literal["fp32", "fp16", "bf16", "int8", "nf4"] = "fp32"
+    """number format of the weights in memory; those that corrections train are fp32 in any case. int8 and nf4, 8 and 4
+    bits a number of the blocks' matrices, need torchao"""
 
     memory: float | None = None
     """GB that a correction may take, the model counted (2^30 bytes); most of the device's if not given. A new profile
@@ -289,4 +291,4 @@ class ExportConfig:
     """where profiles are kept; the user's data folder if not given"""
 
     adapter: bool = False
-    """write only what a run with model.tune trained, the low-rank factors or the state"""
+    """write only what a run with model.tune trained, the factors or the state; a folder is then PEFT's"""

@@ -10,7 +10,15 @@ from tqdm import tqdm
 
 from rwkv_train.chat.opening import corrected
 from rwkv_train.checkpoints.modelfile import load_model, save_adapter, save_model
-from rwkv_train.checkpoints.opener import DTYPES, format_of, format_to_export, open_model, remedy_of, told
+from rwkv_train.checkpoints.opener import (
+    DTYPES,
+    format_of,
+    format_to_export,
+    load_in,
+    open_model,
+    remedy_of,
+    told,
+)
 from rwkv_train.checkpoints.states import to_time_states, told_of_beginning
 from rwkv_train.cli import parse
 from rwkv_train.command_config import ExportConfig, GenerateConfig, InspectConfig, ValidateConfig
@@ -27,7 +35,7 @@ from rwkv_train.models.base import RWKV
 from rwkv_train.models.finite import broken_weight, finite
 from rwkv_train.models.loss import IGNORE_INDEX
 from rwkv_train.models.rwkv7 import RWKV7
-from rwkv_train.run_config import found_paths, run_settings
+from rwkv_train.run_config import found_paths, is_run_config, run_settings
 from rwkv_train.tokenizer import Tokenizer
 from rwkv_train.tokenizer_json import mentions
 from rwkv_train.train.runlog import read_metrics
@@ -39,7 +47,7 @@ def validate(config: ValidateConfig) -> None:
     if data is None:
         data, val_share = _held_out(Path(config.model))
     store = Store.open(data)
-    model = load_model(config.model, DTYPES[config.dtype] if config.dtype else None)
+    model = load_in(config.model, config.dtype)
     training, held_out = split(store, val_share)
     documents = held_out if val_share else training
     if config.data is None:
@@ -114,8 +122,7 @@ def generate(config: GenerateConfig) -> None:
     if config.tokens < 1:
         raise ValueError(f"--tokens must be at least 1, found {config.tokens}")
     prompts = _prompts(config)
-    dtype = DTYPES[config.dtype] if config.dtype else None
-    model, tokenizer, _ = open_model(config.model, config.tokenizer, None, dtype, config.device, for_chats=False)
+    model, tokenizer, _ = open_model(config.model, config.tokenizer, None, config.dtype, config.device, for_chats=False)
     if config.prompts is not None:
         _show(prompts, generate_texts(model, tokenizer, prompts, lanes=config.lanes or LANES, **how))
         return
@@ -189,7 +196,10 @@ def export(config: ExportConfig) -> None:
     if config.profile and config.adapter:
         raise ValueError("--profile is of a model with corrections, and --adapter of what a run trained; give one")
     if config.adapter:
-        adapter = save_adapter(config.model, config.out)
+        run = Path(config.model) / "config.yaml"
+        given = ("data.path", "data.val", "data.tokenizer")
+        base = found_paths(run, given).get("model.init") if is_run_config(run) else None
+        adapter = save_adapter(config.model, config.out, base)
         flag = f"--model BASE+{shlex.quote(config.out)}"
         print(f"{config.out}: what {config.model} trained; `{flag}` puts it on its model")
         print(*told_of_beginning(adapter), _left_out(format_of(config.model)), sep="\n")

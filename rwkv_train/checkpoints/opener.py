@@ -12,14 +12,13 @@ from rwkv_train.data.known_templates import named_template, template_of
 from rwkv_train.data.store import Store
 from rwkv_train.data.templates import Template
 from rwkv_train.data.text_format import TextFormat, compare, compare_templates
-from rwkv_train.models.adapters import quantise
 from rwkv_train.models.base import RWKV
+from rwkv_train.models.quantised import BITS, kind_of, quantise
 from rwkv_train.ops.products import is_quantised
 from rwkv_train.program import told
 from rwkv_train.tokenizer import Tokenizer, UnknownEnd, load_tokenizer, tokenizer_file
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-INT8 = "int8"  # the blocks' matrices in 8 bits a number; the rest, and what is computed, in bf16
 
 
 class Opened(NamedTuple):
@@ -42,25 +41,31 @@ def open_model(
     """Open what `load_model` opens, with the tokenizer and the template that lie with it, or those given.
 
     tokenizer: "world", "bytes" or a path; template: a name in NAMED, or a YAML file; thinking: in place of the
-    template's. dtype: torch's, a name in DTYPES, or INT8. What is unknown, and what a given one overrides, is told on
-    standard error; of the template only for_chats. Raises as `load_model` does, and ValueError if the tokenizer is
-    unknown or does not fit, torch has no such device, or INT8 finds no torchao.
+    template's. dtype: torch's, a name in DTYPES, or int8 or nf4: the blocks' matrices in 8 or 4 bits a number; the
+    rest, and what is computed, in bf16. What is unknown, and what a given one overrides, is told on standard error; of
+    the template only for_chats. Raises as `load_model` does, and ValueError if the tokenizer is unknown or does not
+    fit, torch has no such device, or there is no torchao for the few bits.
     """
     _check_device(str(device))
-    if dtype == INT8:
-        model = quantise(load_model(name, torch.bfloat16, device))
-    else:
-        model = load_model(name, DTYPES.get(dtype, dtype), device)
+    model = load_in(name, dtype, device)
     known = format_of(name)
     found = _tokenizer(name, known.tokenizer, tokenizer, model.config.vocab_size)
     written = _template(name, known.template, template, for_chats)
     return Opened(model, found, written if thinking is None else replace(written, thinking=thinking))
 
 
+def load_in(name: str | Path, dtype: torch.dtype | str | None, device: str | torch.device = "cpu") -> RWKV:
+    """What `load_model` opens, in a number format as `open_model` names them; None keeps the file's."""
+    if dtype in BITS:
+        return quantise(load_model(name, torch.bfloat16, device), dtype)
+    return load_model(name, DTYPES.get(dtype, dtype), device)
+
+
 def dtype_of(model: RWKV) -> str:
-    """The number format in which a model was opened, as DTYPES and INT8 name it, or torch."""
-    if any(map(is_quantised, model.parameters())):
-        return INT8
+    """The number format in which a model was opened, as `open_model` names it, or torch."""
+    few = next(filter(is_quantised, model.parameters()), None)
+    if few is not None:
+        return kind_of(few)
     return {dtype: name for name, dtype in DTYPES.items()}.get(model.dtype, str(model.dtype).removeprefix("torch."))
 
 

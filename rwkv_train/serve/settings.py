@@ -28,7 +28,7 @@ class ServeConfig(SamplingConfig):
     """how a model that was taught to think does so: off; fake, it replies after an empty thought; on; normal, short or
     long, where it is asked for a thought of such a length. As the template says if not given"""
 
-    dtype: Literal["fp32", "fp16", "bf16", "int8"] = "fp32"
+    dtype: Literal["fp32", "fp16", "bf16", "int8", "nf4"] = "fp32"
     """number format of the weights in memory; a profile of corrections belongs to the one it was begun with"""
 
     device: str = "cpu"

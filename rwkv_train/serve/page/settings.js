@@ -22,7 +22,7 @@ const PRESETS = ["", "chat", "text", "greedy", "thinking", "fake-thinking"];
 let learning = null; // settings of corrections as the server has them; null if it did not say
 let address = ""; // of those settings
 let why = "";
-const CHOICES = { trainable: ["upper", "full", "localised", "lora", "state"] }; // where the server names none
+const CHOICES = { trainable: ["upper", "full", "localised", "lora", "pissa", "miss", "state"] }; // where the server names none
 
 const part = (title, ...parts) => el("section", {}, el("h3", {}, t(title)), parts);
 const fine = (text, props = {}) => el("p", { class: "fine", ...props }, text);
