@@ -85,6 +85,11 @@ class Tokenizer:
         """Names of tokens that no text holds."""
         raise NotImplementedError
 
+    @cached_property
+    def eod_name(self) -> str:
+        """What `library_json` calls the end of a document."""
+        return next(name for name, index in vocabulary(json.loads(self.library_json)).items() if index == self.eod)
+
     @property
     def library_json(self) -> str:
         """The JSON that the library `tokenizers` opens, and encodes alike."""
@@ -101,13 +106,12 @@ class Tokenizer:
     def export_in(self, folder: str | Path, chat_template: str | None = None) -> list[str]:
         """Write the files by which `load_tokenizer` and AutoTokenizer open a folder; their names.
 
-        chat_template: the Jinja text by which AutoTokenizer writes chats. Names of special tokens in a text are plain
-        text there, too, as they are here.
+        chat_template: the Jinja text by which AutoTokenizer writes chats. The name of a special token in a text is that
+        token there, as a chat has to begin with one, and plain text here.
         """
-        folder = Path(folder)
-        (end,) = (token for token, index in vocabulary(json.loads(self.library_json)).items() if index == self.eod)
+        folder, end = Path(folder), self.eod_name
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": end, "eos_token": end}
-        config |= {"clean_up_tokenization_spaces": False, "split_special_tokens": True, "model_max_length": 10**30}
+        config |= {"clean_up_tokenization_spaces": False, "model_max_length": 10**30}
         config |= {"model_input_names": ["input_ids", "attention_mask"], KEY: self.name}
         config |= {"chat_template": chat_template} if chat_template else {}
         (folder / "tokenizer.json").write_text(self.library_json, encoding="utf-8", newline="\n")

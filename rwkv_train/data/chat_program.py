@@ -6,11 +6,14 @@ from rwkv_train.data.templates import THINKING, Template
 
 PLAIN = """\
 {%- set forms = FORMS -%}
+{{- BEGIN -}}
 {%- for message in messages -%}
     {%- if message['role'] not in forms -%}
         {{- raise_exception('role ' ~ message['role'] ~ ' is unknown; the template knows ' ~ forms | join(', ')) -}}
     {%- elif message['content'] is not string -%}
         {{- raise_exception('message ' ~ loop.index ~ ' has no text as its content') -}}
+    {%- elif BEGIN and BEGIN in message['content'] -%}
+        {{- raise_exception('message ' ~ loop.index ~ ' holds ' ~ BEGIN ~ ', which ends a document') -}}
     {%- elif message['content'].strip() -%}
         {{- forms[message['role']][0] -}}
         CONTENT
@@ -33,6 +36,7 @@ CLEANED = """\
 # THINKING has it.
 THOUGHTFUL = """\
 {%- set forms, ways, way = FORMS, WAYS, thinking | default(MODE) -%}
+{{- BEGIN -}}
 {%- if way not in ways -%}
     {{- raise_exception('thinking is ' ~ way ~ ', expected ' ~ ways | join(', ')) -}}
 {%- endif -%}
@@ -53,6 +57,8 @@ THOUGHTFUL = """\
         {{- raise_exception('role ' ~ role ~ ' is unknown; the template knows ' ~ forms | join(', ')) -}}
     {%- elif text is not string -%}
         {{- raise_exception('message ' ~ loop.index ~ ' has no text as its content') -}}
+    {%- elif BEGIN and BEGIN in text ~ thought -%}
+        {{- raise_exception('message ' ~ loop.index ~ ' holds ' ~ BEGIN ~ ', which ends a document') -}}
     {%- endif -%}
     {%- set begins = text.lstrip().startswith('<think>') and role == 'assistant' and THINKS -%}
     {%- set parts = text.lstrip()[7:].partition('</think>') if begins else (thought or '', '', text) -%}
@@ -81,18 +87,28 @@ THOUGHTFUL = """\
 """
 
 
-def to_jinja(template: Template) -> str:
-    """The program by which chats are written as `template` does, refusals included."""
+def to_jinja(template: Template, begin: str = "bos_token") -> str:
+    """The program by which chats are written as `template` does, refusals included.
+
+    begin: what chats begin with, as a Jinja expression: the end of a document, as in training. Its name is refused in
+    messages. "''" where every text can hold it.
+    """
     forms = {role: tuple(form.split("{content}")) for role, form in template.roles.items()}
     asks = "raise_exception('there is no role assistant')"
     if "assistant" in forms:
         asks = repr("".join(template.prompt([], opened=False)))
     if not (template.paragraphs or template.thinks):
         content = CLEANED if template.collapse_blank_lines else "{{- message['content'] -}}"
-        return _filled(PLAIN, {"FORMS": repr(forms), "PROMPT": asks, "CONTENT": content})
+        return _filled(PLAIN, {"FORMS": repr(forms), "PROMPT": asks, "CONTENT": content, "BEGIN": begin})
     ways = {name: tuple(way) for name, way in THINKING.items()} if template.thinks else {"off": ("", "")}
     names = template.turn_end().before or ("",)  # every line begins with that
-    parts = {"FORMS": repr(forms), "WAYS": repr(ways), "MODE": repr(template.thinking), "NAMES": repr(names)}
+    parts = {
+        "BEGIN": begin,
+        "FORMS": repr(forms),
+        "WAYS": repr(ways),
+        "MODE": repr(template.thinking),
+        "NAMES": repr(names),
+    }
     content = "cleaned(text, role == 'assistant')" if template.collapse_blank_lines else "text"
     return _filled(THOUGHTFUL, parts | {"PROMPT": asks, "CONTENT": content, "THINKS": str(template.thinks).lower()})
 

@@ -20,19 +20,22 @@ ODD = " \n a \r\n \n\n b \n"  # a message that shows what is done to white space
 Write = Callable[[list[dict], bool], str]  # messages, and whether to ask for a reply -> a chat
 
 
-def from_jinja(program: str, tokens: dict[str, str], special: Sequence[str]) -> tuple[Template, list[str]]:
+def from_jinja(
+    program: str, tokens: dict[str, str], special: Sequence[str], end: str = ""
+) -> tuple[Template, list[str]]:
     """The Template that writes chats as a program does, and what of the program it does not say, each as a phrase.
 
     tokens: what the program finds under names such as "bos_token". special: names of the tokenizer's special tokens,
-    which are plain text where we read text. Raises ValueError, to go on from "its chat template", if there is none.
+    which are plain text where we read text; end: that of the end of a document, with which chats begin here. Raises
+    ValueError, to go on from "its chat template", if there is none.
     """
     if known := next((template for template in NAMED.values() if to_jinja(template) == program), None):
         return known, []
     write, notes = _writer(program, tokens), []
     start, forms = _forms(write)
-    if start in special:
+    if start in special and start != end:
         notes.append(f"begins each chat with {start}, which is not written here")
-    elif start:
+    elif start and start != end:
         raise ValueError(f"begins each chat with a text of its own, {start!r:.80}")
     if system := _system_form(write, start, forms["user"]):
         forms = {"system": system} | forms

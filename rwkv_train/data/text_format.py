@@ -46,7 +46,8 @@ class TextFormat(NamedTuple):
         """Write what is known into a folder, for `read` and for AutoTokenizer; returns the files' names."""
         names = []
         if self.tokenizer:
-            names += self.tokenizer.export_in(folder, to_jinja(self.template) if self.template else None)
+            begin = "''" if self.tokenizer.end_in_texts else "bos_token"
+            names += self.tokenizer.export_in(folder, to_jinja(self.template, begin) if self.template else None)
         if self.template:
             self.template.save(folder / TEMPLATE_FILE)
             names.append(TEMPLATE_FILE)
@@ -65,7 +66,8 @@ def _foreign_template(folder: Path, tokenizer: Tokenizer | None) -> Template | N
     tokens = {name: token.get("content") if isinstance(token, dict) else token for name, token in said.items()}
     special = tokenizer.special_tokens if tokenizer else []
     try:
-        template, notes = from_jinja(program, {name: token for name, token in tokens.items() if token}, special)
+        said = {name: token for name, token in tokens.items() if token}
+        template, notes = from_jinja(program, said, special, tokenizer.eod_name if tokenizer else "")
     except ValueError as error:
         told(f"{folder}: its chat template is passed over, as it {error}; say how chats are written with --template")
         return None

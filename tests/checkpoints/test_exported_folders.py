@@ -15,7 +15,7 @@ from rwkv_train.checkpoints.opener import format_of
 from rwkv_train.data.templates import Template
 from rwkv_train.tokenizer import WORLD_FILE, load_tokenizer, train_bpe
 
-TEXT = "Hello, \u4f60\u597d!  Two  spaces\n\nand <|endoftext|> or <|rwkv_tokenizer_end_of_text|> in a text"
+TEXT = "Hello, \u4f60\u597d!  Two  spaces\n\nand more"
 CHAT = [{"role": "user", "content": "Hi!"}]
 
 
@@ -49,7 +49,10 @@ def test_transformers_opens_the_tokenizer(transformers, tmp_path, kind):
         ids = ours.encode(TEXT)
         assert opened(TEXT) == {"input_ids": ids, "attention_mask": [1] * len(ids)} and opened.decode(ids) == TEXT
         assert opened.eos_token_id == ours.eod and len(opened) == {"world": 65530}.get(kind, ours.vocab_size)
-        assert opened.apply_chat_template(CHAT, add_generation_prompt=True, tokenize=False) == "User: Hi!\n\nAssistant:"
+        assert (
+            opened.apply_chat_template(CHAT, add_generation_prompt=True, tokenize=False)
+            == f"{ours.eod_name}User: Hi!\n\nAssistant:"
+        )
     again = format_of(tmp_path / "theirs")
     assert again.template == Template() and again.tokenizer.eod == ours.eod
     if kind == "world":

@@ -54,11 +54,10 @@ def test_transformers_writes_the_ids_of_ours(opened, name, template):
         if "system" in template.roles:
             chat = [{"role": "system", "content": system}, *chat]
         pieces = [text for text, _ in template.segments(chat)]
-        assert theirs.apply_chat_template(chat, tokenize=False) == "".join(pieces)
-        assert theirs.apply_chat_template(chat, return_dict=False) == [
-            i for piece in pieces for i in ours.encode(piece)
-        ]
-        asked = [i for piece in template.prompt(chat) for i in ours.encode(piece)]
+        assert theirs.apply_chat_template(chat, tokenize=False) == ours.eod_name + "".join(pieces)
+        written = [ours.eod, *(i for piece in pieces for i in ours.encode(piece))]
+        assert theirs.apply_chat_template(chat, return_dict=False) == written
+        asked = [ours.eod, *(i for piece in template.prompt(chat) for i in ours.encode(piece))]
         assert theirs.apply_chat_template(chat, add_generation_prompt=True, return_dict=False) == asked
 
     check()
@@ -93,8 +92,10 @@ def test_thoughts_and_paragraphs_are_those_of_ours(opened, thinks):
                 with pytest.raises(Exception, match=r"empty|has no thought"):
                     theirs.apply_chat_template(messages, thinking=template.thinking, add_generation_prompt=asks)
                 continue
-            found = theirs.apply_chat_template(messages, thinking=template.thinking, add_generation_prompt=asks)
-            assert found == [i for piece in pieces for i in ours.encode(piece)]
+            found = theirs.apply_chat_template(
+                messages, thinking=template.thinking, add_generation_prompt=asks, return_dict=False
+            )
+            assert found == [ours.eod, *(i for piece in pieces for i in ours.encode(piece))]
 
     check()
 
@@ -110,12 +111,12 @@ def test_pieces_that_a_bpe_joins_are_told(opened):
     theirs = opened(ours, Template())
     chat = [{"role": role, "content": "b"} for role in ("user", "assistant", "user")]
     pieces = [text for text, _ in Template().segments(chat)]
-    assert theirs.apply_chat_template(chat, tokenize=False) == "".join(pieces)
-    assert theirs.apply_chat_template(chat, return_dict=False) != [i for piece in pieces for i in ours.encode(piece)]
+    assert theirs.apply_chat_template(chat, tokenize=False) == "<|endoftext|>" + "".join(pieces)
+    found = theirs.apply_chat_template(chat, return_dict=False)
+    assert found != [ours.eod, *(i for piece in pieces for i in ours.encode(piece))]
     assert not alike_in_one(ours, Template())
-    assert theirs.apply_chat_template(chat[:1], add_generation_prompt=True, return_dict=False) == ours.encode(
-        Template().prompt(chat[:1])[0]
-    )
+    asked = theirs.apply_chat_template(chat[:1], add_generation_prompt=True, return_dict=False)
+    assert asked == [ours.eod, *ours.encode(Template().prompt(chat[:1])[0])]
 
 
 @pytest.mark.parametrize(
@@ -131,6 +132,15 @@ def test_what_ours_refuses_is_refused_there(opened, message, said):
         opened(load_tokenizer("bytes"), Template()).apply_chat_template([message])
     with pytest.raises(ValueError):
         Template().segments([message])
+
+
+def test_the_end_of_a_document_is_no_text_of_a_message(opened):
+    """It is the token there, as a chat has to begin with it; here it is plain text."""
+    for template in (Template(), NAMED["g1"]):
+        with pytest.raises(Exception, match=r"message 1 holds <\|endoftext\|>, which ends a document"):
+            opened(load_tokenizer("bytes"), template).apply_chat_template(
+                [{"role": "user", "content": "<|endoftext|>"}]
+            )
 
 
 FORM = st.tuples(st.text("User: <|{}%'\"\\\n\u4f60", max_size=8), st.text("User: <|{}%'\"\\\n", max_size=8)).map(
@@ -216,7 +226,9 @@ def test_a_foreign_folder(tmp_path, capsys):
     assert not capsys.readouterr().err
     (tmp_path / "chat_template.jinja").write_text("{{ bos_token }}" + PLAIN)
     assert TextFormat.read(tmp_path).template.roles["user"] == "user: {content}\n"
-    assert "begins each chat with <|endoftext|>, which is not written here" in capsys.readouterr().err
+    assert not capsys.readouterr().err  # it is the end of a document, with which chats begin here
+    (tmp_path / "chat_template.jinja").write_text("{{ other_token }}" + PLAIN)
+    assert TextFormat.read(tmp_path).template.roles["user"] == "user: {content}\n"
     (tmp_path / "chat_template.jinja").write_text("You help." + PLAIN)
     assert TextFormat.read(tmp_path).template is None
     said = capsys.readouterr().err
