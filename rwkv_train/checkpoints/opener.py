@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 import torch
 
-from rwkv_train.checkpoints.modelfile import load_model, parts_of
+from rwkv_train.checkpoints.modelfile import load_model
+from rwkv_train.checkpoints.names import parts_of
 from rwkv_train.data.store import Store
 from rwkv_train.data.templates import Template
 from rwkv_train.data.text_format import TextFormat, compare, compare_templates
