@@ -253,7 +253,11 @@ def _read_old_names(parser: ArgumentParser) -> None:
 
     def load_settings(text: str):
         found = load(text)
-        return renamed(found) if isinstance(found, dict) else found
+        if not isinstance(found, dict):
+            return found
+        if isinstance(asked := found.get("thinking"), bool):  # what on and off are in YAML
+            found["thinking"] = "on" if asked else "off"
+        return renamed(found)
 
     set_loader("settings", load_settings, (YAMLError, ValueError))
     parser.parser_mode = "settings"
@@ -272,9 +276,28 @@ def _todays_flags(argv: list[str]) -> list[str]:
 def _spelled_out(config: type, argv: list[str]) -> list[str]:
     """Flags as the parser knows them: with underscores, and a yes-or-no flag on its own as --plain=true."""
     argv = _todays_flags([_underscored(a) for a in argv])
+    argv = _as_lists({f"--{f.name}" for f in fields(config) if f.metadata.get("texts")}, argv)
     switches = {f.name for f in fields(config) if f.type is bool}
     bare = [a[2:] in switches and n not in ("true", "false") for a, n in zip(argv, [*argv, ""][1:], strict=True)]
     return [a + "=true" * alone for a, alone in zip(argv, bare, strict=True)]
+
+
+def _as_lists(flags: set[str], argv: list[str]) -> list[str]:
+    """Flags that are given once for each text, as the parser takes them; a JSON list of texts is one already."""
+    found, seen = [], set()
+    while argv:
+        word, *argv = argv
+        flag, equals, text = word.partition("=")
+        name = flag.removesuffix("+")
+        if name in flags and not equals and argv and not argv[0].startswith("--"):
+            equals, (text, *argv) = "=", argv
+        if name in flags and equals:
+            texts, more = _value(text), flag != name or name in seen
+            is_list = isinstance(texts, list) and all(isinstance(each, str) for each in texts)
+            word = f"{name}{'+' * more}={json.dumps(texts if is_list else [text])}"
+            seen.add(name)
+        found.append(word)
+    return found
 
 
 def _with_found_config(argv: list[str]) -> list[str]:

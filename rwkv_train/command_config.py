@@ -2,17 +2,62 @@
 
 import ast
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Literal
 
+from rwkv_train.config import Thinking
+
 
 def explained(config: type, field: str) -> str:
-    """A setting's explanation: the string under it."""
-    (owner,) = ast.parse(inspect.getsource(config)).body
-    after = dict(pairwise(owner.body))
-    (text,) = [after[node].value.value for node in after if isinstance(node, ast.AnnAssign) and node.target.id == field]
-    return " ".join(text.split())
+    """A setting's explanation: the string under it, also where it is inherited."""
+    owners = [ast.parse(inspect.getsource(owner)).body[0] for owner in config.__mro__[:-1]]
+    texts = [
+        after.value.value
+        for owner in owners
+        for node, after in pairwise(owner.body)
+        if isinstance(node, ast.AnnAssign) and node.target.id == field and isinstance(after, ast.Expr)
+    ]
+    return " ".join(texts[0].split())
+
+
+Preset = Literal["chat", "text", "greedy", "thinking", "fake-thinking"]
+
+
+@dataclass(kw_only=True)
+class SamplingConfig:
+    """How tokens are chosen, and where a text ends: for all commands that write text."""
+
+    preset: Preset = "chat"
+    """values of the settings below that are not given: chat (temperature 0.8, top_p 0.5), text (temperature 1,
+    top_p 0.9), greedy (temperature 0), thinking (temperature 0.96, top_p 0.76, top_k 32, presence_penalty 1,
+    frequency_penalty 0.1, penalty_decay 0.988) or fake-thinking (temperature 1, top_p 0.28, top_k 32). A server's
+    requests may name others"""
+
+    temperature: float | None = None
+    """below 1 is safer, above 1 bolder, 0 always takes the likeliest token; the preset's if not given, as all below"""
+
+    top_p: float | None = None
+    """sample from the likeliest tokens that make up this much probability; 1 is all"""
+
+    top_k: int | None = None
+    """sample from this many of the likeliest tokens; 0 is all"""
+
+    min_p: float | None = None
+    """leave out tokens that are less likely than the likeliest one times this; 0 leaves out none"""
+
+    presence_penalty: float | None = None
+    """taken from the logit of every token that the reply so far holds; 0 is none"""
+
+    frequency_penalty: float | None = None
+    """the same, once for each time the token is in the reply; 0 is none"""
+
+    penalty_decay: float | None = None
+    """what frequency_penalty counts shrinks by this factor with each token of the reply; 1 forgets nothing"""
+
+    stop: list[str] = field(default_factory=list, metadata={"texts": True})
+    """end before this text, which is not shown; \\n in it is a line break, \\\\ a backslash. For several texts give it
+    several times, or a list in YAML"""
 
 
 @dataclass
@@ -44,12 +89,12 @@ class ValidateConfig:
     json: str | None = None
     """also write the figures to this file"""
 
-    dtype: Literal["fp32", "fp16", "bf16"] | None = None
+    dtype: Literal["fp32", "fp16", "bf16", "int8", "nf4"] | None = None
     """number format of the weights in memory; that of the file if not given"""
 
 
 @dataclass
-class GenerateConfig:
+class GenerateConfig(SamplingConfig):
     """Write a continuation of a prompt, or of many side by side."""
 
     model: str
@@ -70,27 +115,20 @@ class GenerateConfig:
     tokens: int = 200
     """most tokens to write"""
 
-    temperature: float = 1.0
-    """below 1 is safer, above 1 bolder, 0 always takes the likeliest token"""
-
-    top_p: float = 0.9
-    """sample from the likeliest tokens that make up this much probability"""
-
-    top_k: int = 0
-    """sample from this many of the likeliest tokens; 0 is all"""
-
     seed: int = 0
     """the same seed writes the same text; each further prompt of a file has the next seed"""
 
     device: str = "cpu"
     """cpu, cuda or cuda:N"""
 
-    dtype: Literal["fp32", "fp16", "bf16"] | None = None
+    dtype: Literal["fp32", "fp16", "bf16", "int8", "nf4"] | None = None
     """number format of the weights in memory; that of the file if not given"""
+
+    preset: Preset = field(default="text", kw_only=True)
 
 
 @dataclass
-class ChatConfig:
+class ChatConfig(SamplingConfig):
     """Talk to a model in the terminal; /help there lists what else can be typed."""
 
     model: str | None = None
@@ -101,28 +139,18 @@ class ChatConfig:
     """world, bytes or a tokenizer JSON; known where tokenizer.json lies with the model"""
 
     template: str | None = None
-    """YAML file that says how chats are written; template.yaml with the model, or RWKV World's if not given"""
+    """how chats are written: world, g1, raven, or a YAML file; if not given, as template.yaml or the chat_template with
+    the model says, or else as its name suggests"""
+
+    thinking: Thinking | None = None
+    """how a model that was taught to think does so: off; fake, it replies after an empty thought; on; normal, short or
+    long, where it is asked for a thought of such a length. As the template says if not given"""
 
     system: str = ""
     """a system message to begin with"""
 
-    temperature: float = 0.8
-    """below 1 is safer, above 1 bolder, 0 always takes the likeliest token"""
-
-    top_p: float = 0.5
-    """sample from the likeliest tokens that make up this much probability"""
-
-    top_k: int = 0
-    """sample from this many of the likeliest tokens; 0 is all"""
-
-    presence_penalty: float = 0.0
-    """taken from the logit of every token that the reply so far holds"""
-
-    frequency_penalty: float = 0.0
-    """the same, once for each time the token is in the reply"""
-
-    penalty_decay: float = 1.0
-    """what frequency_penalty counts shrinks by this factor with each token of the reply; 1 forgets nothing"""
+    tools: str | None = None
+    """JSON file that lists functions the model may call, as OpenAI's API has them; the system message names them"""
 
     seed: int = 0
     """the same seed and the same messages give the same replies"""
@@ -163,8 +191,9 @@ class ChatConfig:
     device: str = "cpu"
     """cpu, cuda or cuda:N"""
 
-    dtype: Literal["fp32", "fp16", "bf16", "int8"] = "fp32"
-    """number format of the weights in memory; those that corrections train are fp32 in any case. int8 needs torchao"""
+    dtype: Literal["fp32", "fp16", "bf16", "int8", "nf4"] = "fp32"
+    """number format of the weights in memory; those that corrections train are fp32 in any case. int8 and nf4, 8 and 4
+    bits a number of the blocks' matrices, need torchao"""
 
     memory: float | None = None
     """GB that a correction may take, the model counted (2^30 bytes); most of the device's if not given. A new profile
@@ -189,7 +218,12 @@ class FeedbackFileConfig:
     """world, bytes or a tokenizer JSON; known where tokenizer.json lies with the model"""
 
     template: str | None = None
-    """YAML file that says how chats are written; template.yaml with the model, or RWKV World's if not given"""
+    """how chats are written: world, g1, raven, or a YAML file; if not given, as template.yaml or the chat_template with
+    the model says, or else as its name suggests"""
+
+    thinking: Thinking | None = None
+    """how a model that was taught to think does so: off; fake, it replies after an empty thought; on; normal, short or
+    long, where it is asked for a thought of such a length. As the template says if not given"""
 
     folder: str | None = None
     """where corrections are kept; the user's data folder if not given"""
@@ -200,8 +234,9 @@ class FeedbackFileConfig:
     device: str = "cpu"
     """cpu, cuda or cuda:N"""
 
-    dtype: Literal["fp32", "fp16", "bf16", "int8"] = "fp32"
-    """number format of the weights in memory; those that corrections train are fp32 in any case. int8 needs torchao"""
+    dtype: Literal["fp32", "fp16", "bf16", "int8", "nf4"] = "fp32"
+    """number format of the weights in memory; those that corrections train are fp32 in any case. int8 and nf4, 8 and 4
+    bits a number of the blocks' matrices, need torchao"""
 
     memory: float | None = None
     """GB that a correction may take, the model counted (2^30 bytes); most of the device's if not given. A new profile
@@ -243,5 +278,17 @@ class ExportConfig:
     dtype: Literal["fp32", "fp16", "bf16"] | None = None
     """number format of the weights; that of the model if not given"""
 
+    tokenizer: str | None = None
+    """for a folder: world, bytes or a tokenizer JSON, where the model does not say it"""
+
+    template: str | None = None
+    """for a folder: how chats are written, as a name or a YAML file; what lies with the model if not given"""
+
+    profile: str | None = None
+    """with the corrections of this profile, as chat has it"""
+
+    folder: str | None = None
+    """where profiles are kept; the user's data folder if not given"""
+
     adapter: bool = False
-    """write only what a run with model.tune trained, the low-rank factors or the state"""
+    """write only what a run with model.tune trained, the factors or the state; a folder is then PEFT's"""

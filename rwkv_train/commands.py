@@ -3,26 +3,41 @@
 import json
 import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from tqdm import tqdm
 
+from rwkv_train.chat.opening import corrected
 from rwkv_train.checkpoints.modelfile import load_model, save_adapter, save_model
-from rwkv_train.checkpoints.opener import DTYPES, format_of, open_model, remedy_of, told
+from rwkv_train.checkpoints.opener import (
+    DTYPES,
+    format_of,
+    format_to_export,
+    load_in,
+    open_model,
+    remedy_of,
+    told,
+)
+from rwkv_train.checkpoints.states import to_time_states, told_of_beginning
 from rwkv_train.cli import parse
 from rwkv_train.command_config import ExportConfig, GenerateConfig, InspectConfig, ValidateConfig
 from rwkv_train.config import DataConfig
 from rwkv_train.data.batches import make_batches, validation_batches
 from rwkv_train.data.lanes import LaneBatches, split, trained_tokens
 from rwkv_train.data.store import Store
-from rwkv_train.data.text_format import TextFormat, compare, compare_templates
+from rwkv_train.data.text_format import TextFormat, alike_in_one, compare, compare_templates
 from rwkv_train.evaluate import Score, Scorer, byte_lengths, position_table
 from rwkv_train.files import read_lines, unescaped
-from rwkv_train.generate import LANES, Sampling, generate_text, generate_texts
+from rwkv_train.generate import LANES, generate_text, generate_texts
+from rwkv_train.generation.presets import sampling_of, stop_texts
+from rwkv_train.models.base import RWKV
 from rwkv_train.models.finite import broken_weight, finite
 from rwkv_train.models.loss import IGNORE_INDEX
-from rwkv_train.run_config import found_paths, run_settings
+from rwkv_train.models.rwkv7 import RWKV7
+from rwkv_train.run_config import found_paths, is_run_config, run_settings
 from rwkv_train.tokenizer import Tokenizer
+from rwkv_train.tokenizer_json import mentions
 from rwkv_train.train.runlog import read_metrics
 
 
@@ -32,7 +47,7 @@ def validate(config: ValidateConfig) -> None:
     if data is None:
         data, val_share = _held_out(Path(config.model))
     store = Store.open(data)
-    model = load_model(config.model, DTYPES[config.dtype] if config.dtype else None)
+    model = load_in(config.model, config.dtype)
     training, held_out = split(store, val_share)
     documents = held_out if val_share else training
     if config.data is None:
@@ -102,17 +117,17 @@ def _figures(score: Score) -> dict:
 
 def generate(config: GenerateConfig) -> None:
     """Print a prompt and its continuation as it is written, or those of a file, in its order."""
-    sampling = Sampling(config.temperature, config.top_p, config.top_k)
+    how = {"sampling": sampling_of(config), "max_new_tokens": config.tokens, "seed": config.seed}
+    how["stop"] = stop_texts(config.stop)
     if config.tokens < 1:
         raise ValueError(f"--tokens must be at least 1, found {config.tokens}")
     prompts = _prompts(config)
-    dtype = DTYPES[config.dtype] if config.dtype else None
-    model, tokenizer, _ = open_model(config.model, config.tokenizer, None, dtype, config.device, for_chats=False)
+    model, tokenizer, _ = open_model(config.model, config.tokenizer, None, config.dtype, config.device, for_chats=False)
     if config.prompts is not None:
-        _generate_side_by_side(config, model, tokenizer, prompts, sampling)
+        _show(prompts, generate_texts(model, tokenizer, prompts, lanes=config.lanes or LANES, **how))
         return
     sys.stdout.write(prompts[0])
-    for piece in generate_text(model, tokenizer, prompts[0], sampling, config.tokens, config.seed):
+    for piece in generate_text(model, tokenizer, prompts[0], **how):
         sys.stdout.write(piece)
         sys.stdout.flush()
     print()
@@ -133,10 +148,9 @@ def _prompts(config: GenerateConfig) -> list[str]:
     return prompts
 
 
-def _generate_side_by_side(config: GenerateConfig, model, tokenizer: Tokenizer, prompts: list[str], sampling) -> None:
+def _show(prompts: list[str], pieces: Iterator[tuple[int, str | None]]) -> None:
     """Print each text once it and those before it have ended, a blank line between two."""
     texts, ended, shown = list(prompts), set(), 0
-    pieces = generate_texts(model, tokenizer, prompts, sampling, config.tokens, config.seed, config.lanes or LANES)
     with tqdm(total=len(prompts), desc="generate", unit="text", leave=False, disable=None) as bar:
         for number, piece in pieces:
             texts[number] += piece or ""
@@ -176,35 +190,60 @@ def inspect(config: InspectConfig) -> None:
 
 def export(config: ExportConfig) -> None:
     """Write a model in another format, or what a run with model.tune has trained."""
-    known = format_of(config.model)
+    folder = config.out.endswith("/") or Path(config.out).suffix not in (".pth", ".safetensors")
+    if (config.adapter or not folder) and (config.tokenizer or config.template):
+        raise ValueError(f"{config.out}: a file of weights has no place for --tokenizer and --template; name a folder")
+    if config.profile and config.adapter:
+        raise ValueError("--profile is of a model with corrections, and --adapter of what a run trained; give one")
     if config.adapter:
-        save_adapter(config.model, config.out)
+        run = Path(config.model) / "config.yaml"
+        given = ("data.path", "data.val", "data.tokenizer")
+        base = found_paths(run, given).get("model.init") if is_run_config(run) else None
+        adapter = save_adapter(config.model, config.out, base)
         flag = f"--model BASE+{shlex.quote(config.out)}"
         print(f"{config.out}: what {config.model} trained; `{flag}` puts it on its model")
-        print(_left_out(known))
+        print(*told_of_beginning(adapter), _left_out(format_of(config.model)), sep="\n")
         return
-    model = load_model(config.model)
+    model = corrected(config.model, config.profile, config.folder) if config.profile else load_model(config.model)
     if broken := broken_weight(model):
         raise ValueError(f"{config.model} gives no finite number: {broken}")
-    folder = config.out.endswith("/") or Path(config.out).suffix not in (".pth", ".safetensors")
-    save_model(model, config.out, DTYPES[config.dtype] if config.dtype else None, *(known if folder else ()))
-    c = model.config
-    print(f"{config.out}: {model.name}, {c.n_layer} layers x {c.n_embd} channels, vocabulary {c.vocab_size}")
-    print(_taken_along(known, model.config.vocab_size) if folder else _left_out(known))
-
-
-def _taken_along(known: TextFormat, vocab_size: int) -> str:
-    """Which program opens the tokenizer of an exported folder."""
-    if known.tokenizer and known.tokenizer.library_json:
-        lines = [f"tokenizer {known.tokenizer}: AutoTokenizer opens it there, too"]
-    elif known.tokenizer or vocab_size == 65536:
-        lines = ["tokenizer: RWKV World's, which only this program opens there; AutoTokenizer has no file for it"]
+    if config.profile and config.dtype in ("fp16", "bf16"):
+        told(f"corrections are kept in fp32, and {config.dtype} rounds what they changed; ask the model what it knows")
+    c, dtype = model.config, DTYPES[config.dtype] if config.dtype else None
+    if folder:
+        known = format_to_export(config.model, config.tokenizer, config.template, c.vocab_size)
+        save_model(model, config.out, dtype, *known)
+        said = "\n".join(_opened_by(model, known))
     else:
-        lines = ["tokenizer: unknown, so there is none in it; give --tokenizer where the folder is used"]
-    lines.append(
-        "chats: written as its template.yaml says" if known.template else "chats: unknown how they are written"
-    )
-    return "\n".join(lines)
+        save_model(model, config.out, dtype)
+        said = _left_out(format_of(config.model))
+    print(f"{config.out}: {model.name}, {c.n_layer} layers x {c.n_embd} channels, vocabulary {c.vocab_size}")
+    print(*told_of_beginning(to_time_states(model.state_dict())), said, sep="\n")
+
+
+def _opened_by(model: RWKV, known: TextFormat) -> Iterator[str]:
+    """What opens an exported folder, and what it finds there."""
+    if not isinstance(model, RWKV7):
+        yield "weights: AutoModelForCausalLM of transformers opens them"
+    elif model.config.head_size == 64:
+        yield "weights: RWKV7ForCausalLM of rwkv7-hf opens them, and flash-linear-attention"
+    else:
+        yield f"weights: opened here alone, as others norm heads of {model.config.head_size} channels otherwise"
+    if known.tokenizer:
+        adds = mentions(json.loads(known.tokenizer.library_json).get("post_processor"), "TemplateProcessing")
+        others = ", and adds tokens to a text unless add_special_tokens is False" if adds else ""
+        yield f"tokenizer {known.tokenizer}: AutoTokenizer opens it" + others
+    else:
+        yield "tokenizer: unknown, so there is none in it; give --tokenizer"
+    if known.template and known.tokenizer:
+        others = (
+            "" if alike_in_one(known.tokenizer, known.template) else ", with other ids where a reply begins or ends"
+        )
+        yield "chats: apply_chat_template writes them" + others
+    elif known.template:
+        yield "chats: written as its template.yaml says"
+    else:
+        yield "chats: unknown how they are written, so apply_chat_template cannot; give --template"
 
 
 def _left_out(known: TextFormat) -> str:

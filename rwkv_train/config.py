@@ -1,5 +1,6 @@
 """Settings of a training run: typed, read from YAML and dotted flags, checked before anything heavy is loaded."""
 
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -14,6 +15,8 @@ Strategy = Literal[
     "deepspeed_stage_2_offload",
     "deepspeed_stage_3_offload",
 ]
+
+Thinking = Literal["off", "fake", "on", "normal", "short", "long"]  # how a thought is asked for; see data/templates.py
 
 RENAMED = {"train.recompute": "train.checkpoint_blocks"}  # old names, still read in files and as flags
 
@@ -65,23 +68,25 @@ class ModelConfig:
     dropout: float = 0.0
     """share of each block's output that is dropped in training"""
 
-    tune: Literal["all", "lora", "state"] = "all"
-    """what of init is trained: all of it; lora, low-rank factors beside the blocks' matrices; state, only the state in
-    which documents begin"""
+    tune: Literal["all", "lora", "pissa", "miss", "state"] = "all"
+    """what of init is trained: all of it; lora, low-rank factors beside the blocks' matrices; pissa, the same, which
+    begin as their principal components; miss, one small matrix beside each, repeated along its inputs; state, only the
+    state in which documents begin"""
 
     rank: int | None = None
-    """of the factors of tune lora; 16 if not given"""
+    """of the factors of tune lora, pissa and miss; 16 if not given"""
 
-    base: Literal["float", "int8"] = "float"
-    """how the matrices beside the factors of tune lora are kept: float, or int8, a byte a number"""
+    ranks: list[str] = field(default_factory=list)
+    """other ranks for some matrices, as PART=RANK by a part of their names (blocks.0.att.key): [att=8, blocks.0-5=4];
+    the first that fits counts, and 0 leaves a matrix as it is"""
+
+    base: Literal["float", "int8", "nf4"] = "float"
+    """how the matrices beside the factors are kept: float; int8, a byte a number; nf4, half a byte"""
 
     def __post_init__(self):
         if self.tune != "all" and not self.init:
             raise ValueError(f"model.tune: {self.tune} needs model.init: a fresh model has to be trained as a whole")
-        if self.rank is not None and self.tune != "lora":
-            raise ValueError("model.rank is that of model.tune: lora; drop it")
-        if self.base != "float" and self.tune != "lora":
-            raise ValueError(f"model.base: {self.base} is for model.tune: lora; what is trained has to be float")
+        self._check_factors()
         sizes = ("n_layer", "n_embd", "n_att", "head_size", "n_ffn", "vocab_size")
         given = [name for name in ("architecture", *sizes) if getattr(self, name) is not None]
         if self.init and given:
@@ -100,6 +105,24 @@ class ModelConfig:
             raise ValueError("give model.init to start from a checkpoint, or model.n_layer and model.n_embd")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"model.dropout must be at least 0 and below 1, found {self.dropout}")
+
+    @property
+    def factors(self) -> bool:
+        """Whether factors beside the matrices are trained."""
+        return self.tune in ("lora", "pissa", "miss")
+
+    def _check_factors(self) -> None:
+        for name, given in (("rank", self.rank is not None), ("ranks", self.ranks)):
+            if given and not self.factors:
+                raise ValueError(f"model.{name} is that of model.tune: lora, pissa or miss; drop it")
+        if self.base != "float" and not self.factors:
+            kinds = "model.tune: lora, pissa or miss"
+            raise ValueError(f"model.base: {self.base} is for {kinds}; what is trained has to be float")
+        if self.rank is not None:
+            _at_least(1, "model", self, "rank")
+        for entry in self.ranks:
+            if not re.fullmatch(r"[\w.-]+=\d+", entry):
+                raise ValueError(f"model.ranks takes entries as att=8 or blocks.0-5=4, found {entry!r}")
 
 
 @dataclass

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from rwkv_train.generation.decoder import Decoder
 from rwkv_train.generation.prefill import prefill
+from rwkv_train.generation.reply import Reply
 from rwkv_train.generation.sampling import Sampling, random_numbers
 from rwkv_train.models.base import RWKV
 from rwkv_train.models.state import State
-from rwkv_train.tokenizer import StreamDecoder, Tokenizer
+from rwkv_train.tokenizer import Tokenizer
 
 __all__ = ["Sampling", "generate_text", "generate_texts", "prefill", "random_numbers", "stream_tokens"]
 
@@ -47,13 +48,20 @@ def stream_tokens(
 
 
 def generate_text(
-    model: RWKV, tokenizer: Tokenizer, prompt: str, sampling: Sampling, max_new_tokens: int, seed: int = 0
+    model: RWKV,
+    tokenizer: Tokenizer,
+    prompt: str,
+    sampling: Sampling,
+    max_new_tokens: int,
+    seed: int = 0,
+    stop: tuple[str, ...] = (),
 ) -> Iterator[str]:
-    """The continuation of a prompt, piece by piece, never breaking inside a character; ends at a document's end.
+    """The continuation of a prompt, piece by piece, never breaking inside a character.
 
-    As in training, a text starts after the end-of-document token.
+    It ends at a document's end, or before one of the texts `stop`, no part of which is given. As in training, a text
+    starts after the end-of-document token.
     """
-    for _, piece in generate_texts(model, tokenizer, [prompt], sampling, max_new_tokens, seed):
+    for _, piece in generate_texts(model, tokenizer, [prompt], sampling, max_new_tokens, seed, stop=stop):
         if piece:
             yield piece
 
@@ -66,6 +74,7 @@ def generate_texts(
     max_new_tokens: int,
     seed: int = 0,
     lanes: int = LANES,
+    stop: tuple[str, ...] = (),
 ) -> Iterator[tuple[int, str | None]]:
     """The continuations of prompts, `lanes` of them side by side: (number of the prompt from 0, piece of its text).
 
@@ -76,21 +85,22 @@ def generate_texts(
         raise ValueError(f"lanes must be at least 1, found {lanes}")
     if max_new_tokens < 1:
         return
-    decoder, stop = Decoder(model), frozenset([tokenizer.eod])
+    decoder, end_of_document = Decoder(model), frozenset([tokenizer.eod])
     waiting, texts = list(enumerate(prompts))[::-1], {}
     try:
         while waiting or len(decoder):
             while waiting and len(decoder) < lanes:
                 number, prompt = waiting.pop()
                 ids, rng = [tokenizer.eod, *tokenizer.encode(prompt)], random_numbers(seed + number)
-                lane = decoder.add(ids, sampling, rng, stop, max_new_tokens)
-                texts[lane] = number, StreamDecoder(tokenizer)
+                lane = decoder.add(ids, sampling, rng, end_of_document, max_new_tokens)
+                texts[lane] = number, Reply(tokenizer, None, stop=stop)
             for lane, token, end, _ in decoder.step():
                 number, text = texts[lane]
                 if token is not None:
-                    yield number, text.push(token)
-                if end is not None:
-                    yield number, text.flush()
+                    yield number, text.push(token, lambda: None)
+                if end is not None or text.done:
+                    decoder.drop(lane)
+                    yield number, text.finish()
                     yield number, None
     finally:
         decoder.close()

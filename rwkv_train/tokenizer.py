@@ -5,23 +5,24 @@ may end in the middle of a UTF-8 character and only the bytes can be joined safe
 """
 
 import ast
-import codecs
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import numpy as np
 
 from rwkv_train.files import read_text
 from rwkv_train.tokenizer_json import (
-    BYTE_ALPHABET,
     EOD_NAMES,
+    WORLD_END,
     UnknownEnd,
+    bytes_json,
     end_of_document,
     from_byte_alphabet,
     from_sentencepiece,
+    longest_match_json,
     mentions,
     said_beside,
     said_in,
@@ -30,6 +31,7 @@ from rwkv_train.tokenizer_json import (
 
 KEY = "rwkv_train_tokenizer"  # of its name: alone in the small JSON that stands for World, or in tokenizer_config.json
 OWN_FILE = "rwkv_train_tokenizer.json"  # in folders: a tokenizer.json there is one that `tokenizers` opens
+WORLD_FILE = "rwkv_vocab_v20230424.txt"  # the World vocabulary: a line a token, "ID LITERAL LENGTH"
 
 
 class Tokenizer:
@@ -62,7 +64,7 @@ class Tokenizer:
         return b"".join(table[i] for i in map(int, ids) if 0 <= i < size)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text; bytes that are no UTF-8 become U+FFFD. For one id at a time see `StreamDecoder`."""
+        """The text; bytes that are no UTF-8 become U+FFFD. For one id at a time see generation/reply.py."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def byte_lengths(self) -> np.ndarray:
@@ -79,27 +81,38 @@ class Tokenizer:
         return text if text and self.eod in self.encode(text) else None
 
     @property
-    def library_json(self) -> str | None:
-        """What the library `tokenizers` opens, and encodes alike; None if there is no such thing."""
-        return None
+    def special_tokens(self) -> Sequence[str]:
+        """Names of tokens that no text holds."""
+        raise NotImplementedError
+
+    @property
+    def library_json(self) -> str:
+        """The JSON that the library `tokenizers` opens, and encodes alike."""
+        raise NotImplementedError
 
     def save(self, path: str | Path) -> None:
         """Write a JSON file that `load_tokenizer` reads back, given the same end of document."""
-        text = self.library_json or json.dumps({KEY: self.name}) + "\n"
-        Path(path).write_text(text, encoding="utf-8", newline="\n")
+        Path(path).write_text(self.library_json, encoding="utf-8", newline="\n")
 
     def save_in(self, folder: str | Path) -> list[str]:
-        """Write the files by which `load_tokenizer` opens a folder, and AutoTokenizer where it can; their names."""
+        """Write the files by which `load_tokenizer` opens a folder, and knows their end of document; their names."""
+        return self.export_in(folder)
+
+    def export_in(self, folder: str | Path, chat_template: str | None = None) -> list[str]:
+        """Write the files by which `load_tokenizer` and AutoTokenizer open a folder; their names.
+
+        chat_template: the Jinja text by which AutoTokenizer writes chats. Names of special tokens in a text are plain
+        text there, too, as they are here.
+        """
         folder = Path(folder)
-        if not self.library_json:
-            self.save(folder / OWN_FILE)
-            return [OWN_FILE]
         (end,) = (token for token, index in vocabulary(json.loads(self.library_json)).items() if index == self.eod)
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": end, "eos_token": end}
-        config |= {"clean_up_tokenization_spaces": False, "model_max_length": 10**30, KEY: self.name}
-        self.save(folder / "tokenizer.json")
+        config |= {"clean_up_tokenization_spaces": False, "split_special_tokens": True, "model_max_length": 10**30}
+        config |= {"model_input_names": ["input_ids", "attention_mask"], KEY: self.name}
+        config |= {"chat_template": chat_template} if chat_template else {}
+        (folder / "tokenizer.json").write_text(self.library_json, encoding="utf-8", newline="\n")
         text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-        (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
+        (folder / "tokenizer_config.json").write_text(text, encoding="utf-8", newline="\n")
         return ["tokenizer.json", "tokenizer_config.json"]
 
 
@@ -107,21 +120,11 @@ class ByteTokenizer(Tokenizer):
     """Id 0 ends a document, byte b is id b + 1."""
 
     name, vocab_size, eod = "bytes", 257, 0
+    special_tokens = (EOD_NAMES[0],)
 
     @property
     def library_json(self) -> str:
-        """Written here and not by the library, whose next version may write it otherwise: it is known again by it."""
-        bytewise = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-        vocab = {EOD_NAMES[0]: 0} | {letter: b + 1 for letter, b in BYTE_ALPHABET.items()}
-        end = {"id": 0, "content": EOD_NAMES[0], "special": True}
-        spec = {
-            "version": "1.0",
-            "added_tokens": [end | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)],
-            "pre_tokenizer": bytewise,
-            "decoder": bytewise,
-            "model": {"type": "BPE", "vocab": vocab, "merges": []},
-        }
-        return json.dumps(spec) + "\n"
+        return bytes_json()
 
     @cached_property
     def table(self) -> list[bytes]:
@@ -139,6 +142,7 @@ class WorldTokenizer(Tokenizer):
     """RWKV World: ids 1 to 65529 are byte strings, 0 ends a document, models round up to 65536."""
 
     name, vocab_size, eod = "world", 65536, 0
+    special_tokens = (WORLD_END,)
 
     def __reduce__(self):
         return WorldTokenizer, ()  # the Rust object cannot be pickled, and is quick to build again
@@ -147,8 +151,7 @@ class WorldTokenizer(Tokenizer):
     def _vocab(self) -> bytes:
         import pyrwkv_tokenizer
 
-        path = Path(pyrwkv_tokenizer.__file__).with_name("rwkv_vocab_v20230424.txt")
-        return path.read_bytes().replace(b"\r\n", b"\n")
+        return _unix_lines(Path(pyrwkv_tokenizer.__file__).with_name(WORLD_FILE))
 
     @cached_property
     def _rust(self):
@@ -158,7 +161,7 @@ class WorldTokenizer(Tokenizer):
 
     @cached_property
     def table(self) -> list[bytes]:
-        # Lines are "ID LITERAL LENGTH". One literal_eval over all of them is ten times as fast as 65,529.
+        # One literal_eval over all of them is ten times as fast as 65,529.
         rows = [line.split(" ", 1) for line in self._vocab.decode("utf-8").split("\n") if line]
         literals = ast.literal_eval("[" + ",".join(rest.rsplit(" ", 1)[0] for _, rest in rows) + "]")
         table = [b""] * self.vocab_size
@@ -179,6 +182,22 @@ class WorldTokenizer(Tokenizer):
         for text in texts:
             to_utf8(text)
         return self._rust.encode_batch(list(texts))
+
+    @property
+    def library_json(self) -> str:
+        return _world_json()
+
+    def save(self, path: str | Path) -> None:
+        Path(path).write_text(json.dumps({KEY: self.name}) + "\n", encoding="utf-8", newline="\n")
+
+    def save_in(self, folder: str | Path) -> list[str]:
+        self.save(Path(folder) / OWN_FILE)
+        return [OWN_FILE]
+
+
+@cache
+def _world_json() -> str:
+    return longest_match_json(WorldTokenizer().table, WORLD_END)
 
 
 class JsonTokenizer(Tokenizer):
@@ -211,6 +230,10 @@ class JsonTokenizer(Tokenizer):
         return JsonTokenizer, (self._text, self.name, self.eod)
 
     @property
+    def special_tokens(self) -> list[str]:
+        return [token["content"] for token in self._spec["added_tokens"] if token["special"]]
+
+    @property
     def library_json(self) -> str:
         return self._text
 
@@ -241,24 +264,8 @@ class JsonTokenizer(Tokenizer):
         return [e.ids for e in self._library.encode_batch_fast(list(texts), add_special_tokens=False)]
 
 
-class StreamDecoder:
-    """Decodes one id at a time, holding bytes back until their character is complete."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
-
-    def push(self, token: int) -> str:
-        """The characters that `token` completes, often one token's text, sometimes ""."""
-        return self._utf8.decode(self._tokenizer.decode_bytes([token]))
-
-    def flush(self) -> str:
-        """What is left at the end: "" or one U+FFFD for an unfinished character."""
-        return self._utf8.decode(b"", final=True)
-
-
 def load_tokenizer(spec: str | Path, eod: str | int | None = None) -> Tokenizer:
-    """ "world", "bytes", a tokenizers JSON, a file written by `save`, or a folder with one of them.
+    """ "world", "bytes", a tokenizers JSON, a file written by `save`, World's vocabulary, or a folder with one of them.
 
     eod: the name or the id of the token that ends a document; None: what files beside the JSON say, or a usual name.
     Raises ValueError if `spec` is none of these, the JSON is damaged, or `eod` is no token of it; UnknownEnd where
@@ -272,6 +279,10 @@ def load_tokenizer(spec: str | Path, eod: str | int | None = None) -> Tokenizer:
     if not path.is_file():
         known = 'Give "world", "bytes", a tokenizers JSON file, or a folder that holds tokenizer.json.'
         raise ValueError(f"Tokenizer {str(spec)!r} is unknown: there is no file {path}. {known}")
+    if path.suffix == ".txt":
+        if hashlib.sha256(_unix_lines(path)).hexdigest() != WorldTokenizer().fingerprint:
+            raise ValueError(f"{path} is not RWKV's World vocabulary, {WORLD_FILE}. Copy it again from its source.")
+        return load_tokenizer("world", eod)
     try:
         text = read_text(path)
         content = json.loads(text)
@@ -282,8 +293,8 @@ def load_tokenizer(spec: str | Path, eod: str | int | None = None) -> Tokenizer:
             raise ValueError(f'{path}: {KEY} is {content[KEY]!r}, expected "world" or "bytes". Correct it.')
         return load_tokenizer(content[KEY], eod)
     try:
-        if content == json.loads(ByteTokenizer().library_json):
-            return load_tokenizer("bytes", eod)
+        if known := _known(content):
+            return load_tokenizer(known, eod)
         return JsonTokenizer(text, _name(path), eod, said_beside(path))
     except UnknownEnd as error:
         raise UnknownEnd(f"{path} {error}") from None
@@ -293,8 +304,23 @@ def load_tokenizer(spec: str | Path, eod: str | int | None = None) -> Tokenizer:
 
 def tokenizer_file(path: Path) -> Path:
     """Of a folder, the file in it that holds its tokenizer; there may be none."""
-    own = path / OWN_FILE
-    return path if not path.is_dir() else own if own.is_file() else path / "tokenizer.json"
+    if not path.is_dir():
+        return path
+    names = [OWN_FILE, "tokenizer.json"]
+    if (path / "tokenizer_config.json").is_file():  # elsewhere the vocabulary need not be that of what lies beside it
+        names.append(WORLD_FILE)
+    return next((path / name for name in names if (path / name).is_file()), path / "tokenizer.json")
+
+
+def _known(spec: dict) -> str | None:
+    """ "world" or "bytes", if a tokenizers JSON is what these are saved as, here or again by the library."""
+    own = {257: ByteTokenizer, 65530: WorldTokenizer}.get(len(vocabulary(spec)))  # so that few are written to compare
+    said = {key: value for key, value in spec.items() if value is not None}
+    return own.name if own and said == json.loads(own().library_json) else None
+
+
+def _unix_lines(path: Path) -> bytes:
+    return path.read_bytes().replace(b"\r\n", b"\n")
 
 
 def _name(path: Path) -> str:

@@ -1,13 +1,17 @@
-"""What a tokenizers JSON says: its tokens, the bytes they stand for, and which of them ends a document."""
+"""What a tokenizers JSON says: its tokens, the bytes they stand for, which of them ends a document; and two of ours."""
 
 import json
 from collections.abc import Sequence
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 
+WORLD_END = "<|rwkv_tokenizer_end_of_text|>"  # what Hugging Face folders of World models call id 0
 # Names of the token that ends a document, in published vocabularies; the first that is there is taken.
 EOD_NAMES = (
     *("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "<|eot_id|>", "<|im_end|>", "[EOS]", "<EOS>", "<|eos|>"),
     *("<|end|>", "<end_of_turn>", "<eod>", "<|eod|>", "<|end_of_document|>", "<\uff5cend\u2581of\u2581sentence\uff5c>"),
+    WORLD_END,
 )
 # What may lie beside a tokenizer, and under which key it says what ends a document.
 SAID_BESIDE = {
@@ -86,6 +90,67 @@ BYTE_ALPHABET = _byte_alphabet()
 def from_byte_alphabet(token: str) -> bytes:
     known = all(letter in BYTE_ALPHABET for letter in token)
     return bytes(BYTE_ALPHABET[letter] for letter in token) if known else token.encode("utf-8")
+
+
+BYTE_LETTERS = {b: letter for letter, b in BYTE_ALPHABET.items()}
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+
+
+def bytes_json() -> str:
+    """A tokenizers JSON of single bytes: byte b is id b + 1, id 0 ends a document.
+
+    Written here and not by the library, whose next version may write it otherwise: it is known again by it.
+    """
+    vocab = {EOD_NAMES[0]: 0} | {letter: b + 1 for letter, b in BYTE_ALPHABET.items()}
+    return _json(EOD_NAMES[0], BYTE_LEVEL, {"type": "BPE", "vocab": vocab, "merges": []})
+
+
+def longest_match_json(table: Sequence[bytes], end: str) -> str:
+    """A tokenizers JSON that takes the longest token that stands at a place, and goes on behind it.
+
+    table: the bytes of each id, where any single byte is one, too; id 0, `end`, and others that are empty have none. No
+    model of the library reads like this; its regular expressions do, so that one of them, of all the tokens, cuts the
+    text, and the model looks up what it has cut.
+    """
+    vocab = {"".join(map(BYTE_LETTERS.get, token)): index for index, token in enumerate(table) if token}
+    split = {"type": "Split", "pattern": {"Regex": _longest(sorted(vocab))}, "behavior": "Isolated", "invert": False}
+    cut = {"type": "Sequence", "pretokenizers": [BYTE_LEVEL, split]}
+    return _json(end, cut, {"type": "WordLevel", "vocab": {end: 0} | vocab, "unk_token": end})
+
+
+def _json(end: str, pre_tokenizer: dict, model: dict) -> str:
+    added = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    spec = {
+        "version": "1.0",
+        "added_tokens": [{"id": 0, "content": end, "special": True} | added],
+        "pre_tokenizer": pre_tokenizer,
+        "decoder": BYTE_LEVEL,
+        "model": model,
+    }
+    return json.dumps(spec, ensure_ascii=False) + "\n"
+
+
+def _longest(texts: list[str]) -> str:
+    """The regular expression of the longest of these texts, which are sorted and all different; the first may be ""."""
+    optional = texts[0] == ""
+    branches = [(letter, [t[1:] for t in group]) for letter, group in groupby(texts[optional:], itemgetter(0))]
+    if not branches:
+        return ""
+    choice = _choice(branches)
+    return f"(?:{choice})" + "?" * optional if optional or len(branches) > 1 else choice
+
+
+def _choice(branches: list[tuple[str, list[str]]]) -> str:
+    """The branch of the letter that comes next. Engines try one after the other, so many are halved by a look ahead."""
+    if len(branches) <= 4:
+        return "|".join(_escaped(letter) + _longest(rest) for letter, rest in branches)
+    half = len(branches) // 2
+    low, high = _escaped(branches[0][0]), _escaped(branches[half - 1][0])
+    return f"(?=[{low}-{high}])(?:{_choice(branches[:half])})|{_choice(branches[half:])}"
+
+
+def _escaped(letter: str) -> str:
+    return "\\" + letter if letter in r"\.^$|?*+()[]{}-" else letter
 
 
 def from_sentencepiece(token: str) -> bytes:

@@ -115,6 +115,8 @@ def folder(tmp_path_factory):
     tokenizer = train_bpe([SENTENCE], 300)
     tokenizer.save(folder / "20B_tokenizer.json")
     save_model(random_model(vocab_size=tokenizer.vocab_size), folder / "RWKV-4-Pile-169M.pth", dtype=torch.bfloat16)
+    seven = random_model(vocab_size=65_536, n_embd=8, generation="rwkv7")
+    save_model(seven, folder / "rwkv7-g1d-0.1b-20260129-ctx8192.pth", dtype=torch.bfloat16)
     starter = folder / "data" / "starter"
     starter.mkdir(parents=True)
     save_model(random_model(n_embd=48, vocab_size=257), starter / "model.pth")

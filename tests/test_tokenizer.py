@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rwkv_train.tokenizer import StreamDecoder, load_tokenizer, train_bpe
+from rwkv_train.tokenizer import load_tokenizer, train_bpe
 
 SAMPLE = ["the cat sat on the mat, the cat sat\n", "naïve café 你好 🤖 <|endoftext|> the end\n\n"] * 20
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=60) | st.text("aé你🤖👩‍👩‍👧 \n\x00", max_size=30)
@@ -56,23 +56,6 @@ def test_world_table_equals_its_file_of_lengths(tokenizers):
     assert lengths.dtype == np.int64 and lengths.shape == (65536,)
     assert all(lengths[index] == length for index, length in stated.items())
     assert lengths.sum() == sum(stated.values()) and len(set(tokenizers["world"].table)) == len(stated) + 1
-
-
-@pytest.mark.parametrize("name", ["world", "bytes", "bpe"])
-@settings(max_examples=40, deadline=None)
-@given(data=st.data())
-def test_stream_equals_whole(tokenizers, name, data):
-    tokenizer = tokenizers[name]
-    ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size - 1), max_size=20)) + tokenizer.encode("🤖é")
-    ids = ids[: data.draw(st.integers(0, len(ids)))]  # also stops in the middle of a character
-    decoder = StreamDecoder(tokenizer)
-    assert "".join([decoder.push(i) for i in ids]) + decoder.flush() == tokenizer.decode(ids)
-
-
-def test_stream_waits_for_the_whole_character():
-    tokenizer = load_tokenizer("bytes")
-    decoder = StreamDecoder(tokenizer)
-    assert [decoder.push(i) for i in tokenizer.encode("a你b")] == ["a", "", "", "你", "b"]
 
 
 def test_bpe_is_deterministic_and_byte_complete(tmp_path):

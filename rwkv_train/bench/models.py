@@ -15,9 +15,9 @@ from torch import Tensor
 from rwkv_train.bptt import chunked_loss
 from rwkv_train.checkpoints.modelfile import save_model
 from rwkv_train.models import rwkv4, rwkv7
-from rwkv_train.models.adapters import quiet_torchao
 from rwkv_train.models.base import RWKV
 from rwkv_train.models.loss import IGNORE_INDEX
+from rwkv_train.models.quantised import quiet_torchao
 from rwkv_train.models.rwkv4 import RWKV4, RWKV4Config
 from rwkv_train.models.rwkv7 import RWKV7, RWKV7Config
 from rwkv_train.ops.wkv4 import wkv4

@@ -276,7 +276,7 @@ class ServeBench:
     tokenizer: str | None = None
     """world, bytes or a tokenizer JSON; known where tokenizer.json lies with the model"""
 
-    dtype: Literal["fp32", "fp16", "bf16", "int8"] | None = None
+    dtype: Literal["fp32", "fp16", "bf16", "int8", "nf4"] | None = None
     """number format of the weights in memory; that of the file if not given"""
 
     sessions: list[int] = field(default_factory=lambda: [1, 16])

@@ -15,8 +15,9 @@ from rwkv_train.chat.session import Chat
 from rwkv_train.chat.terminal import in_plain, in_room, in_terminal
 from rwkv_train.checkpoints.opener import Opened, open_model
 from rwkv_train.command_config import ChatConfig
+from rwkv_train.data.functions import as_texts, read_tools
 from rwkv_train.feedback.settings import RENAMED
-from rwkv_train.generate import Sampling
+from rwkv_train.generation.presets import sampling_of, stop_texts
 
 
 def chat(config: ChatConfig) -> int:
@@ -56,13 +57,16 @@ def _check_flags(config: ChatConfig) -> None:
 
 def open_chat(config: ChatConfig) -> Chat:
     """The model, tokenizer and template that the settings name, as a chat about to begin."""
-    sampling = Sampling(**{f.name: getattr(config, f.name) for f in fields(Sampling)})
+    sampling, stops = sampling_of(config), stop_texts(config.stop)
     if not config.model and not program.STARTER.exists():
         raise ValueError(f"the starter model is not there ({program.STARTER}); name a model with --model")
     name = config.model or program.STARTER
-    opened = open_model(name, config.tokenizer, config.template, config.dtype, config.device)
-    dialogue = Dialogue(*opened, sampling, config.seed, config.tokens)
-    dialogue.system(config.system)
+    opened = open_model(name, config.tokenizer, config.template, config.dtype, config.device, thinking=config.thinking)
+    dialogue = Dialogue(*opened, sampling, config.seed, config.tokens, stops)
+    messages = [{"role": "system", "content": config.system}] if config.system else []
+    if config.tools:
+        messages = as_texts(messages, read_tools(config.tools))
+    dialogue.system(messages[0]["content"] if messages else "")
     try:
         return Chat(dialogue, data_folder(config.folder))
     except ValueError as error:

@@ -26,7 +26,9 @@ def feedback(config: FeedbackFileConfig) -> int:
         raise ValueError("there is nothing to do; give --file to learn corrections, or --sleep to learn all together")
     file = Path(config.file).expanduser() if config.file else None
     taught = _read(file) if file else []
-    opened = open_model(config.model, config.tokenizer, config.template, config.dtype, config.device)
+    opened = open_model(
+        config.model, config.tokenizer, config.template, config.dtype, config.device, thinking=config.thinking
+    )
     folder = data_folder(config.folder)
     with open_profile(opened, folder, config.profile, config.model, config.memory) as learner:
         if file and file.resolve() in (learner.folder.resolve(), learner.journal.path.resolve()):

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import torch
 
-from rwkv_train.chat.reply import Reply
+from rwkv_train.checkpoints.states import load_state, save_state
 from rwkv_train.checkpoints.weightfile import read_weights, write_pth
 from rwkv_train.data.templates import Template
 from rwkv_train.files import replace_file
 from rwkv_train.generate import Sampling, prefill, random_numbers, stream_tokens
+from rwkv_train.generation.reply import Reply
 from rwkv_train.models.base import RWKV
 from rwkv_train.models.state import State
 from rwkv_train.tokenizer import Tokenizer
@@ -29,9 +30,10 @@ class Turn:
     user: the question; system: the system message put before it, if any
     prompt: ids read for it, up to where the reply begins ("...Assistant:")
     state: after prompt and ids, one lane
-    reply: the text that was shown
+    reply: the text that was shown; thought: what the model wrote before it, which is not part of the dialogue
     ids: the reply's tokens, which hold exactly that text and, if the model wrote it (`ended`), the end of the turn
     version: of the model that wrote it
+    imported: stands for text that nobody knows, of which another program has left the state
     """
 
     user: str
@@ -42,12 +44,19 @@ class Turn:
     ids: list[int] = field(default_factory=list)
     ended: bool = False
     version: str = ""
+    thought: str = ""
+    imported: bool = False
+
+
+class Thought(str):
+    """A piece of what a model thinks before it replies."""
 
 
 class Dialogue:
     """Turns of a conversation, and how the next one is sampled.
 
-    sampling and template may be changed between turns; max_new_tokens: tokens of a reply. One thread at a time.
+    sampling and template may be changed between turns; max_new_tokens: tokens of a reply; stops: texts before which it
+    ends. One thread at a time.
     Raises ValueError for a template without users and assistants, or a tokenizer of another model.
     """
 
@@ -59,6 +68,7 @@ class Dialogue:
         sampling: Sampling | None = None,
         seed: int = 0,
         max_new_tokens: int = 500,
+        stops: tuple[str, ...] = (),
     ):
         if tokenizer.vocab_size > model.config.vocab_size:
             sizes = f"{tokenizer.vocab_size:,} tokens, the model {model.config.vocab_size:,}"
@@ -67,6 +77,7 @@ class Dialogue:
         self.template, self.sampling = template or Template(), sampling or Sampling()
         self.template.prompt([{"role": "user", "content": "-"}])  # has both roles, or says so now
         self.reseed(seed)
+        self.stops = stops
         self.limit(max_new_tokens)
         self.turns: list[Turn] = []
         self.pending: str | None = None  # a system message that goes before the next question
@@ -83,24 +94,21 @@ class Dialogue:
         return self.turns[-1].state if self.turns else None
 
     def say(self, text: str) -> Iterator[str]:
-        """The reply to a message, piece by piece, never breaking a character.
+        """The reply to a message, piece by piece, never breaking a character; of a `Thought` before it, too.
 
-        Nothing happens before the first piece is asked for. The reply ends at the template's end of turn, at an end
-        of document, or after `max_new_tokens` tokens; closing the iterator breaks it off. Either way the state then
-        holds exactly what was shown. Raises ValueError for a message without text.
+        Nothing happens before the first piece is asked for. The reply ends at the template's end of turn, before one
+        of `stops`, at an end of document, or after `max_new_tokens` tokens; closing the iterator breaks it off. Either
+        way the state then holds exactly what was shown. Raises ValueError for a message without text.
         """
         self.stop()
-        messages = [{"role": "system", "content": self.pending}] if self.pending else []
-        messages.append({"role": "user", "content": text})
-        pieces = self.template.prompt(messages)
-        prompt = self._opening(self.turns) + [i for piece in pieces for i in self.tokenizer.encode(piece)]
-        return self._start(self._reply(self.turns, text, self.pending, prompt))
+        self._prompt(self.turns, text, self.pending, opened=True)  # or says what is wrong with it
+        return self._start(self._reply(self.turns, text, self.pending))
 
     def retry(self) -> Iterator[str]:
         """Another reply to the last message, in place of the last one; only that message is read again."""
         self.stop()
         last = self.last()
-        return self._start(self._reply(self.turns[:-1], last.user, last.system, last.prompt))
+        return self._start(self._reply(self.turns[:-1], last.user, last.system))
 
     def back(self, count: int = 1) -> None:
         """Unsay the last `count` turns. A system message among them waits for the next question again."""
@@ -131,8 +139,8 @@ class Dialogue:
             self._running.close()
 
     def last(self) -> Turn:
-        """The last turn. Raises ValueError if there is none."""
-        if not self.turns:
+        """The last turn. Raises ValueError if there is none whose text is known."""
+        if not self.turns or self.turns[-1].imported:
             raise ValueError("nothing has been said yet")
         return self.turns[-1]
 
@@ -148,12 +156,17 @@ class Dialogue:
         return [*_ids(earlier), *self._opening(earlier), *self.tokenizer.encode(system)][1:]
 
     def reread(self, model: RWKV, version: str = "") -> None:
-        """Go on with another model of the same tokenizer: it reads the transcript, so every turn's state is its own."""
+        """Go on with another model of the same tokenizer: it reads the transcript, so every turn's state is its own.
+
+        An imported state stays what it is, as there is nothing to read.
+        """
         self.stop()
         turns: list[Turn] = []
         for turn in self.turns:
-            state = prefill(model, turn.prompt + turn.ids, turns[-1].state if turns else None)[1]
-            turns.append(replace(turn, state=state))
+            if not turn.imported:
+                state = prefill(model, turn.prompt + turn.ids, turns[-1].state if turns else None)[1]
+                turn = replace(turn, state=state)
+            turns.append(turn)
         self.model, self.version, self.turns = model, version, turns
 
     def save(self, path: str | Path) -> None:
@@ -194,29 +207,61 @@ class Dialogue:
         if content.get("version") != self.version:
             self.reread(self.model, self.version)
 
+    def export_state(self, path: str | Path) -> None:
+        """Write the state in which the next question begins to a file from which the package `rwkv` goes on."""
+        self.stop()
+        self.last()
+        rest = self._opening(self.turns)
+        state = prefill(self.model, rest, self.state)[1] if rest else self.state
+        save_state(state, path, self.model.dtype)
+
+    def import_state(self, path: str | Path) -> None:
+        """Go on from a state that `export_state` or `rwkv` has left, at the beginning of a question.
+
+        What was said before it is unknown, so that there is nothing to retry, to correct, or to read again with another
+        model. Raises ValueError, changing nothing, for a file that does not fit.
+        """
+        self.stop()
+        state, about = load_state(path, self.model), f"(the state of {Path(path).name})"
+        self.turns, self.pending = [Turn("", None, [self.tokenizer.eod], state, about, ended=True, imported=True)], None
+
     def _start(self, reply: Iterator[str]) -> Iterator[str]:
         self._running = reply
         return reply
 
-    def _reply(self, turns: list[Turn], user: str, system: str | None, prompt: list[int]) -> Iterator[str]:
-        """Ask `prompt` after `turns`, which then are the dialogue's, and stream the reply."""
-        model = self.model
-        logits, state = prefill(model, prompt, turns[-1].state if turns else None)
+    def _reply(self, turns: list[Turn], user: str, system: str | None) -> Iterator[str]:
+        """Ask after `turns`, which then are the dialogue's, and stream the reply."""
+        model, before = self.model, turns[-1].state if turns else None
+        prompt, opened = (self._prompt(turns, user, system, opened) for opened in (False, True))
+        logits, state = prefill(model, prompt, before)
         asked = Turn(user, system, prompt, state, version=self.version)
         self.turns, self.pending = [*turns, asked], None
-        reply = Reply(self.tokenizer, self.template.end(), state)
+        if opened[: len(prompt)] != prompt:  # a token holds the end of one and the beginning of the other
+            logits, state = prefill(model, opened, before)
+        elif more := opened[len(prompt) :]:
+            logits, state = prefill(model, more, state)
+        reply = Reply(self.tokenizer, self.template, asked.state, self.stops)
         stop = frozenset([self.tokenizer.eod])
         try:
             for token, after in stream_tokens(model, logits, state, self.sampling, self.max_new_tokens, stop, self.rng):
-                if piece := reply.push(token, lambda after=after: after):
-                    yield piece
-                if reply.ended:
+                thought, piece = len(reply.thought), reply.push(token, lambda after=after: after)
+                yield from filter(None, (Thought(reply.thought[thought:]), piece))
+                if reply.done:
                     break
+            thought, piece = len(reply.thought), reply.finish()
+            yield from filter(None, (Thought(reply.thought[thought:]), piece))
         finally:
             ids, rest, state = reply.settle()
             if rest := self.tokenizer.encode(rest):
                 state = prefill(model, rest, state)[1]
-            self.turns[-1] = replace(asked, state=state, reply=reply.shown, ids=ids + rest, ended=reply.ended)
+            found = {"reply": reply.shown, "thought": reply.thought, "ended": reply.ended}
+            self.turns[-1] = replace(asked, state=state, ids=ids + rest, **found)
+
+    def _prompt(self, turns: list[Turn], user: str, system: str | None, opened: bool) -> list[int]:
+        """Ids that ask for a reply after `turns`; opened: with what is written of it for the model."""
+        messages = [{"role": "system", "content": system}] if system else []
+        pieces = self.template.prompt([*messages, {"role": "user", "content": user}], opened=opened)
+        return [*self._opening(turns), *(i for piece in pieces for i in self.tokenizer.encode(piece))]
 
     def _opening(self, turns: list[Turn]) -> list[int]:
         """What comes before a question: the end of the document before, or of a reply that did not end itself."""
@@ -227,7 +272,7 @@ class Dialogue:
     def _system(self, text: str) -> str:
         """A system message as the template writes it; nothing for none, also where there is no such role."""
         messages = [{"role": "system", "content": text}] if text else []
-        return "".join(part for part, _ in self.template.segments(messages))
+        return "".join(self.template.history(messages))
 
 
 def _ids(turns: list[Turn]) -> list[int]:

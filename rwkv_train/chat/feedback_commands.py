@@ -157,6 +157,9 @@ class Teacher:
         return self._learn(Reading(read_text(rest).replace("\r\n", "\n")))
 
     def _learn(self, correction: Correction | Reading, meaning: str = "") -> Iterable[str]:
+        ours, theirs = (t.thinking for t in (self.learner.form.template, self.chat.dialogue.template))
+        if ours != theirs:
+            meaning += f", as for thinking {ours}; this chat has thinking {theirs}, where it may come to another answer"
         number = self.learner.receive(correction)
         yield f"received as correction {number}{meaning}\n"
         yield from self._run(lambda: self._commit(number))

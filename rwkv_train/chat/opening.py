@@ -8,9 +8,11 @@ from pathlib import Path
 import platformdirs
 
 from rwkv_train.checkpoints.names import called
-from rwkv_train.checkpoints.opener import Opened
+from rwkv_train.checkpoints.opener import Opened, open_model
 from rwkv_train.feedback import Learner
+from rwkv_train.feedback.journal import read
 from rwkv_train.feedback.profile import OtherModel
+from rwkv_train.models.base import RWKV
 
 
 def data_folder(given: str | None) -> Path:
@@ -26,6 +28,18 @@ def data_folder(given: str | None) -> Path:
         raise ValueError(
             f"nothing can be kept in {folder} ({error}); name a folder to write to, with --folder"
         ) from None
+
+
+def corrected(name: str | Path, profile: str, folder: str | None) -> RWKV:
+    """The model that a profile leaves, in the number format in which it was begun. ValueError if there is none."""
+    kept = data_folder(folder)
+    journal = kept / "profiles" / profile / "journal.jsonl"
+    if not journal.is_file():
+        known = ", ".join(sorted(path.parent.name for path in kept.glob("profiles/*/journal.jsonl"))) or "none"
+        raise ValueError(f"{kept} has no profile {profile}; there are: {known}")
+    begun = next(iter(read(journal)), {})
+    with open_profile(open_model(name, dtype=begun.get("dtype", "fp32")), kept, profile, name, None) as learner:
+        return learner.model
 
 
 def open_profile(opened: Opened, folder: Path, profile: str | None, name: str | Path, memory: float | None) -> Learner:

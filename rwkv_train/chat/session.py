@@ -9,8 +9,9 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from rwkv_train.chat.dialogue import Dialogue
-from rwkv_train.generate import Sampling
+from rwkv_train.chat.dialogue import Dialogue, Thought
+from rwkv_train.generation.presets import PRESETS, described
+from rwkv_train.generation.sampling import Sampling
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,9 @@ class Chat:
         """Print the answer to a line as it comes, and an empty line. Ctrl-C breaks the answer off.
 
         plain: at once instead and without empty lines in it; then Ctrl-C goes on to the caller. before: printed first.
+        Thoughts are dimmed on a terminal, and left out elsewhere.
         """
+        dims = not plain and sys.stdout.isatty()
         with self._screen, closing(self.answer(line)) as pieces:
             if before:
                 write(before)
@@ -111,13 +114,18 @@ class Chat:
                 said: list[str] = []
                 try:
                     for piece in pieces:
-                        said.append(piece)
+                        said += [] if isinstance(piece, Thought) else [piece]
                 finally:  # an interrupt does not hide what came before it
                     write(re.sub(r"\n\s*\n", "\n", "".join(said).strip()))
             else:
                 try:
+                    thinking = False
                     for piece in pieces:
-                        write(piece)
+                        if not isinstance(piece, Thought):
+                            write("\n" * thinking + piece)
+                        elif dims:
+                            write(f"\x1b[2m{piece}\x1b[0m")
+                        thinking = dims and isinstance(piece, Thought)
                 except KeyboardInterrupt:
                     pieces.close()
                     write(" [stopped]")
@@ -131,17 +139,19 @@ class Chat:
 
 def spoken(reply: Iterator[str]) -> Iterator[str]:
     """A reply's pieces, or a note where there are none. Closing this breaks the reply off."""
-    empty = True
+    empty, thought = True, False
     with closing(reply):
         for piece in reply:
-            empty = False
+            thought |= isinstance(piece, Thought)
+            empty &= isinstance(piece, Thought)
             yield piece
     if empty:
-        yield "(empty reply)"
+        yield "(a thought without a reply; /settings tokens N allows more)" if thought else "(empty reply)"
 
 
 def _help(chat: Chat, rest: str) -> Iterable[str]:
-    listed = [f"{c.usage:<28}{c.phrase}" for c in chat.commands.values()]
+    width = 2 + max(len(c.usage) for c in chat.commands.values())
+    listed = [f"{c.usage:<{width}}{c.phrase}" for c in chat.commands.values()]
     return ["\n".join([*listed, f"{chat.typing}A message that begins with / is written with //."])]
 
 
@@ -157,18 +167,26 @@ def _back(chat: Chat, rest: str) -> Iterable[str]:
 
 def _state(chat: Chat, rest: str) -> Iterable[str]:
     action, _, name = rest.partition(" ")
-    name = name.strip()
-    if action not in ("save", "load") or not re.fullmatch(r"[\w-]+", name):
-        raise ValueError("write /state save NAME or /state load NAME, with letters, digits, - and _ in NAME")
-    path = chat.folder / "dialogues" / f"{name}.state"
+    name, folder, dialogue = name.strip(), chat.folder / "dialogues", chat.dialogue
+    if action == "import" and name:
+        path = folder / f"{name}.pth" if re.fullmatch(r"[\w-]+", name) else Path(name).expanduser()
+        dialogue.import_state(path)
+        return [IMPORTED.format(path)]
+    if action not in ("save", "load", "export") or not re.fullmatch(r"[\w-]+", name):
+        what = "/state save NAME, /state load NAME or /state export NAME, with letters, digits, - and _ in NAME"
+        raise ValueError(f"write {what}, or /state import FILE")
+    if action == "export":
+        dialogue.export_state(folder / f"{name}.pth")
+        return [f"{folder / name}.pth: the state after {len(dialogue.turns)} turns, for the package rwkv; without text"]
+    path = folder / f"{name}.state"
     if action == "save":
-        chat.dialogue.save(path)
-        return [f"saved {len(chat.dialogue.turns)} turns as {name}"]
+        dialogue.save(path)
+        return [f"saved {len(dialogue.turns)} turns as {name}"]
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in path.parent.glob("*.state"))) or "none"
         raise ValueError(f"no dialogue is saved as {name}; there are: {known}")
-    chat.dialogue.load(path)
-    return [f"loaded {len(chat.dialogue.turns)} turns; the last reply was: {chat.dialogue.last().reply}"]
+    dialogue.load(path)
+    return [f"loaded {len(dialogue.turns)} turns; the last reply was: {dialogue.last().reply}"]
 
 
 def _system(chat: Chat, rest: str) -> Iterable[str]:
@@ -195,11 +213,15 @@ def _quit(chat: Chat, rest: str) -> Iterable[str]:
     return ["bye"]
 
 
+IMPORTED = (
+    "{}: your next message goes on from this state. It holds no text: what was said before is not shown, corrections "
+    "are learnt without it, and after a correction it stays the state of the model that it was made with"
+)
 COMMANDS = {
     "help": Command("/help", "list the commands", _help),
     "retry": Command("/retry", "another reply to your last message", _retry),
     "back": Command("/back [N]", "unsay the last turn, or the last N", _back),
-    "state": Command("/state save|load NAME", "keep the conversation, or go on with a kept one", _state),
+    "state": Command("/state save|load|export|import NAME", "keep the conversation; hand its state on", _state),
     "system": Command("/system TEXT", "a system message before your next message", _system),
     "settings": Command("/settings [NAME [VALUE]]", "show or change how replies are sampled", _set),
     "quit": Command("/quit", "leave, as does Ctrl-D", _quit),
@@ -213,9 +235,25 @@ def _settings(dialogue: Dialogue) -> dict[str, Setting]:
 
         return Setting(lambda: getattr(dialogue.sampling, name), change)
 
-    found = {f.name: sampled(f.name, f.type) for f in fields(Sampling)}
+    def preset() -> str:
+        name = next((name for name, known in PRESETS.items() if known == dialogue.sampling), "none")
+        return f"{name}: {described(dialogue.sampling)}"
+
+    def take(name: str) -> None:
+        if name not in PRESETS:
+            raise ValueError(f"there is no preset {name}; there are: {', '.join(PRESETS)}")
+        dialogue.sampling = PRESETS[name]
+
+    found = {"preset": Setting(preset, take)}
+    found |= {f.name: sampled(f.name, f.type) for f in fields(Sampling)}
     found["seed"] = Setting(lambda: dialogue.rng.initial_seed(), lambda value: dialogue.reseed(number(value, int)))
     found["tokens"] = Setting(lambda: dialogue.max_new_tokens, lambda value: dialogue.limit(number(value, int)))
+
+    def think(value: str) -> None:
+        dialogue.template = replace(dialogue.template, thinking=value)
+
+    if dialogue.template.thinks:
+        found["thinking"] = Setting(lambda: dialogue.template.thinking, think)
     return found
 
 

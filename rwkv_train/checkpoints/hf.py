@@ -13,12 +13,13 @@ from pathlib import Path
 from torch import Tensor
 
 from rwkv_train.checkpoints.weightfile import write_safetensors
-from rwkv_train.data.text_format import TextFormat
+from rwkv_train.data.text_format import JINJA_FILE, TextFormat
 from rwkv_train.files import read_text, sync, temporary_beside
+from rwkv_train.generation.presets import PRESETS
 from rwkv_train.models.base import RWKV
 from rwkv_train.models.rwkv4 import RWKV4, RWKV4Config
 from rwkv_train.models.rwkv7 import HEAD_NORM_EPS, RWKV7, RWKV7Config
-from rwkv_train.tokenizer import OWN_FILE
+from rwkv_train.tokenizer import OWN_FILE, WORLD_FILE, UnknownEnd
 
 # BlinkDL's word for a part of an RWKV-4, and Hugging Face's.
 RWKV4_WORDS = {
@@ -59,7 +60,8 @@ HF_WEIGHTS = (
     "pytorch_model.bin.index.json",
 )
 HF_STALE = (*HF_WEIGHTS[1:], "model-*-of-*.safetensors", "pytorch_model-*-of-*.bin")
-HF_TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", OWN_FILE)
+# What says how to read and write text there; all of it is replaced where a part is.
+HF_TOKENIZERS = ("special_tokens_map.json", "added_tokens.json", JINJA_FILE, OWN_FILE, WORLD_FILE)
 
 
 def hf_generation(keys: list[str]) -> type[RWKV] | None:
@@ -162,21 +164,23 @@ def save_hf(tensors: dict[str, Tensor], model: RWKV, target: Path, text_format: 
     try:
         building.mkdir()
         write_safetensors(to_hf(type(model), tensors), building / "model.safetensors")
-        about = text_format.save(building)
+        known = _with_old(text_format, target) if occupied else text_format
+        about = known.export(building) if any(text_format) else []
         dtype = str(tensors["head.weight"].dtype).removeprefix("torch.")
-        config = (_rwkv7_config if isinstance(model, RWKV7) else _rwkv4_config)(model.config)
-        end = text_format.tokenizer.eod if text_format.tokenizer else 0
-        config |= {"bos_token_id": end, "eos_token_id": end}
+        end = known.tokenizer.eod if known.tokenizer else 0
+        ends = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
+        config = (_rwkv7_config if isinstance(model, RWKV7) else _rwkv4_config)(model.config) | ends
         config |= {"tie_word_embeddings": False, "use_cache": True, "torch_dtype": dtype}
-        (building / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        for name, content in (("config.json", config), ("generation_config.json", ends | _generation(known))):
+            (building / name).write_text(json.dumps(content, indent=2) + "\n")
         for entry in building.iterdir():
             sync(entry)
         if not target.exists():
             os.rename(building, target)
         else:
-            for name in ("model.safetensors", *about, "config.json"):
+            for name in ("model.safetensors", *about, "generation_config.json", "config.json"):
                 os.replace(building / name, target / name)
-            others = HF_TOKENIZERS if text_format.tokenizer else ()
+            others = HF_TOKENIZERS if about and known.tokenizer else ()
             for stale in (entry for pattern in (*HF_STALE, *others) for entry in target.glob(pattern)):
                 if stale.name not in about:
                     stale.unlink()
@@ -184,6 +188,30 @@ def save_hf(tensors: dict[str, Tensor], model: RWKV, target: Path, text_format: 
         sync(target.parent)
     finally:
         shutil.rmtree(building, ignore_errors=True)
+
+
+def _with_old(text_format: TextFormat, target: Path) -> TextFormat:
+    """What is known, and of what is not, what lies there."""
+    if all(text_format):
+        return text_format
+    try:
+        old = TextFormat.read(target)
+    except UnknownEnd:
+        return text_format
+    return TextFormat(text_format.tokenizer or old.tokenizer, text_format.template or old.template)
+
+
+def _generation(known: TextFormat) -> dict:
+    """How transformers samples from the model, if not told otherwise: as our commands do."""
+    chats = known.template and "assistant" in known.template.roles
+    asked = {"off": "chat", "fake": "fake-thinking"}.get(known.template.thinking, "thinking") if chats else "text"
+    usual = PRESETS[asked]
+    config = {"do_sample": True, "temperature": usual.temperature, "top_p": usual.top_p, "top_k": usual.top_k}
+    if chats and known.tokenizer:
+        end, alone = known.tokenizer.encode(known.template.end()), not known.template.turn_end().before
+        if len(end) == 1 and alone:  # a reply ends with it, too
+            config["eos_token_id"] = [known.tokenizer.eod, *end]
+    return config
 
 
 def _rwkv4_config(c: RWKV4Config) -> dict:

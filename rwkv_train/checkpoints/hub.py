@@ -22,7 +22,7 @@ SUFFIXES = (".pth", ".safetensors", ".st")
 # What goes with weights that lie in the same folder: never code.
 BESIDE = (
     *("config.json", "generation_config.json", "adapter_config.json", "*tokenizer*.json", "*vocab*", "merges.txt"),
-    *("added_tokens.json", "special_tokens_map.json", "*.jinja", "template.yaml", "*.index.json"),
+    *("added_tokens.json", "special_tokens_map.json", "chat_template.json", "*.jinja", "template.yaml", "*.index.json"),
 )
 COMMIT = re.compile("[0-9a-f]{40}")
 SHOWN = 20  # files that a message lists

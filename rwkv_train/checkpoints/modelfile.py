@@ -18,8 +18,10 @@ from rwkv_train.checkpoints import hub
 from rwkv_train.checkpoints.foreign import ORIGINAL, kind_by_name, refuse_model
 from rwkv_train.checkpoints.hf import from_hf_name, hf_files, hf_generation, save_hf, to_hf_name, turned
 from rwkv_train.checkpoints.names import names_in, parts_of
+from rwkv_train.checkpoints.peft import read_peft, trained_on, write_peft
 from rwkv_train.checkpoints.room import check_room
 from rwkv_train.checkpoints.run_checkpoint import TRAINER, WEIGHTS, newest_sound
+from rwkv_train.checkpoints.states import TIME_STATE, from_time_states, to_time_states
 from rwkv_train.checkpoints.weightfile import (
     drop_pages,
     map_weights,
@@ -31,11 +33,12 @@ from rwkv_train.checkpoints.weightfile import (
 from rwkv_train.data.templates import Template
 from rwkv_train.data.text_format import TextFormat
 from rwkv_train.files import replace_file
-from rwkv_train.models.adapters import is_adapter, put_on
+from rwkv_train.models.adapters import is_adapter, put_on, relative, samples
 from rwkv_train.models.base import RWKV
 from rwkv_train.models.rwkv4 import RWKV4, RWKV4Config
 from rwkv_train.models.rwkv7 import RWKV7, RWKV7Config
-from rwkv_train.ops.products import is_quantised
+from rwkv_train.ops.products import dequantised, is_quantised
+from rwkv_train.program import told
 from rwkv_train.tokenizer import Tokenizer
 
 PIECE = 2**24  # bytes of a file that are copied at once
@@ -55,13 +58,10 @@ def load_model(path: str | Path, dtype: torch.dtype | None = None, device: str |
     _check_dtype(dtype)
     path, *others = parts_of(path)
     found = _read(path)
-    adapters = [(path, found.take_adapter())]
-    for other in others:
-        adapters.append((other, _read(other).take_adapter()))
-        if not adapters[-1][1]:
-            raise ValueError(f"{other} holds no adapter: no low-rank factors, and no state to begin in")
-    if not found.keys:
-        raise ValueError(f"{path} holds an adapter and no model; give it with its model, BASE+{path}")
+    own = found.take_adapter()
+    if own and not found.tensors:
+        raise ValueError(f"{path} holds an adapter alone; give it with its model, BASE+{path}")
+    adapters = [(other, _adapter(other)) for other in others]
     with torch.device("meta"), _NoInit():  # no memory, no initialisation: every weight is assigned
         model = found.generation(_sizes(found))
     shapes = {name: t.shape for name, t in model.state_dict().items()}
@@ -80,8 +80,12 @@ def load_model(path: str | Path, dtype: torch.dtype | None = None, device: str |
         if not no_room(e):
             raise
         raise ValueError(f"{found.source} does not fit into memory; take a smaller model, or --dtype bf16") from e
+    put_on(model, own, path)
+    bare = samples(model)
     for source, adapter in adapters:
-        put_on(model, adapter, source)
+        put_on(model, adapter, source, bare)
+        if not any(name.endswith(".base") for name in adapter):
+            _tell_other_base(path, source)
     return model.eval()
 
 
@@ -100,16 +104,48 @@ def _load(found: "_Found", shapes: dict[str, torch.Size], dtype: torch.dtype, de
     return weights
 
 
-def save_adapter(path: str | Path, target: str | Path) -> None:
-    """Write the adapter that a run trained, and nothing else, to a `.pth` or `.safetensors` file."""
-    adapter, target = _read(parts_of(path)[0]).take_adapter(), Path(target).expanduser().resolve()
+def _adapter(path: Path) -> dict[str, Tensor]:
+    """The adapter that a path names: a PEFT folder or file, one of ours, or that of a run."""
+    adapter = read_peft(path)
+    adapter = relative(_read(path).take_adapter()) if adapter is None else adapter
+    if not adapter:
+        raise ValueError(f"{path} holds no adapter: no low-rank factors, and no state to begin in")
+    return adapter
+
+
+def _tell_other_base(path: Path, adapter: Path) -> None:
+    """Say so on standard error where an adapter's folder names another model than it is put on."""
+    name = trained_on(adapter)
+    if name and Path(str(name)).stem != path.stem:
+        told(f"{adapter} says that it was trained on {name}, and is put on {path}")
+
+
+def save_adapter(path: str | Path, target: str | Path, base: str | None = None) -> dict[str, Tensor]:
+    """Write the adapter that a run trained, and nothing else: to `.pth`, `.safetensors`, or a folder as PEFT has it.
+
+    base: the name of the model it was trained on, which such a folder says. An RWKV-7's state is written as other
+    programs have it, if it is all in wkv (see `states`). Returns what was written.
+    """
+    given, target = target, Path(target).expanduser().resolve()
+    found = _read(parts_of(path)[0])
+    adapter = relative(found.take_adapter())
     if not adapter:
         raise ValueError(f"{path} holds no adapter; a run with model.tune has one")
     if target.suffix not in (".pth", ".safetensors"):
-        raise ValueError(f"{target}: an adapter is written to a .pth or .safetensors file")
+        if target.suffix and not target.is_dir() and not os.fspath(given).endswith(("/", os.sep)):
+            raise ValueError(f'{given}: unknown suffix; use .pth or .safetensors, or "{given}/" for a PEFT folder')
+        if not found.tensors:
+            raise ValueError(
+                f"{path} is an adapter without its model; a PEFT folder is made of the run that trained it"
+            )
+        adapter = _own(adapter, None, "cpu")
+        write_peft(adapter, found.tensors, found.generation, target, base)
+        return adapter
     target.parent.mkdir(parents=True, exist_ok=True)
     write = write_pth if target.suffix == ".pth" else write_safetensors
-    replace_file(target, lambda temporary: write(_own(adapter, None, "cpu"), temporary))
+    adapter = _own(to_time_states(adapter), None, "cpu")
+    replace_file(target, lambda temporary: write(adapter, temporary))
+    return adapter
 
 
 def model_sizes(path: str | Path) -> RWKV4Config | RWKV7Config:
@@ -133,9 +169,10 @@ def save_model(
 ) -> None:
     """Write a model's weights: `.pth`, `.safetensors`, or a Hugging Face directory (no suffix, or "name/").
 
-    dtype: None keeps the model's, weight by weight, and writes what is in 8 bits as it computes, in bf16. tokenizer,
+    dtype: None keeps the model's, weight by weight, and writes what is in few bits as it computes, in bf16. tokenizer,
     template: go into a Hugging Face directory, as files that are read back with it (see `TextFormat`); a file has no
-    place for them.
+    place for them. An RWKV-7's state to begin in is written as other programs have it, if it is all in wkv (see
+    `states`).
     A crash leaves the old file or the new one, complete. In an existing Hugging Face directory of an RWKV,
     weights and config are replaced and other files stay; any other directory with something in it is refused.
     Raises ValueError for a path that cannot be meant, and for a dtype that does not hold a weight.
@@ -151,7 +188,8 @@ def save_model(
         raise ValueError(f"{path} is {kinds[0]}, expected {kinds[1]} or nothing there; choose another name")
     if is_file and (tokenizer or template):
         raise ValueError(f"{path}: a tokenizer or template is saved only into a Hugging Face directory, not a file")
-    weights = {n: w.dequantize() if is_quantised(w) else w for n, w in model.state_dict().items()}
+    weights = {n: dequantised(w) if is_quantised(w) else w for n, w in model.state_dict().items()}
+    weights = to_time_states(weights)
     tensors = _own(dict(weights), dtype, "cpu")
     _check_range(weights, tensors)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -183,6 +221,8 @@ def _weight_files(path: Path) -> list[Path]:
         raise FileNotFoundError(f"{path}: no such file or directory; {hint}")
     if (path / "config.json").is_file():
         return hf_files(path)
+    if (path / "adapter_config.json").is_file():
+        raise ValueError(f"{path} holds an adapter alone; name its model, too: BASE+{path}")
     if newest := newest_sound(path):
         return _weight_files(newest)
     for name in (WEIGHTS, TRAINER, "model.pth"):  # of one checkpoint; of a folder as data/starter is
@@ -225,10 +265,10 @@ class _Found:
 
     def take_adapter(self) -> dict[str, Tensor]:
         """The tensors of an adapter, which this then no longer has."""
-        names = list(filter(is_adapter, self.tensors))
+        names = [name for name in self.tensors if is_adapter(name) or TIME_STATE.fullmatch(name)]
         for name in names:
             del self.keys[name]
-        return {name: self.tensors.pop(name).clone() for name in names}
+        return from_time_states({name: self.tensors.pop(name).clone() for name in names}, self.source)
 
     def matrix(self, name: str) -> torch.Size:
         """The shape of what has to be a matrix."""

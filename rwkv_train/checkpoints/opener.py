@@ -1,6 +1,7 @@
 """One name -> a model, its tokenizer and how chats are written for it."""
 
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -8,17 +9,17 @@ import torch
 
 from rwkv_train.checkpoints.modelfile import load_model
 from rwkv_train.checkpoints.names import parts_of
+from rwkv_train.data.known_templates import named_template, template_of
 from rwkv_train.data.store import Store
 from rwkv_train.data.templates import Template
 from rwkv_train.data.text_format import TextFormat, compare, compare_templates
-from rwkv_train.models.adapters import quantise
 from rwkv_train.models.base import RWKV
+from rwkv_train.models.quantised import BITS, kind_of, quantise
 from rwkv_train.ops.products import is_quantised
 from rwkv_train.program import told
 from rwkv_train.tokenizer import Tokenizer, UnknownEnd, load_tokenizer, tokenizer_file
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-INT8 = "int8"  # the blocks' matrices in 8 bits a number; the rest, and what is computed, in bf16
 
 
 class Opened(NamedTuple):
@@ -36,28 +37,36 @@ def open_model(
     dtype: torch.dtype | str | None = None,
     device: str | torch.device = "cpu",
     for_chats: bool = True,
+    thinking: str | None = None,
 ) -> Opened:
     """Open what `load_model` opens, with the tokenizer and the template that lie with it, or those given.
 
-    tokenizer: "world", "bytes" or a path; template: a YAML file. dtype: torch's, a name in DTYPES, or INT8. What is
-    unknown, and what a given one overrides, is told on standard error; of the template only for_chats. Raises as
-    `load_model` does, and ValueError if the tokenizer is unknown or does not fit, torch has no such device, or INT8
-    finds no torchao.
+    tokenizer: "world", "bytes" or a path; template: a name in NAMED, or a YAML file; thinking: in place of the
+    template's. dtype: torch's, a name in DTYPES, or int8 or nf4: the blocks' matrices in 8 or 4 bits a number; the
+    rest, and what is computed, in bf16. What is unknown, and what a given one overrides, is told on standard error; of
+    the template only for_chats. Raises as `load_model` does, and ValueError if the tokenizer is unknown or does not
+    fit, torch has no such device, or there is no torchao for the few bits.
     """
     _check_device(str(device))
-    if dtype == INT8:
-        model = quantise(load_model(name, torch.bfloat16, device))
-    else:
-        model = load_model(name, DTYPES.get(dtype, dtype), device)
+    model = load_in(name, dtype, device)
     known = format_of(name)
     found = _tokenizer(name, known.tokenizer, tokenizer, model.config.vocab_size)
-    return Opened(model, found, _template(name, known.template, template, for_chats))
+    written = _template(name, known.template, template, for_chats)
+    return Opened(model, found, written if thinking is None else replace(written, thinking=thinking))
+
+
+def load_in(name: str | Path, dtype: torch.dtype | str | None, device: str | torch.device = "cpu") -> RWKV:
+    """What `load_model` opens, in a number format as `open_model` names them; None keeps the file's."""
+    if dtype in BITS:
+        return quantise(load_model(name, torch.bfloat16, device), dtype)
+    return load_model(name, DTYPES.get(dtype, dtype), device)
 
 
 def dtype_of(model: RWKV) -> str:
-    """The number format in which a model was opened, as DTYPES and INT8 name it, or torch."""
-    if any(map(is_quantised, model.parameters())):
-        return INT8
+    """The number format in which a model was opened, as `open_model` names it, or torch."""
+    few = next(filter(is_quantised, model.parameters()), None)
+    if few is not None:
+        return kind_of(few)
     return {dtype: name for name, dtype in DTYPES.items()}.get(model.dtype, str(model.dtype).removeprefix("torch."))
 
 
@@ -81,6 +90,16 @@ def format_of(name: str | Path) -> TextFormat:
         return TextFormat.read(folder, eod=0)
 
 
+def format_to_export(name: str | Path, tokenizer: str | None, template: str | None, vocab_size: int) -> TextFormat:
+    """What goes along with a model: as `open_model` takes it, but for what is not known, and its chats if unsaid."""
+    known = format_of(name)
+    named = tokenizer or known.tokenizer or vocab_size == 65536
+    return TextFormat(
+        _tokenizer(name, known.tokenizer, tokenizer, vocab_size) if named else None,
+        _template(name, known.template, template) if template or known.template or _series(name) else None,
+    )
+
+
 def format_of_run(init: str | None, store: Store, given: str | None) -> tuple[TextFormat, list[str]]:
     """(what a run knows of its text, what is to be told of it): what the store says, or else the model it begins with.
 
@@ -90,6 +109,8 @@ def format_of_run(init: str | None, store: Store, given: str | None) -> tuple[Te
     if not init:
         return text, [] if text.tokenizer else [f"{store.path} does not say which tokenizer it was made with"]
     known = format_of(init)
+    if series := _series(init):
+        known = known._replace(template=known.template or series[1])
     notes = [
         compare(init, known.tokenizer, store.path, text.tokenizer, remedy_of(init)),
         compare_templates(init, known.template, store.path, text.template),
@@ -127,12 +148,19 @@ def _tokenizer(name: str | Path, known: Tokenizer | None, given: str | None, voc
     return found
 
 
-def _template(name: str | Path, known: Template | None, given: str | None, for_chats: bool) -> Template:
+def _series(name: str | Path) -> tuple[str, Template] | None:
+    """(the name, the template) of the series that a model is of, going by its name."""
+    return template_of(str(name).split("+")[0])
+
+
+def _template(name: str | Path, known: Template | None, given: str | None, for_chats: bool = True) -> Template:
     if given:
-        found = Template.load(given)
+        found = named_template(given)
         if other := compare_templates(name, known, f"--template {given}", found):
             told(f"{other}; --template is taken")
         return found
-    if known is None and for_chats:
-        told(f"{name} does not say how chats are written; taken to be as for RWKV World (see --template)")
-    return known or Template()
+    if known is None:
+        series, known = _series(name) or ("", Template())
+        why = f"as for RWKV {series or 'world'}" + ", as its name suggests" * bool(series)
+        told(f"{name} does not say how chats are written; taken to be {why} (see --template)" if for_chats else "")
+    return known

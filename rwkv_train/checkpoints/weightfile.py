@@ -103,6 +103,17 @@ def _plain(path: Path | str, found: object) -> dict[str, object]:
     return {str(k): v for k, v in found.items()}
 
 
+def read_list(path: Path) -> list:
+    """The list in a `.pth` file, on the CPU. Raises ValueError, naming file and remedy, otherwise."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; check the name")
+    found = _guarded(path, _read_pth)
+    if not isinstance(found, list):
+        kind = type(found).__name__
+        raise ValueError(f"{path} holds a {kind}, expected a list of tensors, the state that a text has left")
+    return found
+
+
 def _map_pth(path: Path):
     return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
@@ -128,6 +139,17 @@ def _safetensors_shapes(file: BinaryIO) -> dict[str, Tensor]:
     return {k: torch.zeros((), dtype=SAFETENSORS_DTYPES[e["dtype"]]).expand(e["shape"]) for k, e in entries.items()}
 
 
+def metadata_of(path: Path) -> dict[str, str]:
+    """What a `.safetensors` file says beside its tensors; nothing where there is none, and in other files."""
+    from safetensors import safe_open
+
+    def read(path: Path) -> dict[str, str]:
+        with safe_open(path, "pt") as f:
+            return f.metadata() or {}
+
+    return _guarded(path, read) if path.suffix == ".safetensors" else {}
+
+
 def _guarded(path: Path | str, read: Callable):
     """read(path), with whatever a damaged file makes the libraries raise told as one ValueError."""
     try:
@@ -150,19 +172,20 @@ def no_room(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "t allocate memory" in str(error)
 
 
-def write_pth(tensors: dict[str, Tensor], path: Path) -> None:
+def write_pth(tensors: dict[str, Tensor] | list[Tensor], path: Path) -> None:
     with path.open("wb") as f:  # given a name, torch would write that name into the file
         torch.save(tensors, f)
 
 
-def write_safetensors(tensors: dict[str, Tensor], path: Path) -> None:
+def write_safetensors(tensors: dict[str, Tensor], path: Path, about: dict[str, str] | None = None) -> None:
+    """about: what the file says beside its tensors."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     path.touch()
     mode = path.stat().st_mode
     try:
-        save_file(tensors, path, metadata={"format": "pt"})  # transformers insists on the metadata
+        save_file(tensors, path, metadata={"format": "pt"} | (about or {}))  # transformers insists on the format
     except SafetensorError as error:  # as on a full disk
         raise OSError(errno.EIO, str(error), str(path)) from None
     path.chmod(mode)  # the library makes the file readable by its owner only

@@ -4,11 +4,13 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from rwkv_train.config import Thinking
 from rwkv_train.data.encode import Encoded, Encoder, encode
+from rwkv_train.data.known_templates import named_template
 from rwkv_train.data.records import Split, read
 from rwkv_train.data.render import Columns
 from rwkv_train.data.sources import Passed, Raw, Source, resolve
@@ -22,7 +24,7 @@ READING = 2  # grows when the same sources are read in another way
 FLAGS = {
     "text": ("text_field",),
     "pairs": ("prompt_field", "completion_field"),
-    "messages": ("messages_field", "template", "train_roles"),
+    "messages": ("messages_field", "template", "thinking", "train_roles"),
 }
 
 
@@ -62,8 +64,12 @@ class PrepareConfig:
     """Column that holds the list of a chat's messages."""
 
     template: str | None = None
-    """YAML file that says how chats are written; without it, as RWKV's World models expect them ("User: ...", blank
-    line, "Assistant: ...", blank line)."""
+    """How chats are written: world, g1 or raven, as these series of released models have it, or a YAML file; world if
+    not given ("User: ...", blank line, "Assistant: ...", blank line)."""
+
+    thinking: Thinking | None = None
+    """How a chat's last reply begins: fake, with an empty thought; on, normal, short or long, with its own; off, or not
+    given, with its own if it has one."""
 
     train_roles: list[str] | None = None
     """Roles whose messages are trained, instead of the template's (assistant)."""
@@ -98,9 +104,8 @@ def prepare(config: PrepareConfig) -> Store:
     if config.kind in ("pairs", "messages") and texts:
         what = f"{texts[0]} is plain text" + f", as are {len(texts) - 1} more" * (len(texts) > 1)
         raise ValueError(f"--kind {config.kind}, but {what}. Leave .txt files out of the sources, or leave out --kind.")
-    template = Template.load(config.template) if config.template else Template()
-    if config.train_roles is not None:
-        template = Template(template.roles, config.train_roles, template.collapse_blank_lines)
+    changes = {name: value for name in ("train_roles", "thinking") if (value := getattr(config, name)) is not None}
+    template = replace(named_template(config.template or "world"), **changes)
     columns = Columns(config.text_field, config.prompt_field, config.completion_field, config.messages_field)
     tokenizer = None if config.train_bpe else load_tokenizer(config.tokenizer or "world", config.eod)
     request = _request(config, sources, template, columns, tokenizer)

@@ -7,13 +7,18 @@ were not there.
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
+from rwkv_train.data import functions
 from rwkv_train.data.templates import Message, Segment, Template, read_message
-from rwkv_train.files import quoted
+from rwkv_train.files import parse_json, quoted
 
 SYSTEM = "system"  # the column beside a chat or a pair that stands before it
+TOOLS = "tools"  # the column beside a chat that names the functions which its model may call
 
 WEIGHT_0 = 'not trained: messages of "weight": 0'
 WEIGHT_1 = 'not trained: messages of "weight": 1 whose role is none of --train-roles'
+EARLIER = "left out: thoughts of replies that are not a chat's last one"
+FAKE = "left out: thoughts, as --thinking fake says"
+FUNCTIONS = f'read as a system message: "{TOOLS}"'
 UNTRAINED = "not trained: all of a chat"
 SYSTEM_FIRST = f'read as a system message: "{SYSTEM}"'
 SYSTEM_IN_PROMPT = f'read as the first line of a prompt: "{SYSTEM}"'
@@ -107,8 +112,10 @@ def _chat(record: dict, left: dict, template: Template, columns: Columns) -> Par
         raise ValueError(f"{_missing(record, name)}; name yours with --messages-field")
     if not isinstance(raw, list) or not raw:
         raise ValueError(f'"{name}" must be a list of messages, found {raw!r:.60}')
-    messages = [read_message(message, number) for number, message in enumerate(raw, 1)]
-    remarks = _weights(messages, template)
+    tools = _tools(left)
+    raw = functions.as_texts(raw, tools)
+    messages = [read_message(message, number, template.thinks) for number, message in enumerate(raw, 1)]
+    remarks = (*_weights(messages, template), *_thoughts(messages, template), *[FUNCTIONS] * bool(tools))
     unused = {f"{name}.{field}": None for message in messages for field in message.unused}
     segments = template.segments(raw)
     if system := _system(left):
@@ -129,6 +136,22 @@ def _weights(messages: list[Message], template: Template) -> tuple[str, ...]:
     trained = [template.role_of(message) in template.train_roles for message in messages]
     found = {(message.weight, asked) for message, asked in zip(messages, trained, strict=True)}
     return (WEIGHT_0,) * ((0, True) in found) + (WEIGHT_1,) * ((1, False) in found)
+
+
+def _tools(left: dict) -> list[dict]:
+    """Take the functions out of what is left; [] if there are none, or the column holds something else."""
+    found = left.get(TOOLS)
+    try:
+        found = parse_json(found) if isinstance(found, str) else found
+        functions.named(found if isinstance(found, list) else [])
+    except ValueError:
+        return []
+    return left.pop(TOOLS) and found if isinstance(found, list) else []
+
+
+def _thoughts(messages: list[Message], template: Template) -> tuple[str, ...]:
+    earlier = any(message.thought for message in messages[:-1])
+    return (EARLIER,) * earlier + (FAKE,) * (template.thinking == "fake" and messages[-1].thought != "")
 
 
 def _system(left: dict) -> str:

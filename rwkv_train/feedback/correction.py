@@ -127,7 +127,7 @@ def example_of(correction: Correction, form: Form) -> Example:
     text = correction.rejected if negative else correction.answer
     for name, given in (("question", correction.question), ("answer", text)):
         _check(name, given)
-    answer = form.answer(text)
+    answer = form.taught(text)
     if correction.keeps:
         answer = answer[:MAX_REPLY]  # a longer reply had no end
     return Example([*form.prompt(correction.question), *answer], len(answer), negative=negative)

@@ -8,7 +8,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from rwkv_train.data.templates import Template
+from rwkv_train.data.templates import Template, TurnEnd, split_thought
 from rwkv_train.generation.sampling import argmax, pick
 from rwkv_train.models.base import RWKV
 from rwkv_train.models.finite import finite
@@ -38,7 +38,7 @@ class Form:
 
     def dialogue(self, messages: list[dict]) -> list[int]:
         """Messages in the middle of a document. Raises ValueError for what is no message of the template's."""
-        return [i for piece, _ in self.template.segments(messages) for i in self.tokenizer.encode(piece)]
+        return [i for piece in self.template.history(messages) for i in self.tokenizer.encode(piece)]
 
     def longest(self, answer: str | None) -> int:
         """Tokens of a reply that are decoded to see whether it is an answer that was taught."""
@@ -54,15 +54,20 @@ class Form:
             self._answers[text] = tuple(ids)
         return list(self._answers[text])
 
+    def taught(self, text: str) -> list[int]:
+        """A reply and what tells its end, as it is trained: where that takes a role's name, with the user's."""
+        return [*self.answer(text), *(self.opening() if self.template.turn_end().before else ())]
+
     @cached_property
     def _answers(self) -> dict[str, tuple[int, ...]]:
         return {}
 
     def shown(self, ids: list[int], role: str = "assistant") -> str:
         """What a person sees of a decoded message."""
-        text = self.tokenizer.decode(ids)
-        end = self.template.end(role)
-        return (text.split(end)[0] if end else text).strip()
+        text = cut(self.tokenizer.decode(ids), self.template.turn_end(role), keep=False)
+        if role == "assistant" and self.template.thinks:
+            text = split_thought(self.template.opening + text)[1]
+        return text.strip()
 
     def opening(self, role: str = "user") -> list[int]:
         """What comes before a message of a role ("User:"), where a sampled one begins."""
@@ -78,7 +83,7 @@ def greedy(
     model: RWKV, form: Form, prompts: list[list[int]], state: State | None = None, max_new_tokens: int = MAX_NEW_TOKENS
 ) -> list[list[int]]:
     """Ids of the greedy reply to each prompt with its end; None for a state is the beginning of a document."""
-    return decode(model, form.tokenizer, prompts, form.template.end(), state, max_new_tokens)
+    return decode(model, form.tokenizer, prompts, form.template.turn_end(), state, max_new_tokens)
 
 
 def answer_to(model: RWKV, form: Form, question: str, context: Sequence[int] = (), taught: str | None = None) -> str:
@@ -95,13 +100,13 @@ def decode(
     model: RWKV,
     tokenizer: Tokenizer,
     prompts: list[list[int]],
-    end: str,
+    end: TurnEnd,
     state: State | None = None,
     max_new_tokens: int = MAX_NEW_TOKENS,
     rng: torch.Generator | None = None,
     temperature: float = 1.0,
 ) -> list[list[int]]:
-    """What a model writes after each prompt, through the text `end`, before the document's end, at most max_new_tokens.
+    """What a model writes after each prompt, through its end, before the document's, at most max_new_tokens.
 
     prompts: token ids, at least one each. state: of one lane, from which every prompt goes on; None is empty.
     rng: samples at a temperature; None takes the likeliest.
@@ -109,6 +114,7 @@ def decode(
     Raises NotFinite, a ValueError, if the model gives no finite number.
     """
     written: list[list[int]] = [[] for _ in prompts]
+    newest = max(map(len, end.marks), default=0) + 8  # tokens, among which an end is that the last one brings
     if state is None and model.initial_wkv is None:
         groups = [list(range(len(prompts)))]  # all at once: a reset makes padding in front of a document nothing
     else:
@@ -131,12 +137,31 @@ def decode(
                 if token == tokenizer.eod:
                     continue
                 written[r].append(token)
-                if not end or end not in tokenizer.decode(written[r][-8:]):
+                if end.find(tokenizer.decode(written[r][-newest:])) < 0:
                     going.append(place)
+                elif end.before:
+                    written[r] = without_name(tokenizer, written[r], end)
             if not going:
                 break
             rows, lanes, tokens = [rows[place] for place in going], lanes.select(going), best[going][:, None]
     return written
+
+
+def cut(text: str, end: TurnEnd, keep: bool) -> str:
+    """A message up to its end; keep: with the text of that."""
+    at = end.find(text)
+    if at < 0:  # the last message of a document has nothing after it
+        return text if keep else text.removesuffix(end.text)
+    return text[: at + len(end.text) * keep]
+
+
+def without_name(tokenizer: Tokenizer, ids: list[int], end: TurnEnd) -> list[int]:
+    """A decoded message without the role's name that told its end."""
+    text = cut(tokenizer.decode(ids), end, keep=True)
+    for count in range(len(ids), 0, -1):
+        if tokenizer.decode(ids[:count]) == text:
+            return ids[:count]
+    return tokenizer.encode(text)
 
 
 def lanes_at_once(model: RWKV) -> int:

@@ -87,7 +87,8 @@ def _taught(question: str, known: list[dict]) -> dict | None:
 
 def _shortened(item: Correction, form: Form) -> str:
     """That an answer is learnt without some of its lines, as a note; "" if it is not."""
-    if item.answer is None or form.template.clean(item.answer).strip() == item.answer.replace("\r\n", "\n").strip():
+    given = (item.answer or "").replace("\r\n", "\n").strip()
+    if form.template.clean(given, "assistant").strip() == given:
         return ""
     return "its blank lines are left out: a blank line ends a message of this model's"
 

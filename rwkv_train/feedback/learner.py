@@ -71,7 +71,8 @@ class Learner:
 
         Raises ValueError for a folder that is in use, damaged, or of another model, and for a memory of nothing.
         """
-        self.base, self.form = base.eval().requires_grad_(False), Form(tokenizer, template or Template())
+        self.base = base.eval().requires_grad_(False)
+        self.form = Form(tokenizer, (template or Template()).for_answers())
         self.watch: Watch = on_standard_error
         self._rehearsal = rehearsal
         self._asleep: tuple[object, Sleep] | None = None  # one that was left, and what it is of

@@ -47,6 +47,8 @@ class Lower:
             begins = _Begun(model.blocks[self._first], *self._made, state, self._packed.reset)
         blocks = nn.ModuleList([begins, *model.blocks[self._first + 1 :]])
         upper = with_children(model, emb=nn.Identity(), blocks=blocks)
+        # Texts of a model that begins in a state have lanes of their own: all begin in the state given here.
+        upper._parameters = model._parameters | {"initial_shift": None, "initial_wkv": None}
         tokens = self._packed.tokens
         return upper, torch.arange(tokens.numel(), device=tokens.device).view_as(tokens), state
 

@@ -8,12 +8,13 @@ import torch
 from rwkv_train.feedback.settings import FeedbackConfig
 from rwkv_train.feedback.trainable import curved_names, localised_names, upper_names
 from rwkv_train.models.base import RWKV
-from rwkv_train.ops.products import is_quantised
+from rwkv_train.ops.products import is_quantised, quantised_bytes
 
 PROGRAM = 500_000_000  # bytes that torch and the program take themselves
 PREDICTED = 7_000  # tokens whose predictions, a number for each of the vocabulary, are in memory at once
 READ = 1_000  # tokens whose activations are
-COPIES = {"upper": 4, "localised": 4, "full": 3, "lora": 3, "state": 1}  # in use, after, gradients, directions
+COPIES = {"upper": 4, "localised": 4, "full": 3, "state": 1}  # in use, after, gradients, directions
+OF_FACTORS = 3  # in use, with its change, gradients
 
 
 def needed(model: RWKV, config: FeedbackConfig) -> int:
@@ -21,7 +22,7 @@ def needed(model: RWKV, config: FeedbackConfig) -> int:
     weights, c = dict(model.named_parameters()), model.config
     named = {"upper": upper_names(model, config.layers), "full": list(weights), "state": []}
     names = named.get(config.trainable, localised_names(model, config.layers))
-    copies = COPIES[config.trainable] * 4 * sum(weights[name].numel() for name in names)
+    copies = COPIES.get(config.trainable, OF_FACTORS) * 4 * sum(weights[name].numel() for name in names)
     curved, both = curved_names(model, config.trainable, config.layers)
     sides = [weights[name].shape[1] for name in curved] + [weights[name].shape[0] for name in both]
     inverses = 4 * sum(n * n for n in sides) + 3 * 4 * max(sides) ** 2  # those of the largest one's inversion
@@ -32,7 +33,7 @@ def needed(model: RWKV, config: FeedbackConfig) -> int:
 
 def bytes_of(model: RWKV) -> int:
     """Of a model's weights as they lie in memory."""
-    return sum(p.numel() * (1 if is_quantised(p) else p.element_size()) for p in model.parameters())
+    return sum(quantised_bytes(p) if is_quantised(p) else p.nbytes for p in model.parameters())
 
 
 def fitting(model: RWKV, config: FeedbackConfig, memory: int) -> FeedbackConfig:

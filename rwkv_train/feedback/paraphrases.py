@@ -46,8 +46,9 @@ def by_rule(text: str) -> list[str]:
 def reworded(model: RWKV, form: Form, question: str, count: int) -> list[str]:
     """Up to `count` texts that the model writes when it is asked to say a question in other words. Always the same."""
     request = AGAIN[1 if UNSPACED.search(question) else 0]
-    prompt = [*form.prompt(question), *form.answer(request), *form.opening()]
-    rng, end = torch.Generator().manual_seed(0), form.template.end("user")
+    said = [{"role": "user", "content": question}, {"role": "assistant", "content": request}]
+    prompt = [form.tokenizer.eod, *form.dialogue(said), *form.opening()]
+    rng, end = torch.Generator().manual_seed(0), form.template.turn_end("user")
     written = decode(model, form.tokenizer, [prompt] * count, end, None, LONGEST, rng, TEMPERATURE) if count else []
     return list(dict.fromkeys(text for ids in written if (text := form.shown(ids, "user"))))
 

@@ -63,6 +63,8 @@ class Profile:
         """Other settings for the corrections to come; they are kept. Raises ValueError, changing nothing."""
         if config.layers > (most := len(localised_names(self.base))):
             raise ValueError(f"layers must be at most {most}, the upper half of this model's, found {config.layers}")
+        if config.rank > (most := min(self.base.get_parameter(localised_names(self.base)[0]).shape)):
+            raise ValueError(f"rank must be at most {most}, what this model's matrices have, found {config.rank}")
         known = curved_names(self.base, self.begun_with.trainable, self.begun_with.layers)[0]
         if set(curved_names(self.base, config.trainable, config.layers or len(self.base.blocks))[0]) - set(known):
             begun = f"trainable {self.begun_with.trainable} and layers {self.begun_with.layers}"

@@ -85,7 +85,7 @@ class RehearsalSet:
                 rows.append(row)
         next(parts)
         if questions:
-            prompts, end = list(map(form.prompt, questions)), form.template.end()
+            prompts, end = list(map(form.prompt, questions)), form.template.turn_end()
             replies = decode(base, form.tokenizer, prompts, end, max_new_tokens=LONGEST, rng=rng)
             dialogues = [prompt + reply for prompt, reply in zip(prompts, replies, strict=True)]
         rows += dialogues
@@ -125,6 +125,7 @@ class RehearsalSet:
     def save(self, path: Path) -> None:
         """Write to a file that `load` reads."""
         content = {"version": VERSION, "rows": self.rows, "asked": self.asked, "talks": self.free_running}
+        content["template"] = self.form.template.as_dict()
         text = torch.tensor(list(json.dumps(content).encode()), dtype=torch.uint8)
         tensors = {"text": text, **self.curvature.tensors}
         replace_file(path, lambda temporary: write_safetensors(tensors, temporary))
@@ -136,6 +137,8 @@ class RehearsalSet:
         content = json.loads(bytes(tensors.pop("text").tolist())) if "text" in tensors else {}
         if content.get("version") != VERSION:
             raise ValueError("it holds no rehearsal set of this version")
+        if content.get("template") not in (None, form.template.as_dict()):
+            raise ValueError("its chats are written with another template")
         curvature = Curvature({name: tensor.to(base.device) for name, tensor in tensors.items()})
         return cls(base, form, content["rows"], content["asked"], content["talks"], curvature)
 
@@ -191,7 +194,7 @@ class RehearsalSet:
 def _with_a_message(base: RWKV, form: Form, role: str, rows: list[list[int]], rng: torch.Generator) -> list[list[int]]:
     """Dialogues with one more sampled message of a role."""
     begun = [row + form.opening(role) for row in rows]
-    written = decode(base, form.tokenizer, begun, form.template.end(role), max_new_tokens=LONGEST, rng=rng)
+    written = decode(base, form.tokenizer, begun, form.template.turn_end(role), max_new_tokens=LONGEST, rng=rng)
     return [row + ids for row, ids in zip(begun, written, strict=True)]
 
 

@@ -37,8 +37,9 @@ class FeedbackConfig:
     trainable: Trainable = "upper"
     """what is trained: upper, the matrices of the upper half of the layers and the head, avoiding what their inputs
     have in common; full, all weights, which takes longer; localised, the channel mix's value matrices of the upper
-    half, along the model's curvature, which needs less memory; lora, low-rank changes of the same; state, only the
-    state in which a dialogue begins"""
+    half, along the model's curvature, which needs less memory; lora, low-rank changes of the same; pissa, those which
+    begin as their principal components; miss, one small matrix repeated along the inputs of each; state, only the state
+    in which a dialogue begins"""
 
     step_factor: float = 0.9
     """share of the loss that one step should take away, going by its gradient: the factor of Polyak's step"""
@@ -89,7 +90,11 @@ class FeedbackConfig:
     """of /learn: share of the way back to the weights before it that every step goes"""
 
     layers: int = 0
-    """uppermost layers that upper, localised and lora train; 0 is the upper half of them, which is the most"""
+    """uppermost layers that upper, localised, lora, pissa and miss train; 0 is the upper half of them, which is the
+    most"""
+
+    rank: int = 8
+    """of the changes that lora, pissa and miss train"""
 
     sleep_after: float = 0.0
     """minutes without a line typed after which all corrections are learnt together, as by /sleep; 0 is never"""
@@ -100,6 +105,8 @@ class FeedbackConfig:
             if f.name == "trainable":
                 if value not in get_args(Trainable):
                     raise ValueError(f"trainable must be one of {', '.join(get_args(Trainable))}, found {value!r}")
+            elif f.name == "rank" and value < 1:
+                raise ValueError(f"rank must be at least 1, found {value}")
             elif not value >= 0:
                 raise ValueError(f"{f.name} must not be negative, found {value}")
             elif value == inf and f.name != "max_kl":  # without a limit, the gate accepts any drift

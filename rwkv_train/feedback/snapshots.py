@@ -93,7 +93,7 @@ def _names(sequence: list[dict]) -> list[str]:
 
 
 def weights_hash(weights: dict[str, Tensor]) -> str:
-    """sha256 of tensors and their names; of those in 8 bits as float32."""
+    """sha256 of tensors and their names; of those in few bits as float32."""
     digest = hashlib.sha256()
     for name, weight in sorted(weights.items()):
         weight = as_wide(weight) if is_quantised(weight) else weight

@@ -45,7 +45,7 @@ def take_steps(
     curvature: of the matrices that trainable upper and localised mean. tick(step, loss) is called after every step.
     Raises Diverged.
     """
-    twin, parameters = trained_twin(model, config.trainable, config.layers)
+    twin, parameters = trained_twin(model, config.trainable, config.layers, config.rank)
     new = batches(twin, lesson.new, config.trainable, config.truncation)
     replayed = batches(twin, lesson.replayed, config.trainable, config.truncation)
     watched = list(lesson.watched.values())

@@ -1,18 +1,17 @@
 """What of a model is trained, and models that differ in a few weights and share all others."""
 
 import copy
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from rwkv_train.models.base import RWKV
+from rwkv_train.models.factors import FACTORS, Kind, begin, change
 from rwkv_train.ops.products import as_wide
 
-RANK = 8  # of the factors of trainable lora
-
-Trainable = Literal["upper", "full", "localised", "lora", "state"]
+Trainable = Literal["upper", "full", "localised", "lora", "pissa", "miss", "state"]
 
 
 def localised_names(model: RWKV, layers: int = 0) -> list[str]:
@@ -42,8 +41,13 @@ def _first(model: RWKV, layers: int) -> int:
     return max(half, len(model.blocks) - layers) if layers else half
 
 
-def trained_twin(model: RWKV, trainable: Trainable, layers: int = 0) -> tuple[RWKV, dict[str, nn.Parameter]]:
-    """(a twin of a model, what of it is trained by name, in float32 at least). `finished` ends the training."""
+def trained_twin(
+    model: RWKV, trainable: Trainable, layers: int = 0, rank: int = 8
+) -> tuple[RWKV, dict[str, nn.Parameter]]:
+    """(a twin of a model, what of it is trained by name, in float32 at least). `finished` ends the training.
+
+    rank: of the factors of trainable lora, pissa and miss.
+    """
     names, own = localised_names(model, layers), dict(model.named_parameters())
     if trainable == "state":
         names = ["initial_shift", "initial_wkv"]
@@ -53,39 +57,42 @@ def trained_twin(model: RWKV, trainable: Trainable, layers: int = 0) -> tuple[RW
     elif trainable == "upper":
         names = upper_names(model, layers)
     twin = with_weights(model, {name: own[name].detach() for name in names})
-    if trainable == "lora":
+    if trainable in get_args(Kind):
         rng = torch.Generator().manual_seed(0)
         for name in names:
             layer = twin.get_submodule(name.removesuffix(".weight"))
-            parametrize.register_parametrization(layer, "weight", _LowRankChange(layer.weight, rng))
-        names = [n for n, _ in twin.named_parameters() if n.endswith((".up", ".down"))]
+            parametrize.register_parametrization(layer, "weight", _Change(layer.weight, trainable, rank, rng))
+        names = [n for n, _ in twin.named_parameters() if n.rpartition(".")[2] in FACTORS]
     parameters = {name: p.requires_grad_(True) for name, p in twin.named_parameters() if name in names}
     return twin, parameters
 
 
 def finished(twin: RWKV, trainable: Trainable) -> RWKV:
-    """A trained twin as a model like any other: low-rank changes are added to their matrices."""
-    if trainable == "lora":
+    """A trained twin as a model like any other: changes by factors are added to their matrices."""
+    if trainable in get_args(Kind):
         for module in filter(parametrize.is_parametrized, list(twin.modules())):
             parametrize.remove_parametrizations(module, "weight")
     return twin.requires_grad_(False)
 
 
-class _LowRankChange(nn.Module):
-    """A weight [out,in] plus up [out,r] down [r,in].
+class _Change(nn.Module):
+    """A weight [out,in] plus what factors add to it.
 
     Not the LowRank of models/adapters.py: that one stays beside its weight and draws from torch's global generator. A
     correction ends as a weight, as it was computed with, and is drawn alike at every replay.
     """
 
-    def __init__(self, weight: Tensor, rng: torch.Generator):
+    def __init__(self, weight: Tensor, kind: Kind, rank: int, rng: torch.Generator):
         super().__init__()
-        outer, inner = weight.shape
-        self.up = nn.Parameter(weight.new_zeros(outer, RANK))
-        self.down = nn.Parameter((torch.randn(RANK, inner, generator=rng) / inner**0.5).to(weight))
+        factors = begin(kind, weight.detach(), rank, rng)
+        self.trained = tuple(factors)
+        for name, factor in factors.items():
+            setattr(self, name, nn.Parameter(factor))
+        if kind == "pissa":
+            weight.sub_(change(factors, weight.shape[1]))
 
     def forward(self, weight: Tensor) -> Tensor:
-        return weight + self.up @ self.down
+        return weight + change({name: getattr(self, name) for name in self.trained}, weight.shape[1])
 
 
 def changed(model: RWKV, base: RWKV) -> dict[str, Tensor]:

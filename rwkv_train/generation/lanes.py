@@ -22,6 +22,7 @@ from rwkv_train.models.state import State
 from rwkv_train.ops.cache import say_once
 from rwkv_train.ops.graph import capture
 
+FADED = 1e-37  # a count is never less: a token that was written stays one for the presence penalty
 Recorder = Callable[[Callable[[], object]], Callable[[], object]]
 
 
@@ -30,8 +31,8 @@ class Lanes(NamedTuple):
 
     token: [N] int64  chosen and not yet read
     state: of N lanes, before it
-    settings: [N,6] float32, as `choose` takes them
-    counts: [N,V] float32 how often a lane has written a token, or None where no penalty asks for it
+    settings: [N,7] float32, as `choose` takes them
+    counts: [N,V] float32 how often a lane has written a token, faded, or None where no penalty asks for it
     """
 
     token: Tensor
@@ -64,7 +65,8 @@ def advance(
     as of `choose`.
     """
     if needs.decayed:
-        lanes.counts.mul_(lanes.settings[:, -1:])
+        faded = lanes.counts.clamp(max=FADED)
+        torch.maximum(lanes.counts.mul_(lanes.settings[:, -1:]), faded, out=lanes.counts)
     if needs.penalised:
         lanes.counts.scatter_add_(1, lanes.token[:, None], torch.ones_like(lanes.settings[:, :1]))
     logits, state = read(lanes.token)

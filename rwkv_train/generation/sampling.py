@@ -27,14 +27,20 @@ class Sampling:
         temperature: below 1 is safer, above 1 bolder, 0 always takes the likeliest token
         top_p: sample from the likeliest tokens that make up this much probability
         top_k: sample from this many of the likeliest tokens; 0 is all
+        min_p: leave out tokens that are less likely than the likeliest one times this; 0 leaves out none
         presence_penalty: taken from the logit of every token that the reply so far holds; below 0 invites repeats
         frequency_penalty: the same, once for each time the token is in the reply
         penalty_decay: what frequency_penalty counts shrinks by this factor with each token; 1 forgets nothing
+
+    The logits lose the penalties, then are divided by the temperature; top_p, top_k and min_p all look at the
+    probabilities that this gives, and a token is left where all three leave it. Those as likely as the least likely of
+    them are left, too.
     """
 
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     penalty_decay: float = 1.0
@@ -49,8 +55,9 @@ class Sampling:
             raise ValueError(f"top_p must be above 0 and at most 1, found {self.top_p}")
         if self.top_k < 0:
             raise ValueError(f"top_k must not be negative, found {self.top_k}")
-        if not 0 <= self.penalty_decay <= 1:
-            raise ValueError(f"penalty_decay must be between 0 and 1, found {self.penalty_decay}")
+        for name in ("min_p", "penalty_decay"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be between 0 and 1, found {getattr(self, name)}")
 
     @property
     def greedy(self) -> bool:
@@ -61,7 +68,7 @@ class Sampling:
         """As `choose` takes them: 0 for a greedy lane's temperature, and what cuts nothing where nothing is cut."""
         top_p, top_k = self.top_p if self.top_p < 1 else torch.inf, self.top_k or torch.inf
         penalties = [self.presence_penalty, self.frequency_penalty, self.penalty_decay]
-        return [0 if self.greedy else self.temperature, top_p, top_k, *penalties]
+        return [0 if self.greedy else self.temperature, top_p, top_k, self.min_p, *penalties]
 
 
 class Needs(NamedTuple):
@@ -81,7 +88,7 @@ class Needs(NamedTuple):
     def of(cls, lanes: Iterable[Sampling], masked: bool = False) -> "Needs":
         lanes = list(lanes)
         drawn = [s for s in lanes if not s.greedy]
-        cut = any(s.top_p < 1 or s.top_k for s in drawn)
+        cut = any(s.top_p < 1 or s.top_k or s.min_p for s in drawn)
         penalised = any(s.presence_penalty or s.frequency_penalty for s in lanes)
         decayed = penalised and any(s.penalty_decay < 1 for s in lanes)
         return cls(len(drawn) < len(lanes), bool(drawn), cut, penalised, decayed, masked)
@@ -98,11 +105,11 @@ def choose(
 ) -> Tensor:
     """A token [N] int64 of each lane.
 
-    logits [N,V] finite; settings [N,6] float32, rows of `Sampling.numbers`; uniform [N] float64, in [0,1);
+    logits [N,V] finite; settings [N,7] float32, rows of `Sampling.numbers`; uniform [N] float64, in [0,1);
     needs: of these lanes or of more; counts [N,V] float32, how often a lane has written a token, for the penalties;
     allowed [N,V] bool: the tokens that may be chosen, at least one a lane; None is all.
     """
-    temperature, top_p, top_k, presence, frequency, _ = settings[:, :, None].unbind(1)
+    temperature, top_p, top_k, min_p, presence, frequency, _ = settings[:, :, None].unbind(1)
     logits = logits if logits.dtype == torch.float64 else logits.float()
     if needs.penalised:
         logits = logits - (counts > 0) * presence - counts * frequency
@@ -111,7 +118,7 @@ def choose(
     if not needs.drawn:
         return argmax(logits)
     p = (logits / torch.where(temperature > 0, temperature, 1)).softmax(-1)
-    drawn = _cut(p, uniform, top_p, top_k) if needs.cut else pick(p, uniform)
+    drawn = _cut(p, uniform, top_p, top_k, min_p) if needs.cut else pick(p, uniform)
     return torch.where(temperature[:, 0] > 0, drawn, argmax(logits)) if needs.greedy else drawn
 
 
@@ -129,36 +136,40 @@ def _blocks(x: Tensor) -> Tensor:
     return F.pad(x, (0, -x.shape[1] % BLOCK), value=-torch.inf).unflatten(1, (-1, BLOCK))
 
 
-def _cut(p: Tensor, uniform: Tensor, top_p: Tensor, top_k: Tensor) -> Tensor:
-    """A token [N] of the likeliest. On a CPU the few at the top mostly tell; sorting all takes longer by far."""
+def _cut(p: Tensor, uniform: Tensor, *limits: Tensor) -> Tensor:
+    """A token [N] of the likeliest. On a CPU the few at the top mostly tell; sorting all takes longer by far.
+
+    limits: as of `_least`.
+    """
     if p.device.type != "cpu" or p.shape[1] < FEW * BLOCK:
-        return _cut_sorted(p, uniform, top_p, top_k)
+        return _cut_sorted(p, uniform, *limits)
     blocks = _blocks(p)
     places = blocks.amax(-1).topk(FEW, sorted=False).indices  # the FEW largest of all are in them
     found, inside = blocks.gather(1, places[:, :, None].expand(-1, -1, BLOCK)).flatten(1).topk(FEW)
-    least = _least(found.flip(-1), top_p, top_k)
+    least = _least(found.flip(-1), *limits)
     ids, order = (places.gather(1, inside // BLOCK) * BLOCK + inside % BLOCK).sort()
     chosen = pick((found * (found >= least)).gather(1, order), uniform)
     tokens = ids.gather(1, chosen[:, None])[:, 0]
     more = found[:, -1] >= least[:, 0]  # what is left of these is perhaps not all among the few
     if more.any():
-        tokens[more] = _cut_sorted(p[more], uniform[more], top_p[more], top_k[more])
+        tokens[more] = _cut_sorted(p[more], uniform[more], *(limit[more] for limit in limits))
     return tokens
 
 
-def _cut_sorted(p: Tensor, uniform: Tensor, top_p: Tensor, top_k: Tensor) -> Tensor:
+def _cut_sorted(p: Tensor, uniform: Tensor, *limits: Tensor) -> Tensor:
     # On a CPU, torch's takes 20 times as long.
     rising = torch.from_numpy(np.sort(p.numpy())) if p.device.type == "cpu" else p.sort(-1).values
-    left = torch.ge(p, _least(rising, top_p, top_k), out=torch.empty_like(p))  # as 1 and 0: a CPU multiplies quicker
+    left = torch.ge(p, _least(rising, *limits), out=torch.empty_like(p))  # as 1 and 0: a CPU multiplies quicker
     return pick(left.mul_(p), uniform)
 
 
-def _least(rising: Tensor, top_p: Tensor, top_k: Tensor) -> Tensor:
+def _least(rising: Tensor, top_p: Tensor, top_k: Tensor, min_p: Tensor) -> Tensor:
     """The smallest of rising probabilities [N,M] that is left, [N,1]: those above it make up less than top_p [N,1] and
-    are less than top_k [N,1]. The likeliest always stays."""
+    are less than top_k [N,1], and it is at least min_p [N,1] of the largest. The likeliest always stays."""
     sums, count = rising.cumsum(-1), rising.shape[1]
     first = torch.searchsorted(sums, sums[:, -1:] - top_p, right=True)
-    return rising.gather(1, torch.maximum(first, count - top_k).clamp(max=count - 1).long())
+    least = rising.gather(1, torch.maximum(first, count - top_k).clamp(max=count - 1).long())
+    return torch.maximum(least, min_p * rising[:, -1:])
 
 
 def pick(weights: Tensor, uniform: Tensor) -> Tensor:

@@ -77,7 +77,8 @@ class RWKV(nn.Module):
 
     name: str
     adam_eps: float
-    not_multiplied = ("emb.weight",)  # ends of the names of matrices that enter no product
+    tuned_state = ("shift", "wkv")  # parts of the state to begin in that model.tune: state trains
+    not_multiplied = ("emb.weight", ".up0", ".down0")  # ends of the names of matrices that enter no product
 
     def __init__(self, config, blocks: Iterable[tuple[nn.Module, nn.Module]]):
         """config: sizes; blocks: the time mix and the channel mix of every layer."""
@@ -183,7 +184,7 @@ class RWKV(nn.Module):
         return torch.cat(xs, 1), state
 
     def multiplied(self) -> dict[str, nn.Parameter]:
-        """The weights of matrix products by name, which autocast casts; without those kept in 8 bits."""
+        """The weights of matrix products by name, which autocast casts; without those in few bits."""
         named = self.named_parameters(remove_duplicate=False)
         plain = {name: p for name, p in named if p.ndim == 2 and type(p) is nn.Parameter}
         return {name: p for name, p in plain.items() if not name.endswith(self.not_multiplied)}

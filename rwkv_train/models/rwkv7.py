@@ -138,6 +138,7 @@ class RWKV7(RWKV):
 
     name = "RWKV-7"
     adam_eps = 1e-18
+    tuned_state = ("wkv",)  # as elsewhere, where a tuned state's shifts are zero
     not_multiplied = (*RWKV.not_multiplied, "r_k")
 
     def __init__(self, config: RWKV7Config):

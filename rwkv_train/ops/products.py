@@ -13,22 +13,34 @@ PLAIN = (nn.Parameter, Tensor)
 
 
 def is_quantised(weight: Tensor) -> bool:
-    """Whether a weight is kept in 8 bits a number, by torchao; its dtype is what it computes in."""
-    return type(weight) not in PLAIN and hasattr(weight, "qdata")
+    """Whether a weight is kept in 8 or 4 bits a number, by torchao; its dtype is what it computes in."""
+    return type(weight) not in PLAIN and (hasattr(weight, "qdata") or hasattr(weight, "quantized_data"))
+
+
+def dequantised(weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """What a weight in 8 or 4 bits stands for, in a dtype, or in its own."""
+    dtype = dtype or weight.dtype
+    return weight.dequantize(dtype) if hasattr(weight, "qdata") else weight.get_original_weight().to(dtype)
+
+
+def quantised_bytes(weight: Tensor) -> int:
+    """Bytes of a weight in 8 or 4 bits, its scales among them."""
+    parts = weight.__tensor_flatten__()[0]
+    return sum(getattr(weight, name).nbytes for name in parts)
 
 
 def as_wide(weight: Tensor) -> Tensor:
     """A weight in float32, if it is not float64: itself where it is that already."""
     wide = wide_dtype(weight)
-    return weight.dequantize(wide) if is_quantised(weight) else weight.to(wide)
+    return dequantised(weight, wide) if is_quantised(weight) else weight.to(wide)
 
 
 def product(x: Tensor, weight: Tensor, turned: bool = False) -> Tensor:
     """x weight^T, or x weight if `turned`, in the wider dtype of the two; autocast decides where it is on.
 
     x [..., K], weight [M, K] (turned: [K, M]). The weight's dtype is that of the product: x is rounded to it. Where
-    there is no quick one in 16 bits, and for a weight in 8 bits, it is float32, made of the weight piece by piece; no
-    copy of it is kept for the gradients.
+    there is no quick one in 16 bits, and for a weight in 8 or 4 bits, it is float32, made of the weight piece by piece;
+    no copy of it is kept for the gradients.
     """
     if torch.is_autocast_enabled(x.device.type) and not is_quantised(weight):
         return torch.matmul(x, weight) if turned else F.linear(x, weight)
@@ -56,10 +68,10 @@ class _ByPieces(torch.autograd.Function):
     def forward(ctx, x, weight, turned):
         ctx.turned, ctx.save = turned, ctx.needs_input_grad[1]
         ctx.save_for_backward(x if ctx.save else x[..., :0], weight)
-        rows, dtype = weight.t() if turned else weight, _inside(weight)
-        y = x.new_empty(*x.shape[:-1], len(rows), dtype=wider(x.dtype, weight.dtype))
+        dtype = _inside(weight)
+        y = x.new_empty(*x.shape[:-1], weight.shape[turned], dtype=wider(x.dtype, weight.dtype))
         x = x.to(dtype)
-        for at, piece in _pieces(rows, dtype):
+        for at, piece in _pieces(weight, turned, dtype):
             y[..., at] = F.linear(x, piece)
         return y
 
@@ -67,10 +79,10 @@ class _ByPieces(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
         x, weight = ctx.saved_tensors
-        rows, dtype, gx, gw = weight.t() if ctx.turned else weight, _inside(weight), None, None
+        dtype, gx, gw = _inside(weight), None, None
         g = g.to(dtype)
         if ctx.needs_input_grad[0]:
-            gx = sum(g[..., at] @ piece for at, piece in _pieces(rows, dtype)).to(x.dtype)
+            gx = sum(g[..., at] @ piece for at, piece in _pieces(weight, ctx.turned, dtype)).to(x.dtype)
         if ctx.save:
             gw = (g.flatten(0, -2).t() @ x.to(dtype).flatten(0, -2)).to(weight.dtype)
             gw = gw.t() if ctx.turned else gw
@@ -82,11 +94,10 @@ def _inside(weight: Tensor) -> torch.dtype:
     return wide_dtype(weight) if weight.is_cpu else weight.dtype
 
 
-def _pieces(weight: Tensor, dtype: torch.dtype):
-    """A weight [M,K] in a dtype, some of its rows at a time: (which ones, those)."""
-    if is_quantised(weight):
-        yield slice(None), weight.dequantize(dtype)
-        return
-    step = max(1, PIECE // weight.shape[1])
-    for i in range(0, len(weight), step):
-        yield slice(i, i + step), weight[i : i + step].to(dtype)
+def _pieces(weight: Tensor, turned: bool, dtype: torch.dtype):
+    """A weight [M,K], or [K,M] if turned, in a dtype, some of its rows at a time: (which ones, those)."""
+    rows = dequantised(weight, dtype) if is_quantised(weight) else weight
+    rows = rows.t() if turned else rows
+    step = len(rows) if is_quantised(weight) else max(1, PIECE // rows.shape[1])
+    for i in range(0, len(rows), step):
+        yield slice(i, i + step), rows[i : i + step].to(dtype)

@@ -1,5 +1,7 @@
 """/v1/chat/completions and /v1/completions."""
 
+import json
+import secrets
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Annotated, Any
@@ -7,10 +9,12 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Request
 from pydantic import BaseModel
 
+from rwkv_train.data import functions
+from rwkv_train.data.templates import REASONING
 from rwkv_train.serve.conversation import Asked
 from rwkv_train.serve.errors import ERRORS, ApiError
 from rwkv_train.serve.jobs import End, Event, Piece
-from rwkv_train.serve.schemas import ChatRequest, CompletionRequest
+from rwkv_train.serve.schemas import EFFORTS, ChatRequest, CompletionRequest
 from rwkv_train.serve.service import Running, Service
 from rwkv_train.serve.streams import EventStream, sse, together, unless_gone
 from rwkv_train.serve.tokens import Rights, require
@@ -82,10 +86,12 @@ async def chat(request: Request, asked: ChatRequest, rights: Talker) -> Any:
     format = asked.response_format and asked.response_format.model_dump(by_alias=True, exclude_none=True)
     if format and format["type"] == "json_schema":
         format = {"type": "json_schema"} | format["json_schema"]
-    messages, who = [m.plain() for m in asked.messages], service.who(rights, name)
+    tools = [] if asked.tool_choice == "none" else [tool.plain() for tool in asked.tools or ()]
+    messages, who = functions.as_texts([m.plain() for m in asked.messages], tools), service.who(rights, name)
+    thinking = EFFORTS.get(asked.reasoning_effort)
     running = await service.reply(
         name,
-        lambda version: service.conversations.whole(messages, who, version),
+        lambda version: service.conversations.whole(messages, who, version, thinking),
         asked,
         rights,
         "chatcmpl-",
@@ -97,26 +103,36 @@ async def chat(request: Request, asked: ChatRequest, rights: Talker) -> Any:
     )
     if asked.stream:
         usage = bool(asked.stream_options and asked.stream_options.include_usage)
-        return EventStream(_chat_events(service, running, bool(asked.logprobs), usage))
-    return await unless_gone(request, _chat_answer(service, running, bool(asked.logprobs)))
+        return EventStream(_chat_events(service, running, bool(asked.logprobs), usage, bool(tools)))
+    return await unless_gone(request, _chat_answer(service, running, bool(asked.logprobs), bool(tools)))
 
 
-async def _chat_answer(service: Service, running: Running, scored: bool) -> dict | None:
+async def _chat_answer(service: Service, running: Running, scored: bool, called: bool) -> dict | None:
     pieces, ends = await _all(service, [running])
     choices = [
         {
             "index": n,
-            "message": {"role": "assistant", "content": end.shown, "refusal": None},
+            "message": {"role": "assistant", "refusal": None} | _said(end, called) | _reasoning(end.thought),
             "logprobs": {"content": [_scored(service.tokenizer, p) for p in pieces[0, n]]} if scored else None,
-            "finish_reason": finish(end),
+            "finish_reason": finish(end, called),
         }
         for (_, n), end in sorted(ends.items())
     ]
     return _head(running, "chat.completion") | {"choices": choices, "usage": usage_of([running], ends.values())}
 
 
-async def _chat_events(service: Service, running: Running, scored: bool, usage: bool) -> AsyncGenerator[str]:
+async def _chat_events(
+    service: Service, running: Running, scored: bool, usage: bool, called: bool
+) -> AsyncGenerator[str]:
     head, ends = _head(running, "chat.completion.chunk"), []
+    held = dict.fromkeys(range(len(running.ids)), "") if called else {}  # what may become a call
+
+    def sure(n: int, text: str) -> str:
+        """What of a choice's text is no call."""
+        if n not in held:
+            return text
+        held[n] += text
+        return "" if functions.may_call(held[n]) else held.pop(n)
 
     def chunk(n: int, delta: dict, reason: str | None = None, scores: list | None = None) -> str:
         choice = {"index": n, "delta": delta, "logprobs": scores and {"content": scores}, "finish_reason": reason}
@@ -126,17 +142,21 @@ async def _chat_events(service: Service, running: Running, scored: bool, usage: 
         yield chunk(n, {"role": "assistant", "content": ""})
     async with aclosing(service.events(running)) as events:
         async for event in events:
-            if isinstance(event, Piece) and (event.text or scored):
+            if isinstance(event, Piece) and (event.text or event.thought or scored):
                 scores = [_scored(service.tokenizer, event)] if scored else None
-                yield chunk(event.choice, {"content": event.text}, scores=scores)
+                text = sure(event.choice, event.text)
+                yield chunk(event.choice, {"content": text} | _reasoning(event.thought), scores=scores)
             if isinstance(event, End):
                 ends.append(event)
                 if event.reason == "error":
                     yield sse({"error": _broken(event)})
                     continue
-                if event.text:
-                    yield chunk(event.choice, {"content": event.text})
-                yield chunk(event.choice, {}, finish(event))
+                rest = held.get(event.choice, "") + event.text
+                if asked := _calls(event, called):
+                    yield chunk(event.choice, {"tool_calls": [{"index": i} | call for i, call in enumerate(asked)]})
+                elif rest:
+                    yield chunk(event.choice, {"content": rest})
+                yield chunk(event.choice, {}, finish(event, called))
     if usage:
         yield sse(head | {"choices": [], "usage": usage_of([running], ends)})
     yield sse("[DONE]")
@@ -155,8 +175,8 @@ async def completions(request: Request, asked: CompletionRequest, rights: Talker
         for number, prompt in enumerate(prompts):
             ids = [tokenizer.eod, *tokenizer.encode(prompt)]
             seed = asked if asked.seed is None else asked.model_copy(update={"seed": asked.seed + number * asked.n})
-            find = lambda version, ids=ids: Asked(None, [], ids, ids, None, "", 0)  # noqa: E731
-            more = {"stored": False, "end": "", "likeliest": asked.logprobs}
+            find = lambda version, ids=ids: Asked(None, [], ids, ids, None)  # noqa: E731
+            more = {"stored": False, "likeliest": asked.logprobs}
             most = service.most(asked.max_tokens)
             running.append(await service.reply(name, find, seed, rights, "cmpl-", most, asked.n, **more))
     except BaseException:  # the whole request is refused
@@ -231,7 +251,28 @@ def _collect(job: int, event: Event, pieces: dict, ends: dict) -> None:
     ends[job, event.choice] = event
 
 
-def finish(end: End) -> str:
+def _reasoning(thought: str) -> dict[str, str]:
+    return {REASONING: thought} if thought else {}
+
+
+def _said(end: End, called: bool) -> dict[str, Any]:
+    """A reply as a message has it. called: functions were named that it may call."""
+    asked = _calls(end, called)
+    return {"content": None, "tool_calls": asked} if asked else {"content": end.shown}
+
+
+def _calls(end: End, called: bool) -> list[dict[str, Any]]:
+    asked = functions.calls(end.shown) if called else []
+    texts = [json.dumps(call["arguments"], ensure_ascii=False) for call in asked]
+    return [
+        {"id": f"call_{secrets.token_hex(8)}", "type": "function", "function": call | {"arguments": text}}
+        for call, text in zip(asked, texts, strict=True)
+    ]
+
+
+def finish(end: End, called: bool = False) -> str:
+    if called and functions.calls(end.shown):
+        return "tool_calls"
     return "stop" if end.reason == "stop" else "length"
 
 

@@ -12,7 +12,7 @@ from rwkv_train.files import quoted
 from rwkv_train.serve.api_chat import SSE, Talker, service_of
 from rwkv_train.serve.errors import ERRORS, ApiError
 from rwkv_train.serve.jobs import End, Piece
-from rwkv_train.serve.schemas import ResponseRequest
+from rwkv_train.serve.schemas import EFFORTS, ResponseRequest
 from rwkv_train.serve.service import Running, Service
 from rwkv_train.serve.sessions import Turn
 from rwkv_train.serve.streams import EventStream, sse, unless_gone
@@ -67,12 +67,12 @@ async def respond(request: Request, asked: ResponseRequest, rights: Talker) -> A
         previous = await _turn(service, asked.previous_response_id, rights)
         if asked.model is None:
             name = service.named(previous.model)
-    who = service.who(rights, name)
+    who, thinking = service.who(rights, name), EFFORTS.get(asked.reasoning and asked.reasoning.effort)
 
     def find(version: str):
         if previous:
-            return service.conversations.after(previous, messages, version)
-        return service.conversations.whole(messages, who, version)
+            return service.conversations.after(previous, messages, version, thinking)
+        return service.conversations.whole(messages, who, version, thinking)
 
     format = asked.text and asked.text.format and asked.text.format.model_dump(by_alias=True, exclude_none=True)
     sampled = service.sampling(asked)

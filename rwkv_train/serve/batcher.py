@@ -12,10 +12,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from rwkv_train.chat.reply import Reply
 from rwkv_train.feedback.background import half_the_threads, in_a_line
 from rwkv_train.generation.decoder import Decoder, Scores
 from rwkv_train.generation.prefill import prefill
+from rwkv_train.generation.reply import Reply
 from rwkv_train.generation.sampling import random_numbers
 from rwkv_train.models.base import RWKV
 from rwkv_train.models.finite import NotFinite
@@ -24,6 +24,7 @@ from rwkv_train.serve.jobs import Bound, End, Full, Job, Piece, Reason
 from rwkv_train.tokenizer import Tokenizer
 
 PIECE = 64  # tokens of prompts that are read between two tokens of the replies
+AGAIN = 512  # tokens of a turn, at most, that are read again at its end, to have its state without the thought
 
 
 @dataclass(eq=False)
@@ -165,7 +166,7 @@ class Batcher:
                 else:
                     more = self._stop, job.max_new_tokens, job.state, bound, job.likeliest
                     lane = first = decoder.add(job.prompt, job.sampling, random_numbers(seed), *more)
-                reply = Reply(self.tokenizer, job.end, stop=job.stop, keeps_space=not job.end)
+                reply = Reply(self.tokenizer, job.template, stop=job.stop)
                 self._running[job.model, lane] = _Choice(job, number, reply, bound)
             self.load.read += len(job.prompt)
 
@@ -197,8 +198,9 @@ class Batcher:
         self.load.written += 1
         now = (lambda: decoder.state(lane)) if state is None else lambda: state
         following = decoder.following(lane) if state is None else None
+        thought = len(choice.reply.thought)
         text = choice.reply.push(token, now, following)
-        choice.job.tell(Piece(choice.number, token, text, scores))
+        choice.job.tell(Piece(choice.number, token, text, scores, choice.reply.thought[thought:]))
         if choice.reply.done:
             ended = now()
             decoder.drop(lane)
@@ -233,15 +235,20 @@ class Batcher:
         if state is not None:
             text = reply.finish()
             ids, rest, state = reply.settle(state)
-            if more := self.tokenizer.encode(rest):
-                ids, state = ids + more, self._after(key[0], more, state)
-        end = End(choice.number, reason, text, reply.shown, ids, state, reply.ended, choice.count, error)
+            more = self.tokenizer.encode(rest)
+            if reply.apart:  # of what the model has read: question and reply are read again, if they are short
+                again = [*choice.job.history, *more]
+                state = self._after(key[0], again, choice.job.state) if len(again) <= AGAIN else None
+            elif more:
+                state = state and self._after(key[0], more, state)
+            ids += more
+        end = End(choice.number, reason, text, reply.shown, ids, state, reply.ended, choice.count, error, reply.thought)
         self._ended(choice.job, end)
 
     def _after(self, model: RWKV, ids: list[int], state: State | None) -> State | None:
-        """The state after some more ids; None where nobody knows it."""
+        """The state after some more ids; None where the model gives none."""
         try:
-            return None if state is None else prefill(model, ids, state)[1]
+            return prefill(model, ids, state)[1]
         except NotFinite:
             return None
 

@@ -15,7 +15,7 @@ from rwkv_train import program
 from rwkv_train.chat.opening import data_folder
 from rwkv_train.checkpoints.opener import open_model
 from rwkv_train.files import quoted
-from rwkv_train.generation.sampling import Sampling
+from rwkv_train.generation.presets import PRESETS, stop_texts, with_given
 from rwkv_train.serve.app import create_app
 from rwkv_train.serve.connections import make_config
 from rwkv_train.serve.guard import Guard
@@ -90,7 +90,7 @@ def open_server(config: ServeConfig) -> Opened:
     if not config.model and not program.STARTER.exists():
         raise ValueError(f"the starter model is not there ({program.STARTER}); name a model with --model")
     name = config.model or program.STARTER
-    opened = open_model(name, config.tokenizer, config.template, config.dtype, config.device)
+    opened = open_model(name, config.tokenizer, config.template, config.dtype, config.device, thinking=config.thinking)
     opened.template.prompt([{"role": "user", "content": "-"}])  # has both roles, or says so now
     service = Service(opened, config, data_folder(config.folder), name)
     return Opened(create_app(service, tokens), service, config)
@@ -101,9 +101,10 @@ def _check(config: ServeConfig) -> None:
         if getattr(config, name) is not None and getattr(config, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, found {getattr(config, name)}")
     try:
-        Sampling(config.temperature, config.top_p)
+        with_given(PRESETS[config.preset], config)
     except ValueError as error:
         raise ValueError(f"--{error}") from None
+    stop_texts(config.stop)
     if len(set(config.profiles)) < len(config.profiles):
         raise ValueError(f"--profiles names one twice, found {', '.join(config.profiles)}")
     if config.waiting < 0 or not config.seconds > 0:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rwkv_train.data.templates import Template
 from rwkv_train.models.state import State
@@ -15,8 +15,9 @@ class Asked:
     """A reply that is asked for.
 
     parent: the turn that it follows, None for the first. messages: those since then, and prompt: their ids. read: the
-    ids to read after `state`: the prompt alone, or with all that was said before it. key: of the conversation up to the
-    last reply in it; since: how many of the messages come after that.
+    ids to read after `state`: the prompt alone, or with all that was said before it, and what is written of the reply
+    for the model; history: without that. key: of the conversation up to the last reply in it; since: how many of the
+    messages come after that. template: as which the reply is written; None for a text that is no reply.
     """
 
     parent: Turn | None
@@ -24,8 +25,10 @@ class Asked:
     prompt: list[int]
     read: list[int]
     state: State | None
-    key: str
-    since: int
+    key: str = ""
+    since: int = 0
+    template: Template | None = None
+    history: tuple[int, ...] = ()
 
     def key_with(self, reply: str) -> str:
         """The key of the conversation up to a reply to it."""
@@ -43,21 +46,25 @@ class Conversations:
     def __init__(self, tokenizer: Tokenizer, template: Template, sessions: Sessions):
         self.tokenizer, self.template, self.sessions = tokenizer, template, sessions
 
-    def after(self, turn: Turn, messages: list[dict], version: str) -> Asked:
-        """Messages that follow a known turn, for the model of a version. Raises ValueError for what is no message."""
-        return self._asked(turn, messages, version, turn.key)
+    def after(self, turn: Turn, messages: list[dict], version: str, thinking: str | None = None) -> Asked:
+        """Messages that follow a known turn, for the model of a version.
 
-    def whole(self, messages: Sequence[dict], who: str, version: str) -> Asked:
+        thinking: how a thought is asked for, if not as the template says. Raises ValueError for what is no message, and
+        for a thinking that the model was not taught.
+        """
+        return self._asked(turn, messages, version, turn.key, thinking)
+
+    def whole(self, messages: Sequence[dict], who: str, version: str, thinking: str | None = None) -> Asked:
         """A whole conversation, of which the longest part that is known is not read again.
 
-        who: names what conversations may be known: of one owner and one profile. Raises ValueError as above.
+        who: names what conversations may be known: of one owner and one profile. thinking, and errors: as above.
         """
         for count, key in reversed(_keys(who, messages)[1:]):
             turn = self.sessions.find(key)
             if turn is not None:
                 with suppress(Gone):  # then what was sent is read
-                    return self.after(turn, list(messages[count:]), version)
-        return self._asked(None, list(messages), version, who)
+                    return self.after(turn, list(messages[count:]), version, thinking)
+        return self._asked(None, list(messages), version, who, thinking)
 
     def transcript(self, turn: Turn) -> list[dict]:
         """Messages of a conversation up to a turn's reply, without it, each with the id of its turn."""
@@ -70,20 +77,22 @@ class Conversations:
     def context(self, turn: Turn) -> list[int]:
         """Ids before a turn's last message, without the end-of-document token: a `Correction`'s context."""
         earlier = self.sessions.before(turn)
-        said = [i for piece, _ in self.template.segments(turn.messages[:-1]) for i in self.tokenizer.encode(piece)]
+        said = [i for piece in self.template.history(turn.messages[:-1]) for i in self.tokenizer.encode(piece)]
         read = [i for each in earlier for i in each.read]
         return [*read, *self._opening(earlier[-1] if earlier else None), *said][1:]
 
-    def _asked(self, parent: Turn | None, messages: list[dict], version: str, key: str) -> Asked:
-        pieces = self.template.prompt(messages)
-        prompt = [*self._opening(parent), *(i for piece in pieces for i in self.tokenizer.encode(piece))]
+    def _asked(self, parent: Turn | None, messages: list[dict], version: str, key: str, thinking: str | None) -> Asked:
+        template = self.template if thinking is None else replace(self.template, thinking=thinking)
+        prompt, opened = (
+            [*self._opening(parent), *(i for piece in pieces for i in self.tokenizer.encode(piece))]
+            for pieces in (template.prompt(messages, opened=False), template.prompt(messages))
+        )
         state = self.sessions.state(parent.id) if parent and parent.version == version else None
-        read = prompt
-        if parent and state is None:
-            before = [*self.sessions.before(parent), parent]
-            read = [*(i for turn in before for i in turn.read), *prompt]
+        before = [*self.sessions.before(parent), parent] if parent and state is None else []
+        earlier = [i for turn in before for i in turn.read]
         said, key = _keys(key, messages)[-1]
-        return Asked(parent, messages, prompt, read, state, key, len(messages) - said)
+        since, history = len(messages) - said, (*earlier, *prompt)
+        return Asked(parent, messages, prompt, earlier + opened, state, key, since, template, history)
 
     def _opening(self, parent: Turn | None) -> list[int]:
         """What comes before messages: the end of the document before, or of a reply that did not end itself."""

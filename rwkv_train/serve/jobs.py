@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from rwkv_train.data.templates import Template
 from rwkv_train.generation.decoder import Constraint, Scores
 from rwkv_train.generation.sampling import Sampling
 from rwkv_train.models.base import RWKV
@@ -21,12 +22,14 @@ class Full(Exception):
 
 
 class Piece(NamedTuple):
-    """What a token brought. text: what can be shown now, perhaps nothing; scores: of the token, where asked for."""
+    """What a token brought. text: what can be shown now, perhaps nothing; scores: of the token, where asked for;
+    thought: what is new of what goes before the reply."""
 
     choice: int
     token: int
     text: str
     scores: Scores | None
+    thought: str = ""
 
 
 class End(NamedTuple):
@@ -34,7 +37,7 @@ class End(NamedTuple):
 
     text: its last piece; shown: all of it. ids: the tokens that hold exactly that; state: after them, of one lane, or
     None where nobody knows it. ended: the model wrote the end of the turn. count: tokens written. error: what went
-    wrong, in a line.
+    wrong, in a line. thought: what went before the reply; the tokens and the state are without it.
     """
 
     choice: int
@@ -46,6 +49,7 @@ class End(NamedTuple):
     ended: bool
     count: int
     error: str = ""
+    thought: str = ""
 
 
 Event = Piece | End
@@ -55,10 +59,10 @@ Event = Piece | End
 class Job:
     """A prompt, and the replies to it that are asked for.
 
-    prompt: ids, read after `state` (of one lane; None: a document's beginning). seeds: one for each choice.
-    tell(event): called in the batcher's thread. end: the text that ends a reply and belongs to it; "" if it is no turn
-    of a chat. stop: texts before which it ends. constraint: makes a choice's. likeliest: as of `Decoder.add`. seconds:
-    after which it is broken off.
+    prompt: ids, read after `state` (of one lane; None: a document's beginning); history: these without what is written
+    of the reply for the model. seeds: one for each choice. tell(event): called in the batcher's thread. template: as
+    which replies are written; None if they are no turns of a chat. stop: texts before which they end. constraint: makes
+    a choice's. likeliest: as of `Decoder.add`. seconds: after which it is broken off.
     """
 
     model: RWKV
@@ -68,7 +72,8 @@ class Job:
     seeds: list[int]
     max_new_tokens: int
     tell: Callable[[Event], None]
-    end: str = ""
+    template: Template | None = None
+    history: tuple[int, ...] = ()
     stop: tuple[str, ...] = ()
     constraint: Callable[[], Constraint] | None = None
     likeliest: int | None = None

@@ -2,8 +2,13 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from rwkv_train.command_config import Preset
+
+Effort = Literal["none", "minimal", "low", "medium", "high"]
+EFFORTS = {"none": "off", "minimal": "fake", "low": "short", "medium": "normal", "high": "long"}  # keys of THINKING
+EFFORT = "How long a model thinks that was taught to; with `minimal` it replies after an empty thought."
 MOST_CHOICES, MOST_STOPS, MOST_LIKELIEST = 16, 16, 20
 
 
@@ -30,6 +35,17 @@ def _joined(content: object) -> object:
 Text = Annotated[str, BeforeValidator(_joined, json_schema_input_type=str | Annotated[list[Part], Field(min_length=1)])]
 
 
+class CalledFunction(Strict):
+    name: str
+    arguments: str = Field(description="A JSON object.")
+
+
+class ToolCall(Strict):
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
 class Message(Strict):
     """One message of a conversation."""
 
@@ -41,6 +57,46 @@ class Message(Strict):
 
     def plain(self) -> dict:
         return {"role": "system" if self.role == "developer" else self.role, "content": self.content}
+
+
+class ChatMessage(Message):
+    """One message of a chat, perhaps one that calls functions, or what a function gave."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"] = Field(
+        description="`developer` is taken as `system`."
+    )
+    content: Text | None = Field(default=None, description="Its text, or parts that are joined; null beside calls.")
+    tool_calls: list[ToolCall] | None = Field(default=None, min_length=1)
+    tool_call_id: str | None = Field(default=None, description="As calls have it; not used: results follow the calls.")
+    reasoning_content: str | None = Field(default=None, description="As answers have it; not used.")
+    refusal: str | None = Field(default=None, description="As answers have it; not used.")
+
+    @model_validator(mode="after")
+    def _says_something(self) -> "ChatMessage":
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError("tool_calls are the assistant's alone")
+        if self.content is None and not self.tool_calls:
+            raise ValueError("content is missing; only a message with tool_calls may be without")
+        return self
+
+    def plain(self) -> dict:
+        called = {"tool_calls": [call.model_dump() for call in self.tool_calls]} if self.tool_calls else {}
+        return super().plain() | called
+
+
+class Function(Strict):
+    name: str = Field(min_length=1, max_length=64)
+    description: str | None = None
+    parameters: dict[str, Any] | None = Field(default=None, description="A JSON schema.")
+    strict: bool | None = Field(default=None, description="Not used: arguments are as the model writes them.")
+
+
+class Tool(Strict):
+    type: Literal["function"]
+    function: Function
+
+    def plain(self) -> dict:
+        return {"function": self.function.model_dump(exclude_none=True, exclude={"strict"})}
 
 
 class Format(Strict):
@@ -81,13 +137,21 @@ class TextRequest(Strict):
 
     model: str | None = Field(default=None, description="A name of `/v1/models`; the first one if not given.")
     stream: bool = Field(default=False, description="Send server-sent events, each when it is there.")
+    preset: Preset | None = Field(
+        default=None, description="Values by name of what else is not given here; the server's own if not given."
+    )
     temperature: float | None = Field(default=None, ge=0, le=100, description="0 always takes the likeliest token.")
     top_p: float | None = Field(default=None, ge=0, le=1, description="0 always takes the likeliest token.")
-    top_k: int = Field(default=0, ge=0, description="Sample from this many of the likeliest tokens; 0 is all.")
-    presence_penalty: float = Field(default=0, ge=-100, le=100)
-    frequency_penalty: float = Field(default=0, ge=-100, le=100)
-    penalty_decay: float = Field(
-        default=1, ge=0, le=1, description="What `frequency_penalty` counts shrinks by this factor with each token."
+    top_k: int | None = Field(
+        default=None, ge=0, description="Sample from this many of the likeliest tokens; 0 is all."
+    )
+    min_p: float | None = Field(
+        default=None, ge=0, le=1, description="Leave out tokens less likely than the likeliest one times this."
+    )
+    presence_penalty: float | None = Field(default=None, ge=-100, le=100)
+    frequency_penalty: float | None = Field(default=None, ge=-100, le=100)
+    penalty_decay: float | None = Field(
+        default=None, ge=0, le=1, description="What `frequency_penalty` counts shrinks by this factor with each token."
     )
     seed: int | None = Field(
         default=None,
@@ -95,7 +159,7 @@ class TextRequest(Strict):
         lt=2**63,
         description="The same seed and request give the same reply; else by chance.",
     )
-    stop: Stop | None = Field(default=None, description="Texts before which the reply ends.")
+    stop: Stop | None = Field(default=None, description="Texts before which the reply ends, in place of the server's.")
     user: str | None = Field(default=None, description="Not used: who you are is told by the token.")
 
 
@@ -104,7 +168,9 @@ class StreamOptions(Strict):
 
 
 class ChatRequest(TextRequest):
-    messages: list[Message] = Field(min_length=1)
+    messages: list[ChatMessage] = Field(min_length=1)
+    tools: list[Tool] | None = Field(default=None, max_length=128, description="Functions that the reply may call.")
+    tool_choice: Literal["auto", "none"] | None = Field(default=None, description="`none` does not name the tools.")
     max_tokens: int | None = Field(default=None, ge=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
     n: int = Field(default=1, ge=1, le=MOST_CHOICES)
@@ -112,6 +178,7 @@ class ChatRequest(TextRequest):
     top_logprobs: int | None = Field(default=None, ge=0, le=MOST_LIKELIEST)
     response_format: Annotated[Format | SchemaFormat, Field(discriminator="type")] | None = None
     stream_options: StreamOptions | None = None
+    reasoning_effort: Effort | None = Field(default=None, description=EFFORT)
     store: bool | None = Field(
         default=None, description="Whether the state after the reply is kept; it is if not given."
     )
@@ -133,6 +200,10 @@ class TextSettings(Strict):
     format: Annotated[Format | FlatSchemaFormat, Field(discriminator="type")] | None = None
 
 
+class Reasoning(Strict):
+    effort: Effort | None = Field(default=None, description=EFFORT)
+
+
 class ResponseRequest(TextRequest):
     input: str | Annotated[list[Message], Field(min_length=1)]
     instructions: str | None = Field(default=None, description="A system message before the input.")
@@ -140,6 +211,7 @@ class ResponseRequest(TextRequest):
         default=None, description="The reply that this follows: its state is gone on from, and nothing is read twice."
     )
     max_output_tokens: int | None = Field(default=None, ge=1)
+    reasoning: Reasoning | None = None
     text: TextSettings | None = None
     store: bool | None = Field(default=None, description="Whether the reply is kept; it is if not given.")
     metadata: dict[str, str] | None = None

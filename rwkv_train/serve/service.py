@@ -13,6 +13,7 @@ from rwkv_train.chat.opening import open_profile
 from rwkv_train.checkpoints.opener import Opened
 from rwkv_train.files import quoted
 from rwkv_train.generation.decoder import Constraint
+from rwkv_train.generation.presets import PRESETS, sampling_of, stop_texts, with_given
 from rwkv_train.generation.sampling import Sampling
 from rwkv_train.serve.batcher import Batcher
 from rwkv_train.serve.conversation import Asked, Conversations
@@ -57,6 +58,7 @@ class Service:
     def __init__(self, opened: Opened, config: ServeConfig, folder: Path, name: str | Path):
         """folder: of the user's data. name: what the model was opened as. Raises ValueError as `open_profile`."""
         self.config, self.opened = config, opened
+        self._sampling, self._stop = sampling_of(config), stop_texts(config.stop)
         self.tokenizer, self.template = opened.tokenizer, opened.template
         opened.model.eval().requires_grad_(False)
         self._closing = ExitStack()
@@ -125,12 +127,9 @@ class Service:
 
     def sampling(self, request: TextRequest) -> Sampling:
         """How a request's tokens are chosen."""
-        temperature = self.config.temperature if request.temperature is None else request.temperature
-        top_p = self.config.top_p if request.top_p is None else request.top_p
-        penalties = request.presence_penalty, request.frequency_penalty, request.penalty_decay
-        if top_p == 0:
-            temperature, top_p = 0.0, 1.0
-        return Sampling(temperature, top_p, request.top_k, *penalties)
+        if request.top_p == 0:
+            request = request.model_copy(update={"temperature": 0.0, "top_p": 1.0})
+        return with_given(PRESETS[request.preset] if request.preset else self._sampling, request)
 
     def most(self, asked: int | None) -> int:
         """Tokens of a reply. ApiError 400 for more than the server allows."""
@@ -155,11 +154,10 @@ class Service:
         stored: bool = True,
         answer: dict | None = None,
         format: dict | None = None,
-        end: str | None = None,
         likeliest: int | None = None,
     ) -> Running:
         """Submit a reply. find(version): what is asked, of that version of the model; prefix: of the response's id;
-        answer: to keep with the turn; format: as of `json_schema` requests; end: None is the template's.
+        answer: to keep with the turn; format: as of `json_schema` requests.
 
         ApiError 400 for a prompt that is too long or a wrong schema, 503 where too many wait.
         """
@@ -178,8 +176,9 @@ class Service:
             [seed + choice for choice in range(n)],
             max_new_tokens,
             lambda event: self._told.append((running, event)),
-            self.template.end() if end is None else end,
-            tuple(request.stop or ()),
+            asked.template,
+            asked.history,
+            self._stop if request.stop is None else tuple(request.stop),
             await asyncio.to_thread(self._constraint, format),
             likeliest,
             self.config.seconds,

@@ -3,11 +3,14 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from rwkv_train.command_config import SamplingConfig
+from rwkv_train.config import Thinking
+
 LOOPBACK, PORT = "127.0.0.1", 8080
 
 
 @dataclass
-class ServeConfig:
+class ServeConfig(SamplingConfig):
     """Serve a model: an OpenAI-like API, corrections while it talks, and a page to talk and correct on."""
 
     model: str | None = None
@@ -18,9 +21,14 @@ class ServeConfig:
     """world, bytes or a tokenizer JSON; known where tokenizer.json lies with the model"""
 
     template: str | None = None
-    """YAML file that says how chats are written; template.yaml with the model, or RWKV World's if not given"""
+    """how chats are written: world, g1, raven, or a YAML file; if not given, as template.yaml or the chat_template with
+    the model says, or else as its name suggests"""
 
-    dtype: Literal["fp32", "fp16", "bf16", "int8"] = "fp32"
+    thinking: Thinking | None = None
+    """how a model that was taught to think does so: off; fake, it replies after an empty thought; on; normal, short or
+    long, where it is asked for a thought of such a length. As the template says if not given"""
+
+    dtype: Literal["fp32", "fp16", "bf16", "int8", "nf4"] = "fp32"
     """number format of the weights in memory; a profile of corrections belongs to the one it was begun with"""
 
     device: str = "cpu"
@@ -46,12 +54,6 @@ class ServeConfig:
 
     memory: float | None = None
     """GB that corrections may take, the model counted; most of the machine's if not given"""
-
-    temperature: float = 0.8
-    """of replies that do not ask for another: below 1 is safer, above 1 bolder, 0 always takes the likeliest token"""
-
-    top_p: float = 0.5
-    """the same: sample from the likeliest tokens that make up this much probability"""
 
     reply_tokens: int = 500
     """tokens of a reply that does not ask for a number of them"""

@@ -132,7 +132,7 @@ def make_model(config: ModelConfig, tokenizer: Tokenizer | None) -> RWKV:
     for block in model.blocks:
         block.dropout = config.dropout
     if config.tune != "all":
-        tune(model, config.tune, config.rank or 16, config.base)
+        tune(model, config.tune, config.rank or 16, config.base, config.ranks)
     return model.train()
 
 

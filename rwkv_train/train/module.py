@@ -12,6 +12,7 @@ from rwkv_train.bptt import chunked_loss, rng_states, set_rng_states
 from rwkv_train.config import FitConfig
 from rwkv_train.data.lanes import LaneBatches
 from rwkv_train.evaluate import Score, Scorer
+from rwkv_train.models.adapters import STATE
 from rwkv_train.models.base import RWKV
 from rwkv_train.models.state import State
 from rwkv_train.program import command
@@ -210,6 +211,10 @@ class OnlineTrainingModule(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         saved = checkpoint["rwkv_train"]
+        if self.config.model.tune == "state":  # runs of before trained an RWKV-7's shifts, too, and go on so
+            moments = [of for optimizer in checkpoint.get("optimizer_states", []) for of in optimizer.get("state", [])]
+            if len(moments) == len(STATE):
+                self.model.initial_shift.requires_grad_(True)
         refuse_changes(saved.get("order", {}), self._order(), self.trainer.default_root_dir)
         self.batches_done = saved["batches_done"]
         self.skipped, self.skipped_in_a_row = saved["skipped"]

@@ -18,6 +18,7 @@ from rwkv_train.run_config import whole_paths
 from rwkv_train.train.resume_rules import IGNORES, RULES
 
 UNKNOWN = object()
+NO_FACTORS = ("all", "state")  # what model.tune says where there are no ranks
 WORDS = {
     "tokenizer": "as many documents and tokens, by another tokenizer",
     "places": "as many documents and tokens, of other lengths",
@@ -160,7 +161,8 @@ def _decisive(settings: dict[str, object]) -> dict[str, object]:
         "data.val_share": when("data.val data.val_share", lambda val, share: 0.0 if val else share),
         "train.accumulate": when("train.accumulate", int),
         "model.tune": when("model.tune", str),
-        "model.rank": when("model.tune model.rank", lambda tune, rank: (rank or 16) if tune == "lora" else None),
+        "model.rank": when("model.tune model.rank", lambda tune, rank: None if tune in NO_FACTORS else rank or 16),
+        "model.ranks": when("model.tune", lambda _: settings.get("model.ranks") or []),
         "model.base": when("model.base", str),
     } | _of_deepspeed(settings, when)
 

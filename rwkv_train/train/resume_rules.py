@@ -19,6 +19,7 @@ RULES = {
     "model.dropout": (TAKES, ""),
     "model.tune": (REFUSES, "it decides which weights the checkpoint has, and which of them the optimizer has seen"),
     "model.rank": (REFUSES, "the factors in the checkpoint have this size"),
+    "model.ranks": (REFUSES, "the factors in the checkpoint have these sizes"),
     "model.base": (REFUSES, "the factors were trained beside matrices that were kept in this way"),
     "data.path": (REFUSES, "other text; the same text in another place is taken"),
     "data.val": (TAKES, "another text for validation is told; between a text of its own and a share, see val_share"),

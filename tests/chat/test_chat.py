@@ -80,6 +80,17 @@ def test_commands(say):
     }
 
 
+def test_a_state_alone_goes_from_one_chat_to_another(say):
+    ours = say("a\n/state export one\nb", "--temperature=0")
+    assert ours[1].startswith("kept/dialogues/one.pth: the state after 1 turn")
+    for name in ("one", "kept/dialogues/one.pth"):
+        told, reply, back, _, none = say(
+            f"/state import {name}\nb\n/back\n/back\n/retry", "--temperature=0", exit_code=1
+        )
+        assert "It holds no text" in told and reply == ours[2]
+        assert back == "back at: (the state of one.pth)" and "nothing has been said" in none
+
+
 def test_any_text_can_be_typed_in_one_line(say):
     r"""\n is a line break, \\ a backslash, everything else itself; a byte order mark is none of the text."""
     typed = r"C:\\new \\\\srv\dir a\nb \t \\"
@@ -104,6 +115,13 @@ def test_settings_and_system_are_those_of_the_flags(say):
     assert flags == say("/settings temperature 0\n/settings tokens 7\n/system S\na\nb")[3:]
     assert say("a", "--seed=5") == say("/settings seed 5\na")[1:]
     assert say("/settings top_k 2\n/settings top_k")[1] == "top_k 2"
+    flags = say("a\nb", "--preset=fake-thinking", "--stop=e", "--stop=o")
+    assert flags == say("/settings preset fake-thinking\na\nb", "--stop=e", "--stop=o")[1:]
+    assert not set("eo") & set("".join(flags).replace("(empty reply)", ""))
+    shown = say("/settings preset\n/settings min_p 0.1\n/settings preset")
+    assert shown == [
+        "preset chat: temperature 0.8, top_p 0.5", "min_p 0.1", "preset none: temperature 0.8, top_p 0.5, min_p 0.1"
+    ]  # fmt: skip
     with_template = "roles:\n  user: 'Q: {content}\n\n    '\n  assistant: 'A: {content}\n\n    '\n"
     with open("starter/template.yaml", "w") as f:
         f.write(with_template)
@@ -134,10 +152,14 @@ def test_settings_and_system_are_those_of_the_flags(say):
         ("/state save ../x", "letters, digits"),
         ("/state save x", "nothing has been said"),
         ("/state load x", "there are: none"),
+        ("/state export x", "nothing has been said"),
+        ("/state import x", "dialogues/x.pth: no such file"),
+        ("/state import starter/model.pth", "holds a dict, expected a list of tensors"),
         ("/settings top_p 2", "top_p must be above 0"),
+        ("/settings preset wild", "there are: chat, text"),
         ("/settings temperature hot", "a number, found 'hot'"),
         ("/settings tokens 0", "at least 1"),
-        ("/settings loudness", "there are: temperature"),
+        ("/settings loudness", "there are: preset, temperature"),
         (b"a\xffb", "surrogate"),
     ],
 )

@@ -77,6 +77,21 @@ def test_where_a_reply_ends(said, shown, kept, ended):
     assert_state_is_that_of_the_transcript(d)
 
 
+@pytest.mark.parametrize(
+    ("said", "shown", "kept"),
+    [(" Hi.\nUser: no\n\n", "Hi.", " Hi."), (" Hi.\nUs\0", "Hi.\nUs", " Hi.\nUs"), (" END\n\n", "", "")],
+)
+def test_a_reply_ends_before_a_stop(said, shown, kept):
+    """What only began like one is shown."""
+    d = dialogue(sampling=iter([0 if c == 0 else c + 1 for c in said.encode()]), stops=("\nUser:", "END"))
+    assert "".join(d.say("x")) == shown
+    assert (d.last().reply, BYTES.decode(d.last().ids).rstrip(), d.last().ended) == (shown, kept, False)
+    d.sampling = iter([0])
+    list(d.say("y"))
+    assert BYTES.decode(d.ids).endswith("\n\nUser: y\n\nAssistant:")
+    assert_state_is_that_of_the_transcript(d)
+
+
 TEXT = st.text(st.sampled_from("ab. \n你好！😀Hello"), max_size=30)
 
 

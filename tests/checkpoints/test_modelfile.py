@@ -21,6 +21,7 @@ from rwkv_train.models.rwkv7 import RWKV7
 from rwkv_train.tokenizer import OWN_FILE, load_tokenizer, train_bpe
 
 FORMATS = ("m.pth", "m.safetensors", "hf")
+HF_FILES = ("config.json", "generation_config.json", "model.safetensors")
 
 
 def same(a, b):
@@ -228,7 +229,7 @@ def test_hf_directory_is_replaced_file_by_file(tmp_path):
     model = random_model()
     save_model(model, folder)
     same(load_model(folder), model)
-    assert sorted(p.name for p in folder.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    assert sorted(p.name for p in folder.iterdir()) == ["README.md", *HF_FILES]
     assert os.listdir(tmp_path) == ["hf"]
 
 
@@ -237,11 +238,13 @@ def test_tokenizer_goes_into_the_directory(tmp_path):
     folder, learnt, template = tmp_path / "hf", train_bpe(["a b a b"], 260), Template(train_roles=["user"])
     save_model(random_model(), folder, tokenizer=learnt, template=template)
     assert TextFormat.read(folder).tokenizer.fingerprint == learnt.fingerprint
-    for name, files in (("world", {OWN_FILE}), ("bytes", {"tokenizer.json", "tokenizer_config.json"})):
+    (folder / OWN_FILE).write_text('{"rwkv_train_tokenizer": "world"}')  # of an older export
+    files = {*HF_FILES, "template.yaml", "tokenizer.json", "tokenizer_config.json"}
+    for name in ("bytes", "world"):
         save_model(random_model(), folder, tokenizer=load_tokenizer(name))
         assert TextFormat.read(folder).tokenizer.name == name and TextFormat.read(folder).template == template
         save_model(random_model(), folder)
-        assert {p.name for p in folder.iterdir()} == {"model.safetensors", "config.json", "template.yaml", *files}
+        assert {p.name for p in folder.iterdir()} == files
     with pytest.raises(ValueError, match="tokenizer"):
         save_model(random_model(), tmp_path / "m.pth", tokenizer=learnt)
 

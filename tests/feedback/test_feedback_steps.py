@@ -9,6 +9,7 @@ from helpers import assert_close_rel, random_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rwkv_train.data.templates import TurnEnd
 from rwkv_train.feedback import FeedbackConfig, texts
 from rwkv_train.feedback.curvature import DAMPING, Curvature
 from rwkv_train.feedback.decode import decode, greedy
@@ -28,13 +29,17 @@ from rwkv_train.feedback.texts import (
     wrong,
 )
 from rwkv_train.feedback.trainable import between, changed, localised_names, trained_twin, upper_names, with_weights
+from rwkv_train.models.adapters import begin_in
 
 
+@pytest.mark.parametrize("tuned", [False, True])  # whether it begins in a state
 @pytest.mark.parametrize(("trainable", "chunk"), [("upper", CHUNK), ("upper", 5), ("localised", CHUNK)])
-def test_one_step_is_a_plain_gradient_step_on_the_whole_model(trainable, chunk, generation, monkeypatch):
+def test_one_step_is_a_plain_gradient_step_on_the_whole_model(trainable, chunk, tuned, generation, monkeypatch):
     """Blocks left out, text read beforehand, texts padded together, read in chunks: none of it changes the gradient."""
     monkeypatch.setattr(texts, "CHUNK", chunk)
     model = random_model(n_embd=8, n_layer=4, vocab_size=257, dtype=torch.float64, generation=generation)
+    if tuned:
+        begin_in(model, model(torch.tensor([DIALOGUES[0]]))[1])
     model.requires_grad_(False)
     new = [Example([0, *BYTES.encode("a long way before: hot")], 3), Example([0, *BYTES.encode("sun? hot")], 3)]
     new.append(Example([0, *BYTES.encode("other talk. sun? hot")], 3, context=16))
@@ -156,7 +161,8 @@ def test_drift_counts_every_token_once():
 def test_sampled_replies_are_drawn_by_seed():
     model, prompts = small_model(), [FORM.prompt("a"), FORM.prompt("another")]
     draws = [
-        decode(model, BYTES, prompts, "\n\n", max_new_tokens=6, rng=torch.Generator().manual_seed(s)) for s in (1, 1, 2)
+        decode(model, BYTES, prompts, TurnEnd("\n\n"), max_new_tokens=6, rng=torch.Generator().manual_seed(s))
+        for s in (1, 1, 2)
     ]
     assert draws[0] == draws[1] != draws[2]
 

@@ -1,6 +1,8 @@
-"""Corrections of models in 16 and in 8 bits: what is trained is float32, and everything else stays as it is."""
+"""Corrections of models in 16, 8 and 4 bits: what is trained is float32, and everything else stays as it is."""
 
 from dataclasses import replace
+from itertools import product
+from typing import get_args
 
 import pytest
 import torch
@@ -11,19 +13,19 @@ from rwkv_train import load_model, save_model
 from rwkv_train.feedback import Learner, Reading
 from rwkv_train.feedback.snapshots import weights_hash
 from rwkv_train.feedback.texts import log_probs
-from rwkv_train.feedback.trainable import changed, trained_twin
+from rwkv_train.feedback.trainable import Trainable, changed, trained_twin
 from rwkv_train.generate import Sampling, prefill, stream_tokens
-from rwkv_train.models.adapters import quantise
+from rwkv_train.models.quantised import BITS, quantise
 from rwkv_train.ops.products import as_wide, is_quantised
 
-FORMATS = ("bf16", "fp16", "int8")
-WITHIN = {"bf16": 0.05, "fp16": 0.01, "int8": 0.05}
+FORMATS = ("bf16", "fp16", "int8", "nf4")
+WITHIN = {"bf16": 0.05, "fp16": 0.01, "int8": 0.05, "nf4": 0.05}
 
 
 def small_in(dtype: str, generation="rwkv4"):
-    if dtype == "int8":
+    if dtype in BITS:
         pytest.importorskip("torchao")
-        return quantise(small_model(generation=generation).bfloat16())
+        return quantise(small_model(generation=generation).bfloat16(), dtype)
     return small_model(generation=generation).to({"bf16": torch.bfloat16, "fp16": torch.float16}[dtype])
 
 
@@ -63,7 +65,7 @@ def test_corrections_are_learnt_replayed_and_undone_exactly(tmp_path, dtype, gen
         assert learner.model is learner.base and learner.weights == hashes[0]
 
 
-@pytest.mark.parametrize("trainable", ["upper", "lora", "full", "state"])
+@pytest.mark.parametrize("trainable", get_args(Trainable))
 @pytest.mark.parametrize("dtype", FORMATS)
 def test_only_what_is_trained_is_float32(dtype, trainable):
     base = small_in(dtype)
@@ -74,9 +76,11 @@ def test_only_what_is_trained_is_float32(dtype, trainable):
     assert all(any(p is q for q in base.parameters()) for p in others)
 
 
-@pytest.mark.parametrize("trainable", ["upper", "full", "lora"])
-@pytest.mark.parametrize("dtype", FORMATS)
-def test_whatever_is_trained_learns(tmp_path, dtype, trainable):
+@pytest.mark.parametrize(
+    ("trainable", "dtype"),
+    [*product(["upper", "full", "lora"], FORMATS), ("pissa", "nf4"), ("miss", "nf4"), ("miss", "bf16")],
+)
+def test_whatever_is_trained_learns(tmp_path, trainable, dtype):
     with open_in(dtype, tmp_path, replace(CONFIG, trainable=trainable, steps=300)) as learner:
         outcome = learner.learn(QUICK[0])
         assert outcome.accepted and learner.answer("sun?") == "hot", outcome
@@ -136,7 +140,8 @@ def test_a_profile_says_in_which_number_format_it_was_begun(tmp_path):
         open_in("fp16", tmp_path)
 
 
-def test_weights_in_8_bits_are_told_from_others():
-    model = small_in("int8")
+@pytest.mark.parametrize("dtype", BITS)
+def test_weights_in_few_bits_are_told_from_others(dtype):
+    model = small_in(dtype)
     plain = [n for n, p in model.named_parameters() if p.ndim == 2 and not is_quantised(p)]
     assert plain == ["emb.weight", "head.weight"]

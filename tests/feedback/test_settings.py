@@ -31,6 +31,7 @@ def test_old_names_are_read_wherever_settings_are_given(tmp_path):
         ({"scope": "all"}, "trainable must be one of"),
         ({"budget": -1.0}, "max_kl must not be negative"),
         ({"kl_weight": float("inf")}, "kl_weight must be finite"),
+        ({"rank": 0}, "rank must be at least 1"),
     ],
 )
 def test_what_is_no_setting_is_refused(settings, message):
@@ -41,6 +42,11 @@ def test_what_is_no_setting_is_refused(settings, message):
 def test_no_more_layers_are_trained_than_there_are(tmp_path):
     with open_learner(tmp_path) as learner, pytest.raises(ValueError, match="layers must be at most 1"):
         learner.configure(layers=2)
+
+
+def test_no_rank_is_more_than_a_matrix_has(tmp_path):
+    with open_learner(tmp_path) as learner, pytest.raises(ValueError, match="rank must be at most "):
+        learner.configure(rank=9999)
 
 
 def test_names_of_today_stay():

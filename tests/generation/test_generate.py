@@ -48,6 +48,16 @@ def test_several_prompts_are_each_written_as_alone(generation, lanes):
     assert texts == alone and texts[0] != texts[3]
 
 
+def test_texts_end_before_their_stops():
+    model, prompts = random_model(vocab_size=257, dtype=torch.float64), ["hi", "", "hi"]
+    whole = ["".join(generate_text(model, BYTES, p, Sampling(), 40, seed=i)) for i, p in enumerate(prompts)]
+    stop = (whole[0][9:11], whole[1][3], "never so long a text")
+    found = ["", "", ""]
+    for number, piece in generate_texts(model, BYTES, prompts, Sampling(), 40, lanes=2, stop=stop):
+        found[number] += piece or ""
+    assert found == [text[: min(text.find(end) for end in stop if end in text)] for text in whole]
+
+
 def test_a_stream_takes_one_number_a_token_and_stops():
     model = random_model(dtype=torch.float64)
     start, rng = prefill(model, [0]), random_numbers(5)

@@ -28,7 +28,8 @@ def plainly(logits: Tensor, how: Sampling, uniform: float, counts: Tensor) -> in
     left, mass = {}, 0.0
     for i in sorted(range(len(p)), key=lambda i: -p[i]):
         tie = left and p[i] == min(left.values())
-        if left and not tie and (mass >= how.top_p or len(left) >= (how.top_k or len(p))):
+        is_enough = mass >= how.top_p or len(left) >= (how.top_k or len(p))
+        if p[i] < how.min_p * max(p) or (left and not tie and is_enough):
             break
         left[i] = p[i]
         mass += p[i]
@@ -45,6 +46,7 @@ settings = st.builds(
     temperature=st.sampled_from([0, 0.5, 1, 3]),
     top_p=st.sampled_from([1, 0.01, 0.6, 0.95]),
     top_k=st.sampled_from([0, 1, 5, 300]),
+    min_p=st.sampled_from([0, 0.001, 0.1, 1]),
     presence_penalty=st.sampled_from([0, 1.5]),
     frequency_penalty=st.sampled_from([0, -0.5]),
 )
@@ -70,7 +72,7 @@ def test_equal_logits_stay_together(monkeypatch, few):
     monkeypatch.setattr(sampling, "FEW", few)
     logits = torch.zeros(1, 1000, dtype=torch.bfloat16)
     logits[0, [3, 500, 999]] = 5
-    for how in (Sampling(top_k=1), Sampling(top_p=0.05), Sampling(top_k=2)):
+    for how in (Sampling(top_k=1), Sampling(top_p=0.05), Sampling(top_k=2), Sampling(min_p=0.01), Sampling(min_p=1)):
         assert [chosen(logits, [how], [u])[0] for u in (0, 0.4, 0.999)] == [3, 500, 999]
     assert chosen(logits, [Sampling(0)], [0.9]) == [3]
     assert len({chosen(logits, [Sampling(top_k=4)], [u / 50])[0] for u in range(50)}) > 20
@@ -84,7 +86,7 @@ def test_a_share_of_one_is_a_token_that_is_left():
 def test_where_a_choice_is_recorded_it_asks_for_no_number():
     """What waits for the device cannot be recorded; on "meta" there are no numbers. Its first use takes seconds."""
     like = {"device": "meta"}
-    settings, uniform = torch.zeros(2, 6, **like), torch.zeros(2, dtype=torch.float64, **like)
+    settings, uniform = torch.zeros(2, 7, **like), torch.zeros(2, dtype=torch.float64, **like)
     for needs in (
         Needs(True, True, True, True, True, False),
         Needs(False, True, *[False] * 4),
@@ -106,13 +108,16 @@ def test_shares():
     assert seen(top_p=0.5) == {0}
     assert seen(top_p=0.65) == {0, 1}
     assert seen(temperature=0) == {0}
+    assert [seen(min_p=share) for share in (0.1, 0.2, 0.5)] == [{0, 1, 2}, {0, 1}, {0}]
+    assert seen(min_p=0.1, temperature=0.5) == {0, 1}
+    assert seen(min_p=0.1, top_k=2) == seen(min_p=0.1, top_p=0.65) == seen(min_p=0.2, top_p=0.99) == {0, 1}
     many = torch.rand(10_000, dtype=torch.float64, generator=rng).tolist()
     found = torch.bincount(torch.tensor(chosen(logits.expand(10_000, -1), [Sampling()] * 10_000, many)))
     assert torch.allclose(found / 10_000, logits[0].softmax(-1), atol=0.015)
 
 
 def test_settings_are_checked():
-    for bad in ({"top_p": 0}, {"top_p": 1.1}, {"temperature": -1}, {"top_k": -1}):
+    for bad in ({"top_p": 0}, {"top_p": 1.1}, {"temperature": -1}, {"top_k": -1}, {"min_p": -0.1}, {"min_p": 1.1}):
         with pytest.raises(ValueError, match=next(iter(bad))):
             Sampling(**bad)
     for name in ("temperature", "presence_penalty", "frequency_penalty"):

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from itertools import pairwise
+from typing import get_args
 
 import pytest
 import torch
@@ -13,7 +14,12 @@ from rwkv_train.bptt import chunked_loss
 from rwkv_train.checkpoints.modelfile import save_adapter
 from rwkv_train.config import ModelConfig, TrainConfig
 from rwkv_train.models.adapters import is_adapter, tune
+from rwkv_train.models.factors import Kind, add_product, as_lora, begin, change
+from rwkv_train.models.quantised import BITS
+from rwkv_train.ops.products import quantised_bytes
 from rwkv_train.train.fit import fit, make_model
+
+WHAT = ("lora", "pissa", "miss", "state")
 
 
 def tuned(generation, what, **kwargs):
@@ -30,16 +36,19 @@ def tuned(generation, what, **kwargs):
     return model
 
 
-@pytest.mark.parametrize("what", ["lora", "state"])
+@pytest.mark.parametrize("what", WHAT)
 def test_nothing_changes_until_it_is_trained_and_then_only_the_little(generation, what):
     tokens, plain = torch.arange(20)[None], random_model(generation=generation, dtype=torch.float64)
     model = random_model(generation=generation, dtype=torch.float64)
     tune(model, what, rank=3)
     assert_close_rel(model(tokens)[0], plain(tokens)[0], 1e-12)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert trained == set(filter(is_adapter, model.state_dict()))
-    matrices = 7 if generation == "rwkv4" else 6  # of a block
-    assert len(trained) == (2 if what == "state" else 2 * 2 * matrices)
+    kept = {name for name in filter(is_adapter, model.state_dict()) if name.endswith(("base", "up0", "down0"))}
+    matrices = 2 * (7 if generation == "rwkv4" else 6)  # of two blocks
+    assert len(kept) == (3 if what == "pissa" else 1) * matrices
+    still = {"initial_shift"} if (what, generation) == ("state", "rwkv7") else set()  # elsewhere it is none of a state
+    assert trained == set(filter(is_adapter, model.state_dict())) - kept - still
+    assert len(trained) == {"state": 2 - len(still), "miss": matrices}.get(what, 2 * matrices)
     model = tuned(generation, what)
     chunked_loss(model, tokens, tokens, None, None, chunk_len=7)[0].backward()
     assert {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()} == trained
@@ -47,7 +56,7 @@ def test_nothing_changes_until_it_is_trained_and_then_only_the_little(generation
 
 def test_packed_documents_begin_in_the_trained_state(generation):
     """Losses and gradients, with document starts that differ between the lanes and a state carried in."""
-    model = tuned(generation, "state")
+    model = tuned(generation, "state").requires_grad_(True)
     rng = torch.Generator().manual_seed(0)
     tokens, targets = (torch.randint(0, 31, (2, 23), generator=rng) for _ in range(2))
     reset = torch.zeros(2, 23, dtype=torch.bool)
@@ -73,14 +82,14 @@ def test_packed_documents_begin_in_the_trained_state(generation):
         assert_close_rel(a, b, 1e-10, "gradient of the initial state")
 
 
-@pytest.mark.parametrize("what", ["lora", "state"])
+@pytest.mark.parametrize("what", WHAT)
 def test_a_run_trains_the_adapter_alone_and_it_can_be_kept_apart(finished_of, store, tmp_path, generation, what):
     base = tmp_path / "base.pth"
     save_model(load_model(finished_of(generation)), base)
     config = config_of(
         store,
         tmp_path,
-        model=ModelConfig(init=str(base), tune=what),
+        model=ModelConfig(init=str(base), tune=what, rank=None if what == "state" else 4),
         train=TrainConfig(steps=12, val_every=12, save_every=5, log_every=1, device="cpu"),
     )
     off = replace(config.train, checkpoint_blocks=False)
@@ -97,7 +106,8 @@ def test_a_run_trains_the_adapter_alone_and_it_can_be_kept_apart(finished_of, st
     weights = torch.load(next((tmp_path / "run/checkpoints/step=00000012").glob("*.ckpt")), weights_only=True)
     unmerged.load_state_dict({k.removeprefix("model."): v for k, v in weights["state_dict"].items()})
     for name, p in unmerged.state_dict().items():
-        assert is_adapter(name) or torch.equal(p, before.state_dict()[name]), name
+        same = what == "pissa" or is_adapter(name) or torch.equal(p, before.state_dict()[name])
+        assert same, name
     tokens = torch.arange(40)[None]
     expected = unmerged.eval()(tokens)[0]
     assert not torch.allclose(expected, before(tokens)[0])
@@ -108,15 +118,15 @@ def test_a_run_trains_the_adapter_alone_and_it_can_be_kept_apart(finished_of, st
             save_model(whole, tmp_path / "hf")
 
 
-def test_matrices_in_8_bits(finished_of, store, tmp_path, generation):
-    """They compute as what a state dict says they are, take a byte a number, and a run resumes to the bit."""
+@pytest.mark.parametrize(("bits", "tune"), [("int8", "lora"), ("nf4", "pissa"), ("nf4", "miss")])
+def test_matrices_in_few_bits(finished_of, store, tmp_path, generation, bits, tune):
+    """They compute as what a state dict says they are, take few bits a number, and a run resumes to the bit."""
     base, tokens = tmp_path / "base.pth", torch.arange(40)[None]
     save_model(load_model(finished_of(generation)), base)
-    config = ModelConfig(init=str(base), tune="lora", base="int8")
+    config = ModelConfig(init=str(base), tune=tune, base=bits)
     model, plain = make_model(config, None), make_model(replace(config, base="float"), None)
     weight = model.blocks[0].ffn.key.weight
-    numbers = [getattr(weight, name) for name in weight.__tensor_flatten__()[0]]
-    assert sum(t.nbytes for t in numbers) <= weight.numel() + 8 * len(weight)  # and of each row its scale
+    assert quantised_bytes(weight) <= weight.numel() * BITS[bits] // 8 + 8 * len(weight) + 100  # and the scales
     with torch.no_grad():
         for p in model.parameters():
             if p.requires_grad:
@@ -131,12 +141,50 @@ def test_matrices_in_8_bits(finished_of, store, tmp_path, generation):
     with torch.autocast("cpu", torch.bfloat16):
         assert_close_rel(model(tokens)[0], plain(tokens)[0], 5e-2)
     model.load_state_dict(model.state_dict())
-    with pytest.raises(ValueError, match=r"not that of model.init in 8 bits"):
+    with pytest.raises(ValueError, match=rf"not that of model.init in {BITS[bits]} bits"):
         model.load_state_dict(make_model(replace(config, base="float"), None).state_dict())
+
+
+def test_ranks_are_by_parts_of_names(generation):
+    model = random_model(generation=generation)
+    tune(model, "lora", 3, ranks=["blocks.1.ffn=0", "key=2", "blocks.0-1.att=5"])
+    ranks = {name.removesuffix(".down"): len(p) for name, p in model.named_parameters() if name.endswith(".down")}
+    assert ranks["blocks.0.ffn.key"] == ranks["blocks.1.att.key"] == 2
+    assert ranks["blocks.0.ffn.value"] == 3 and ranks["blocks.1.att.output"] == 5
+    assert not any(name.startswith("blocks.1.ffn") for name in ranks)
+    for entry in ("blocks.2=4", "att.ke=4"):
+        with pytest.raises(ValueError, match=f"model.ranks: {entry} fits no matrix"):
+            tune(random_model(generation=generation), "lora", 3, ranks=[entry])
+    for what in ("pissa", "miss"):
+        with pytest.raises(ValueError, match="has room for, 16"):
+            tune(random_model(generation=generation), what, 17)
+
+
+@pytest.mark.parametrize("rank", [4, 5])  # 5 does not divide 16
+def test_factors_are_what_they_add(rank):
+    """Beside a weight and added to one, as a pair of factors, and as they begin."""
+    weight, x = torch.randn(12, 16, dtype=torch.float64), torch.randn(7, 16, dtype=torch.float64)
+    for kind in get_args(Kind):
+        begun = begin(kind, weight, rank)
+        assert kind == "pissa" or not change(begun, 16).any()
+        made = {name: torch.randn_like(t) for name, t in begun.items()}
+        assert_close_rel(add_product(x @ weight.t(), x, made), x @ (weight + change(made, 16)).t(), 1e-12)
+        up, down = as_lora(made, 16)
+        assert_close_rel(up @ down, change(made, 16), 1e-12)
+    u, s, v = torch.linalg.svd(weight)
+    principal = begin("pissa", weight, rank)
+    assert_close_rel(change(principal, 16), u[:, :rank] * s[:rank] @ v[:rank], 1e-6)
+    assert all(torch.equal(t, principal[name]) for name, t in begin("pissa", weight, rank).items())
+
+
+@pytest.mark.parametrize(("bits", "tune"), [("int8", "lora"), ("nf4", "pissa")])
+def test_a_run_beside_few_bits_resumes_to_the_bit(finished_of, store, tmp_path, bits, tune):
+    save_model(load_model(finished_of("rwkv4")), tmp_path / "base.pth")
+    config = ModelConfig(init=str(tmp_path / "base.pth"), tune=tune, base=bits, ranks=["att=4", "blocks.0.ffn=0"])
     runs = {}
-    for name, steps in (("whole", [12]), ("resumed", [7, 12])):
+    for name, steps in (("whole", [6]), ("resumed", [3, 6])):
         for last in steps:
-            train = TrainConfig(steps=last, val_every=12, save_every=5, log_every=1, device="cpu")
+            train = TrainConfig(steps=last, val_every=6, save_every=6, log_every=1, device="cpu")
             run = replace(config_of(store, tmp_path, model=config, train=train), name=name)
             run = replace(run, optim=replace(run.optim, lr=3e-2, schedule="constant"))
             assert fit(run, "newest" if last != steps[0] else None) == 0

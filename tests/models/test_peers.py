@@ -4,7 +4,6 @@ And the case this project began with: training on a CPU from a carried state, wh
 """
 
 import functools
-import sys
 
 import pytest
 import torch
@@ -12,11 +11,10 @@ from helpers import assert_close_rel, random_model
 from torch.nn import functional as F
 
 from rwkv_train import load_model, save_model
+from rwkv_train.checkpoints.states import from_rwkv
 from rwkv_train.models import rwkv4, rwkv7
-from rwkv_train.models.state import State
 from rwkv_train.ops.wkv4 import wkv4
 from rwkv_train.ops.wkv7 import wkv7
-from rwkv_train.tokenizer import load_tokenizer, train_bpe
 
 T = 20
 
@@ -24,23 +22,6 @@ T = 20
 @pytest.fixture(scope="module")
 def transformers():
     return pytest.importorskip("transformers")
-
-
-@pytest.fixture
-def rwkv_package(monkeypatch):
-    """Opens a .pth with the package; it reads its options from the environment and sets torch's when imported."""
-    monkeypatch.setenv("RWKV_JIT_ON", "0")
-    monkeypatch.setenv("RWKV_CUDA_ON", "0")
-    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32
-
-    def open_model(path, generation):
-        monkeypatch.setenv("RWKV_V7_ON", "1" if generation == "rwkv7" else "0")
-        monkeypatch.delitem(sys.modules, "rwkv.model", raising=False)
-        return pytest.importorskip("rwkv.model").RWKV(model=str(path), strategy="cpu fp32")
-
-    yield open_model
-    cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = before
 
 
 def random_tokens(*shape, seed=0):
@@ -92,37 +73,6 @@ def test_transformers_files_survive_us(transformers, tmp_path):
         assert getattr(back.config, option) == getattr(config, option)
 
 
-@pytest.mark.parametrize("kind", ["bytes", "bpe"])
-def test_an_exported_folder_opens_in_transformers(transformers, tmp_path, kind, generation):
-    """Its tokenizer by AutoTokenizer, with our ids; and an RWKV-4 by AutoModelForCausalLM, with our logits."""
-    text = "Hello, \u4f60\u597d!  Two  spaces\n\nand lines"
-    ours = load_tokenizer("bytes") if kind == "bytes" else train_bpe([text] * 3, 280)
-    model = random_model(vocab_size=ours.vocab_size, generation=generation)
-    save_model(model, tmp_path / "hf", tokenizer=ours)
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
-    ids = ours.encode(text)
-    assert theirs(text).input_ids == ids and theirs.decode(ids) == text
-    assert theirs.eos_token_id == ours.eod and len(theirs) == ours.vocab_size
-    if generation == "rwkv4":
-        opened = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
-        assert opened.config.eos_token_id == ours.eod
-        with torch.no_grad():
-            assert_close_rel(opened(torch.tensor([ids])).logits, model(torch.tensor([ids]))[0], 1e-5)
-
-
-def test_an_exported_folder_has_no_tokenizer_file_that_transformers_cannot_read(transformers, tmp_path):
-    save_model(random_model(), tmp_path / "hf", tokenizer=load_tokenizer("world"))
-    assert not list((tmp_path / "hf").glob("tokenizer*")) and load_tokenizer(tmp_path / "hf").name == "world"
-    transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
-
-
-def as_ours(model, theirs) -> State:
-    """The package's list of states, layer by layer: time mix, its sums, channel mix."""
-    n = len(theirs) // model.config.n_layer  # rwkv4: numerator, denominator, exponent; rwkv7: the matrix
-    att, *sums, ffn = (torch.stack(theirs[i::n]) for i in range(n))
-    return State(torch.stack([att, ffn], 1), torch.stack(sums, 1) if len(sums) > 1 else sums[0])
-
-
 def test_logits_and_state_equal_the_rwkv_package(rwkv_package, tmp_path, generation):
     sizes = {"n_embd": 16} if generation == "rwkv4" else {"n_embd": 128, "head_size": 64}
     model, tokens = random_model(n_layer=3, n_ffn=40, generation=generation, **sizes), random_tokens(1, T)
@@ -137,8 +87,8 @@ def test_logits_and_state_equal_the_rwkv_package(rwkv_package, tmp_path, generat
         one, carried = theirs.forward([token], carried)
         assert (logits[0, t] - one).abs().max() <= 1e-3
     for found in (their_state, carried):
-        for ours, part in zip(state.select(0), as_ours(model, found), strict=True):
-            assert_close_rel(ours[0], part, 1e-5)
+        for ours, part in zip(state, from_rwkv(found, model), strict=True):
+            assert_close_rel(ours, part, 1e-5)
 
 
 def loss_of(model, tokens, state):

@@ -7,6 +7,7 @@ import torch
 from feedback_toys import BYTES, small_model
 from helpers import random_model
 
+from rwkv_train.data.templates import Template
 from rwkv_train.generation.prefill import prefill
 from rwkv_train.generation.sampling import Sampling
 from rwkv_train.serve.batcher import Batcher
@@ -70,7 +71,7 @@ def test_a_reply_is_the_same_alone_and_in_company(batcher, model):
 
 def test_a_state_holds_what_was_shown(batcher, model):
     """Going on from it is going on from the whole text."""
-    end = alone(batcher, model, prompt=PROMPTS[0], end="\n\n")
+    end = alone(batcher, model, prompt=PROMPTS[0], template=Template())
     expected = prefill(model, PROMPTS[0] + end.ids)[1]
     for ours, theirs in zip(end.state, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
@@ -87,7 +88,7 @@ def test_after_a_stop_inside_a_token_nothing_is_forgotten(cut):
     prompt = [tokenizer.eod, *tokenizer.encode("It was")]
     whole = alone(batcher, model, prompt=prompt, most=16)
     stop = whole.shown[cut : cut + 3]
-    end = alone(batcher, model, prompt=prompt, most=16, stop=(stop,), end="\n\n")
+    end = alone(batcher, model, prompt=prompt, most=16, stop=(stop,), template=Template())
     batcher.close()
     assert end.reason == "stop" and end.shown == whole.shown[: whole.shown.index(stop)].strip()
     assert end.state is not None or not end.ids
@@ -103,7 +104,7 @@ def test_wherever_a_reply_is_cut_its_state_holds_just_that(batcher, cut):
     model = small_model(generation="rwkv7").double()
     whole = alone(batcher, model, prompt=PROMPTS[0], most=14)
     stop = (whole.shown[cut : cut + 2],) if cut < len(whole.shown) - 2 else ()
-    end = alone(batcher, model, prompt=PROMPTS[0], most=14, stop=stop, end="\n\n")
+    end = alone(batcher, model, prompt=PROMPTS[0], most=14, stop=stop, template=Template())
     assert end.reason == ("stop" if stop else "length")
     if stop:
         assert end.shown == whole.shown[: whole.shown.index(stop[0])].strip()
@@ -141,7 +142,7 @@ def test_a_job_that_is_dropped_frees_its_lanes(batcher, model):
 
 def test_what_was_shown_of_a_dropped_reply_is_its_state(batcher, model):
     client = Client()
-    job = client.job(model, PROMPTS[0], most=100_000, end="\n\n")
+    job = client.job(model, PROMPTS[0], most=100_000, template=Template())
     batcher.submit(job)
     for _ in range(5):
         client.events.get(timeout=60)

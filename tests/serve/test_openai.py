@@ -5,7 +5,7 @@ import json
 import openai
 import pytest
 from feedback_toys import BYTES
-from served import TOKENS
+from served import TOKENS, served, small_config
 
 from rwkv_train.generate import Sampling, generate_text
 
@@ -71,6 +71,23 @@ def test_stops(client):
     assert (
         cut.choices[0].finish_reason == "stop" and cut.choices[0].message.content == whole[: whole.index(stop)].rstrip()
     )
+
+
+def test_presets_and_what_a_request_gives_beside_them(client, tmp_path):
+    def text(client, **asked):
+        body = {"seed": 3} | asked
+        return client.responses.create(model="small", input="hello", max_output_tokens=20, extra_body=body).output_text
+
+    greedy, wild = text(client, temperature=0), text(client, temperature=2, top_p=1)
+    assert text(client, preset="greedy") == text(client, temperature=2, top_p=1, min_p=1) == greedy != wild
+    assert text(client, preset="greedy", temperature=2, top_p=1) == wild
+    penalties = {"presence_penalty": 1, "frequency_penalty": 0.1, "penalty_decay": 0.988}
+    thinking = text(client, preset="thinking")
+    assert thinking == text(client, temperature=0.96, top_p=0.76, top_k=32, **penalties)
+    config = small_config(tmp_path, preset="thinking", stop=[thinking[8]])
+    with served(config) as other, openai.OpenAI(base_url=f"{other.url}/v1", api_key="none", max_retries=0) as theirs:
+        assert text(theirs) == thinking[: thinking.index(thinking[8])].rstrip()
+        assert text(theirs, stop=[]) == thinking and text(theirs, stop=[], preset="greedy") == greedy
 
 
 def test_json(client):
@@ -172,12 +189,13 @@ def refused(client, status, match, **asked):
     ("status", "match", "param", "asked"),
     [
         (404, "there are: small, base", "model", {"model": "other"}),
-        (400, "not known here", "tools", {"tools": [{"type": "function", "function": {"name": "f"}}]}),
+        (400, "not known here", "parallel_tool_calls", {"parallel_tool_calls": True}),
         (400, "at most 4,096", None, {"max_tokens": 5000}),
         (400, "is empty", None, {"messages": [{"role": "user", "content": " "}]}),
         (400, "role", "messages.0.role", {"messages": [{"role": "robot", "content": "x"}]}),
         (400, "needs logprobs", "top_logprobs", {"top_logprobs": 3}),
         (400, "less than or equal to 100", "temperature", {"temperature": 101}),
+        (400, "'thinking'", "preset", {"extra_body": {"preset": "wild"}}),
         (400, "thing", "response_format", {"response_format": {"type": "json_schema", "json_schema": BAD}}),
         (400, "32,768", None, {"messages": [{"role": "user", "content": "x" * 40_000}]}),
     ],

@@ -175,6 +175,17 @@ def test_without_the_server_the_text_stays(visit):
     expect(page.get_by_label("Your message")).to_have_value("")
 
 
+def test_a_preset_goes_with_what_is_said(visit):
+    page = visit()
+    for name in ("greedy", ""):
+        button(page, "Settings").click()
+        page.get_by_label("Way of replying").select_option(name)
+        page.keyboard.press("Escape")
+        with page.expect_request("**/v1/responses") as asked:
+            say(page, "Hello")
+        assert asked.value.post_data_json.get("preset", "") == name
+
+
 def test_with_the_keyboard_alone(visit):
     page = visit()
     expect(page.get_by_label("Your message")).to_be_visible()

@@ -20,8 +20,8 @@ from rwkv_train.feedback.decode import Form
 from rwkv_train.feedback.memory import bytes_of, fitting, needed
 from rwkv_train.feedback.rehearsal import RehearsalSet
 from rwkv_train.feedback.trainable import curved_names, trained_twin, with_weights
-from rwkv_train.models.adapters import quantise
 from rwkv_train.models.base import RWKV
+from rwkv_train.models.quantised import quantise
 from rwkv_train.models.rwkv4 import RWKV4, RWKV4Config
 from rwkv_train.models.rwkv7 import RWKV7, RWKV7Config
 from rwkv_train.program import peak_bytes

@@ -70,6 +70,8 @@ MODELS = [  # settings of a run, what is asked of its resume, and what it says
     (LORA | {"model.rank": 8}, {"model.rank": 4}, "is 4, and was 8"),
     (LORA, {"model.rank": 8}, "is 8, and was 16"),
     (LORA, {"model.tune": "state"}, "is state, and was lora"),
+    (LORA, {"model.tune": "pissa"}, "is pissa, and was lora"),
+    (LORA, {"model.ranks": ["att=8"]}, r"is \['att=8'\], and was \[\]"),
     (LORA, {"model.base": "int8"}, "is int8, and was float"),
 ]
 DEEPSPEED = [

@@ -8,6 +8,7 @@ import { has, t } from "./words.js";
 const SAMPLING = [
   { name: "temperature", min: 0, max: 5, step: 0.05 },
   { name: "top_p", min: 0.01, max: 1, step: 0.01 },
+  { name: "min_p", min: 0, max: 1, step: 0.01 },
   { name: "max_output_tokens", min: 1, step: 1 },
   { name: "presence_penalty", min: -5, max: 5, step: 0.05 },
   { name: "frequency_penalty", min: -5, max: 5, step: 0.05 },
@@ -15,10 +16,13 @@ const SAMPLING = [
   { name: "seed", min: 0, step: 1 },
 ];
 
+/** Names under which the server has values of those that are left empty; "" are its own. */
+const PRESETS = ["", "chat", "text", "greedy", "thinking", "fake-thinking"];
+
 let learning = null; // settings of corrections as the server has them; null if it did not say
 let address = ""; // of those settings
 let why = "";
-const CHOICES = { trainable: ["upper", "full", "localised", "lora", "state"] }; // where the server names none
+const CHOICES = { trainable: ["upper", "full", "localised", "lora", "pissa", "miss", "state"] }; // where the server names none
 
 const part = (title, ...parts) => el("section", {}, el("h3", {}, t(title)), parts);
 const fine = (text, props = {}) => el("p", { class: "fine", ...props }, text);
@@ -51,6 +55,14 @@ function row(name, field, ...after) {
   return el("div", { class: "setting" }, el("label", { for: field.id }, t(name)), field, ...after, about);
 }
 
+function choice(key, name, choices, chosen) {
+  const option = (each) => {
+    const word = has(`${name}_${each}`) ? t(`${name}_${each}`) : each || t("as_server");
+    return el("option", { value: each, selected: each === chosen }, word);
+  };
+  return el("select", key, choices.map(option));
+}
+
 function sampling() {
   const chosen = stored.readJson("sampling", {});
   const keep = (name, value) => {
@@ -62,6 +74,8 @@ function sampling() {
   const system = el("textarea", { id: "s-instructions", "data-key": "s-instructions", rows: 3 });
   system.value = chosen.instructions ?? "";
   system.addEventListener("change", () => keep("instructions", system.value.trim()));
+  const preset = choice({ id: "s-preset", "data-key": "s-preset" }, "preset", PRESETS, chosen.preset ?? "");
+  preset.addEventListener("change", () => keep("preset", preset.value));
   const numbers = SAMPLING.map(({ name, min, max, step }) => {
     const id = `s-${name}`;
     const field = el("input", { id, "data-key": id, type: "number", min, max, step, placeholder: t("as_server") });
@@ -71,7 +85,7 @@ function sampling() {
     });
     return row(name, field);
   });
-  return [row("instructions", system), numbers];
+  return [row("instructions", system), row("preset", preset), numbers];
 }
 
 function corrections(may, failed) {
@@ -86,11 +100,7 @@ function correctionSetting(setting, may, failed) {
   const key = { id, "data-key": id, disabled: !may.operate };
   let field;
   if (choices) {
-    const option = (choice) => {
-      const word = has(`${name}_${choice}`) ? t(`${name}_${choice}`) : choice;
-      return el("option", { value: choice, selected: choice === value }, word);
-    };
-    field = el("select", key, choices.map(option));
+    field = choice(key, name, choices, value);
   } else if (typeof value === "boolean") {
     field = el("input", { ...key, type: "checkbox", checked: value });
   } else {
@@ -112,8 +122,8 @@ function correctionSetting(setting, may, failed) {
     if (field.type !== "number") return send(field.value);
     return field.reportValidity() && !Number.isNaN(field.valueAsNumber) && send(field.valueAsNumber);
   });
-  const choice = `${name}_${setting.default}`;
-  const shownDefault = has(choice) ? t(choice) : setting.default;
+  const usual = `${name}_${setting.default}`;
+  const shownDefault = has(usual) ? t(usual) : setting.default;
   const reset = () => send(setting.default);
   const back =
     value !== setting.default &&
