@@ -7,7 +7,7 @@ from pathlib import Path
 
 import platformdirs
 
-from rwkv_train.checkpoints.modelfile import called
+from rwkv_train.checkpoints.names import called
 from rwkv_train.checkpoints.opener import Opened, open_model
 from rwkv_train.feedback import Learner
 from rwkv_train.feedback.journal import read

@@ -22,7 +22,7 @@ SUFFIXES = (".pth", ".safetensors", ".st")
 # What goes with weights that lie in the same folder: never code.
 BESIDE = (
     *("config.json", "generation_config.json", "adapter_config.json", "*tokenizer*.json", "*vocab*", "merges.txt"),
-    *("added_tokens.json", "special_tokens_map.json", "*.jinja", "template.yaml", "*.index.json"),
+    *("added_tokens.json", "special_tokens_map.json", "chat_template.json", "*.jinja", "template.yaml", "*.index.json"),
 )
 COMMIT = re.compile("[0-9a-f]{40}")
 SHOWN = 20  # files that a message lists
@@ -155,11 +155,15 @@ def _choose(name: HubName, commit: str, files: list[str]) -> _Choice:
     inside = [file.removeprefix(folder) for file in files if file.startswith(folder)]
     if not inside:
         raise ValueError(f"{name.text}: {name.repo} has no file {name.file} at {name.revision}; {_list(weights)}")
-    if "adapter_config.json" in inside:
-        weights = [folder + file for file in inside if PurePosixPath(file).match("adapter_model.*")]
-        return _with_beside(name, commit, files, weights, name.file)
+    adapter = [folder + file for file in inside if fnmatch(file, "adapter_model.*")]
+    if "adapter_config.json" in inside and adapter:
+        return _with_beside(name, commit, files, adapter, name.file)
     if "config.json" in inside and (index := next((file for file in HF_WEIGHTS if file in inside), None)):
-        weights = _weights_of_folder(name, commit, folder, index)
+        weights = [folder + file for file in _weights_of_folder(name, commit, folder, index)]
+        if lacking := set(weights) - set(files):
+            raise ValueError(
+                f"{name.text}: {index} lists {min(lacking)}, which {name.repo} has not; name another model"
+            )
         return _with_beside(name, commit, files, weights, name.file)
     weights = [file for file in weights if file.startswith(folder)]
     if len(weights) != 1:
@@ -174,10 +178,11 @@ def _weights_of_folder(name: HubName, commit: str, folder: str, index: str) -> l
     if kind not in MODEL_TYPES:
         raise ValueError(f'{name.text}: model_type is {kind!r}, expected "rwkv" (RWKV-4) or "rwkv7"')
     if not index.endswith(".json"):
-        return [folder + index]
+        return [index]
     found = read_json(_get(name, commit, folder + index)).get("weight_map")
-    shards = {str(shard) for shard in found.values()} if isinstance(found, dict) else set()
-    return [folder + shard for shard in sorted(shards)]
+    if not isinstance(found, dict) or not found:
+        raise ValueError(f"{name.text}: {index} names no files of weights; name another model")
+    return sorted({str(shard) for shard in found.values()})
 
 
 def _with_beside(name: HubName, commit: str, files: list[str], weights: list[str], opened: str) -> _Choice:

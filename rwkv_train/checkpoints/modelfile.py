@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from rwkv_train.checkpoints import hub
 from rwkv_train.checkpoints.foreign import ORIGINAL, kind_by_name, refuse_model
 from rwkv_train.checkpoints.hf import from_hf_name, hf_files, hf_generation, save_hf, to_hf_name, turned
+from rwkv_train.checkpoints.names import names_in, parts_of
 from rwkv_train.checkpoints.peft import read_peft, trained_on, write_peft
 from rwkv_train.checkpoints.room import check_room
 from rwkv_train.checkpoints.run_checkpoint import TRAINER, WEIGHTS, newest_sound
@@ -78,7 +79,7 @@ def load_model(path: str | Path, dtype: torch.dtype | None = None, device: str |
     except RuntimeError as e:
         if not no_room(e):
             raise
-        raise ValueError(f"{found.source} does not fit into memory as {dtype}; take a smaller model or dtype") from e
+        raise ValueError(f"{found.source} does not fit into memory; take a smaller model, or --dtype bf16") from e
     put_on(model, own, path)
     bare = samples(model)
     for source, adapter in adapters:
@@ -101,34 +102,6 @@ def _load(found: "_Found", shapes: dict[str, torch.Size], dtype: torch.dtype, de
                 drop_pages(theirs)
         del found.tensors[name]
     return weights
-
-
-def parts_of(path: str | Path) -> list[Path]:
-    """The model and the adapters that a path names: BASE, or BASE+ADAPTER where there is no file of that name.
-
-    Those on the hub are downloaded.
-    """
-    return [hub.fetched(part) if hub.is_hub(part) else Path(part).expanduser() for part in names_in(path)]
-
-
-def names_in(path: str | Path) -> list[str]:
-    """The same as names."""
-    return [str(path)] if Path(path).expanduser().exists() else str(path).split("+")
-
-
-def pinned(path: str, before: str | None = None) -> str:
-    """The same where each part on the hub has its commit: the one in a name of before, if that is of the same model."""
-    before = names_in(before) if before else []
-    return "+".join(hub.pinned(part, before) if hub.is_hub(part) else part for part in names_in(path))
-
-
-def called(path: str | Path) -> str:
-    """What a model is called: the last words of its name, without suffix."""
-    names = names_in(path)
-    if not any(map(hub.is_hub, names)):
-        path = Path(path).expanduser().resolve()
-        return path.parent.name if path.stem == "model" else path.stem
-    return "+".join(hub.HubName.of(name).stem if hub.is_hub(name) else Path(name).stem for name in names)
 
 
 def _adapter(path: Path) -> dict[str, Tensor]:
@@ -243,7 +216,8 @@ def _weight_files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     if not path.is_dir():
-        hint = f"a model on the Hugging Face hub is named hf:{path}" if len(path.parts) == 2 else "check the name"
+        could_be_hub = len(path.parts) == 2 and not path.suffix and not path.is_absolute()
+        hint = f"a model on the Hugging Face hub is named hf:{path}" if could_be_hub else "check the name"
         raise FileNotFoundError(f"{path}: no such file or directory; {hint}")
     if (path / "config.json").is_file():
         return hf_files(path)

@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import torch
 
-from rwkv_train.checkpoints.modelfile import load_model, parts_of
+from rwkv_train.checkpoints.modelfile import load_model
+from rwkv_train.checkpoints.names import parts_of
 from rwkv_train.data.known_templates import named_template, template_of
 from rwkv_train.data.store import Store
 from rwkv_train.data.templates import Template

@@ -17,7 +17,9 @@ def check_room(source: Path, numbers: int, dtype: torch.dtype, device: str | tor
         return
     name = str(dtype).removeprefix("torch.")
     remedies = ["a smaller model", "an end of what else runs there"]
-    remedies[:0] = ["--dtype bf16 (half of fp32)"] * (dtype.itemsize > 2) + ["--device cpu"] * (device.type == "cuda")
+    remedies[:0] = ["--dtype bf16 (half of it; not for training)"] * (dtype.itemsize > 2) + ["--device cpu"] * (
+        device.type == "cuda"
+    )
     raise ValueError(
         f"{source} does not fit: as {name} it needs {needed / GB:.2f} GB, and {free / GB:.2f} GB of {device} memory are"
         f" free; what helps: {', '.join(remedies)}"

@@ -13,7 +13,8 @@ from pathlib import Path
 import lightning as L
 import torch
 
-from rwkv_train.checkpoints.modelfile import load_model, pinned
+from rwkv_train.checkpoints.modelfile import load_model
+from rwkv_train.checkpoints.names import pinned
 from rwkv_train.checkpoints.opener import format_of_run, open_model, told
 from rwkv_train.checkpoints.run_checkpoint import TRAINER
 from rwkv_train.config import FitConfig, LogConfig, ModelConfig

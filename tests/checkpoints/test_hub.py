@@ -17,7 +17,8 @@ from safetensors.torch import save
 from rwkv_train import load_model
 from rwkv_train.checkpoints import hub
 from rwkv_train.checkpoints.hf import to_hf
-from rwkv_train.checkpoints.modelfile import called, model_sizes, pinned, save_adapter
+from rwkv_train.checkpoints.modelfile import model_sizes, save_adapter
+from rwkv_train.checkpoints.names import called, pinned
 from rwkv_train.config import ModelConfig, SampleConfig, TrainConfig
 from rwkv_train.models.rwkv7 import RWKV7
 from rwkv_train.run_config import found_paths, run_settings
@@ -160,9 +161,24 @@ def test_a_folder_without_pickles_and_code(stand_in):
         assert same(load_model(name))
     names = {path.name for path in Path(huggingface_hub.constants.HF_HUB_CACHE).rglob("snapshots/*/**/*.*")}
     assert names == {"a.safetensors", "b.safetensors", "config.json", "model.safetensors.index.json"}
-    with pytest.raises(ValueError, match="model_type is 'llama'"):
-        load_model("hf:A/llama")
+    stand_in.commit("A/less", {name: content for name, content in shards().items() if name != "b.safetensors"})
+    stand_in.commit("A/out", shards() | {"model.safetensors.index.json": b'{"weight_map": {"x": "../../x.pth"}}'})
+    for name, said in (
+        ("hf:A/llama", "model_type is 'llama'"),
+        ("hf:A/less", "model.safetensors.index.json lists b.safetensors, which A/less has not"),
+        ("hf:A/out", r"lists ../../x.pth, which A/out has not"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            load_model(name)
     assert not stand_in.fetched("model.safetensors")
+
+
+def test_a_folder_with_an_adapter_is_taken_as_one(stand_in):
+    stand_in.commit("A/peft", {"adapter_config.json": b"{}", "adapter_model.safetensors": save({}), "x.pth": b""})
+    assert {path.name for path in hub.fetched("hf:A/peft").iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
 
 
 def test_sizes_are_read_without_a_download(stand_in, monkeypatch):

@@ -14,11 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-import huggingface_hub.constants
-import huggingface_hub.file_download
 import pytest
-
-from rwkv_train.checkpoints import hub
 
 TOKEN = "hf_stand_in"
 
@@ -121,6 +117,10 @@ def listening(stand_in: StandIn, port: int = 0) -> Iterator[StandIn]:
 
 def use(patch: pytest.MonkeyPatch, stand_in: StandIn, folder: Path) -> None:
     """Have this process take the stand-in for the hub, and a folder for the cache; nothing is known of either yet."""
+    import huggingface_hub.file_download
+
+    from rwkv_train.checkpoints import hub
+
     constants = huggingface_hub.constants
     patch.setattr(constants, "ENDPOINT", stand_in.url)
     template = stand_in.url + "/{repo_id}/resolve/{revision}/{filename}"
