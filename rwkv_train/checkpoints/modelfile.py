@@ -44,7 +44,7 @@ def load_model(path: str | Path, dtype: torch.dtype | None = None, device: str |
     path, *others = parts_of(path)
     found = _read(path)
     own = found.take_adapter()
-    adapters = [(other, _adapter(other)) for other in others]
+    adapters = [(other, _adapter(other, found.generation)) for other in others]
     with torch.device("meta"), _NoInit():  # no memory, no initialisation: every weight is assigned
         model = found.generation(_sizes(found))
     tensors = {name: found.fitted(name, t.shape) for name, t in model.state_dict().items()}
@@ -71,9 +71,9 @@ def parts_of(path: str | Path) -> list[Path]:
     return [whole] if whole.exists() else [Path(part).expanduser() for part in str(path).split("+")]
 
 
-def _adapter(path: Path) -> dict[str, Tensor]:
+def _adapter(path: Path, generation: type[RWKV]) -> dict[str, Tensor]:
     """The adapter that a path names: a PEFT folder or file, one of ours, or that of a run."""
-    adapter = read_peft(path)
+    adapter = read_peft(path, generation)
     adapter = relative(_read(path).take_adapter()) if adapter is None else adapter
     if not adapter:
         raise ValueError(f"{path} holds no adapter: no low-rank factors, and no state to begin in")

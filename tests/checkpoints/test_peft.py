@@ -1,6 +1,7 @@
 """Adapters as Hugging Face PEFT and RWKV-PEFT have them: in, out, refused; and whose base they are of."""
 
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from rwkv_train import load_model, save_model
 from rwkv_train.checkpoints.modelfile import save_adapter
 from rwkv_train.checkpoints.peft import read_peft
 from rwkv_train.models.adapters import is_adapter, relative, tune
+from rwkv_train.models.rwkv4 import RWKV4
 
 TOKENS = torch.arange(20)[None]
 LAYER, MATRIX = "blocks.1.ffn.key", (64, 16)
@@ -117,13 +119,30 @@ def test_miss_is_one_matrix_side_by_side(tmp_path, rank):
         assert_close_rel(found, random_model().get_parameter(f"{LAYER}.weight") + change, 1e-6)
 
 
+@pytest.mark.parametrize(
+    ("theirs", "generation", "message"),
+    [
+        ("model.layers.1.ffn.key", "rwkv7", None),
+        ("rwkv.blocks.1.feed_forward.key", "rwkv4", None),
+        ("rwkv.blocks.1.feed_forward.key", "rwkv7", "rwkv.blocks.1.feed_forward.key does not fit the model"),
+        ("model.layers.1.ffn.key", "rwkv4", "model.layers.1.ffn.key does not fit the model"),
+    ],
+)
+def test_names_are_those_of_the_generation(tmp_path, theirs, generation, message):
+    down, up = factors()
+    names = {f"base_model.model.{theirs}.lora_A.weight": down, f"base_model.model.{theirs}.lora_B.weight": up}
+    save_model(random_model(generation=generation), tmp_path / "base.pth")
+    with pytest.raises(ValueError, match=message) if message else nullcontext():
+        load_model(f"{tmp_path}/base.pth+{written(tmp_path / 'a', names)}")
+
+
 def test_a_single_file_has_to_say_how_it_is_scaled(tmp_path):
     down, up = factors()
     torch.save({f"{LAYER}.lora_A": down, f"{LAYER}.lora_B": up}, tmp_path / "rwkv-0.pth")
     with pytest.raises(ValueError, match=r'does not say how its factors are scaled; write \{"peft_type": "LORA"'):
-        read_peft(tmp_path / "rwkv-0.pth")
+        read_peft(tmp_path / "rwkv-0.pth", RWKV4)
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "lora_alpha": 6}')
-    assert_close_rel(read_peft(tmp_path / "rwkv-0.pth")[f"{LAYER}.up"], 2 * up, 1e-6)
+    assert_close_rel(read_peft(tmp_path / "rwkv-0.pth", RWKV4)[f"{LAYER}.up"], 2 * up, 1e-6)
 
 
 @pytest.mark.parametrize(
@@ -147,7 +166,7 @@ def test_what_is_not_supported_is_refused_by_name(tmp_path, config, message):
     down, up = factors()
     names = {f"base_model.model.{LAYER}.lora_A.weight": down, f"base_model.model.{LAYER}.lora_B.weight": up}
     with pytest.raises(ValueError, match=message):
-        read_peft(written(tmp_path / "adapter", names, **config))
+        read_peft(written(tmp_path / "adapter", names, **config), RWKV4)
 
 
 @pytest.mark.parametrize(
