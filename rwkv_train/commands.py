@@ -178,15 +178,12 @@ def export(config: ExportConfig) -> None:
     known = format_of(config.model)
     if config.adapter:
         run = Path(config.model) / "config.yaml"
-        base = (
-            found_paths(run, ("data.path", "data.val", "data.tokenizer")).get("model.init")
-            if is_run_config(run)
-            else None
-        )
-        save_adapter(config.model, config.out, base)
+        found = found_paths(run, ("data.path", "data.val", "data.tokenizer")) if is_run_config(run) else {}
+        save_adapter(config.model, config.out, found.get("model.init"))
         flag = f"--model BASE+{shlex.quote(config.out)}"
         print(f"{config.out}: what {config.model} trained; `{flag}` puts it on its model")
-        print(_left_out(known))
+        if Path(config.out).suffix in (".pth", ".safetensors"):
+            print(_left_out(known))
         return
     model = load_model(config.model)
     if broken := broken_weight(model):
