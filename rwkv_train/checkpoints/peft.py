@@ -29,6 +29,7 @@ NO_MATTER = {
     *("r", "rank_pattern", "lora_alpha", "alpha_pattern", "use_rslora", "lora_dropout", "miss_dropout", "mini_r"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "megatron_core", "runtime_config"),
     *("init_lora_weights", "init_weights", "qalora_group_size", "ensure_weight_tying", "bias", "inference_mode"),
+    "eva_config",
 }
 PLAIN_BEGINNINGS = (True, False, None, "gaussian", "eva", "orthogonal")  # those that leave the base as it is
 

@@ -66,6 +66,27 @@ def test_peft_opens_what_a_run_trained_and_we_what_peft_saves(based, generation,
     assert_close_rel(load_model(f"{based}/base.pth+{based}/back")(TOKENS)[0], expected, 1e-4)
 
 
+@torch.no_grad()
+def test_we_open_what_peft_makes_of_its_pissa(tmp_path):
+    peft, transformers = map(pytest.importorskip, ("peft", "transformers"))
+    for name in ("base.pth", "base"):
+        save_model(random_model(), tmp_path / name)
+    config = peft.LoraConfig(r=4, target_modules=["key", "value", "head"], init_lora_weights="pissa")
+    model = peft.get_peft_model(transformers.RwkvForCausalLM.from_pretrained(tmp_path / "base"), config).eval()
+    config.init_lora_weights = True  # as their page of it says
+    model.save_pretrained(tmp_path / "begun")
+    config.init_lora_weights = "pissa"
+    for p in model.parameters():
+        if p.requires_grad:
+            p += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+    model.save_pretrained(tmp_path / "as_it_is")
+    model.save_pretrained(tmp_path / "converted", path_initial_model_for_weight_conversion=str(tmp_path / "begun"))
+    with pytest.raises(ValueError, match="init_lora_weights is 'pissa', which changes the base model"):
+        load_model(f"{tmp_path}/base.pth+{tmp_path}/as_it_is")
+    ours = load_model(f"{tmp_path}/base.pth+{tmp_path}/converted")(TOKENS)[0]
+    assert_close_rel(ours, model(TOKENS, use_cache=False).logits, 1e-4)
+
+
 def written(folder, tensors, **config):
     folder.mkdir(exist_ok=True)
     save_file(tensors, folder / "adapter_model.safetensors")
