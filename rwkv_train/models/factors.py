@@ -24,7 +24,9 @@ def begin(kind: Kind, weight: Tensor, rank: int, rng: torch.Generator | None = N
     outer, inner = weight.shape
     most = {"lora": rank, "pissa": min(outer, inner), "miss": inner}[kind]
     if rank > most:
-        raise ValueError(f"rank {rank} of {kind} is more than a matrix [{outer}, {inner}] has room for, {most}")
+        raise ValueError(
+            f"rank {rank} of {kind} is more than a matrix [{outer}, {inner}] has room for, {most}; give a smaller one"
+        )
     if kind == "miss":
         return {"miss": weight.new_zeros(rank, outer)}
     if kind == "lora":
