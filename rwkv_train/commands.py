@@ -197,12 +197,12 @@ def export(config: ExportConfig) -> None:
         raise ValueError("--profile is of a model with corrections, and --adapter of what a run trained; give one")
     if config.adapter:
         run = Path(config.model) / "config.yaml"
-        given = ("data.path", "data.val", "data.tokenizer")
-        base = found_paths(run, given).get("model.init") if is_run_config(run) else None
-        adapter = save_adapter(config.model, config.out, base)
+        found = found_paths(run, ("data.path", "data.val", "data.tokenizer")) if is_run_config(run) else {}
+        adapter = save_adapter(config.model, config.out, found.get("model.init"))
         flag = f"--model BASE+{shlex.quote(config.out)}"
-        print(f"{config.out}: what {config.model} trained; `{flag}` puts it on its model")
-        print(*told_of_beginning(adapter), _left_out(format_of(config.model)), sep="\n")
+        left_out = [] if folder else [_left_out(format_of(config.model))]
+        said = f"{config.out}: what {config.model} trained; `{flag}` puts it on its model"
+        print(said, *told_of_beginning(adapter), *left_out, sep="\n")
         return
     model = corrected(config.model, config.profile, config.folder) if config.profile else load_model(config.model)
     if broken := broken_weight(model):

@@ -332,7 +332,10 @@ def _name(path: Path) -> str:
     if path.name != "tokenizer.json":
         return path.stem
     said = said_in(path.with_name("tokenizer_config.json"), KEY)
-    return said if isinstance(said, str) else path.parent.name
+    snapshot = (
+        path.parent.parent.name == "snapshots"
+    )  # of a cache of the hub, where folders are called by their commits
+    return said if isinstance(said, str) else path.parents[2 if snapshot else 0].name
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> JsonTokenizer:

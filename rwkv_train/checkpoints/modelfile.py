@@ -61,7 +61,7 @@ def load_model(path: str | Path, dtype: torch.dtype | None = None, device: str |
     own = found.take_adapter()
     if own and not found.tensors:
         raise ValueError(f"{path} holds an adapter alone; give it with its model, BASE+{path}")
-    adapters = [(other, _adapter(other)) for other in others]
+    adapters = [(other, _adapter(other, found.generation)) for other in others]
     with torch.device("meta"), _NoInit():  # no memory, no initialisation: every weight is assigned
         model = found.generation(_sizes(found))
     shapes = {name: t.shape for name, t in model.state_dict().items()}
@@ -104,9 +104,9 @@ def _load(found: "_Found", shapes: dict[str, torch.Size], dtype: torch.dtype, de
     return weights
 
 
-def _adapter(path: Path) -> dict[str, Tensor]:
+def _adapter(path: Path, generation: type[RWKV]) -> dict[str, Tensor]:
     """The adapter that a path names: a PEFT folder or file, one of ours, or that of a run."""
-    adapter = read_peft(path)
+    adapter = read_peft(path, generation)
     adapter = relative(_read(path).take_adapter()) if adapter is None else adapter
     if not adapter:
         raise ValueError(f"{path} holds no adapter: no low-rank factors, and no state to begin in")

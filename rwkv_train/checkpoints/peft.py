@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rwkv_train.checkpoints.hf import from_hf_name, hf_generation, read_json, to_hf_name, turned
+from rwkv_train.checkpoints.hf import from_hf_name, read_json, to_hf_name, turned
 from rwkv_train.checkpoints.weightfile import metadata_of, read_shapes, read_weights, write_safetensors
 from rwkv_train.files import replace_file
 from rwkv_train.models.adapters import STATE
@@ -25,24 +25,20 @@ BASE = "rwkv_train_base"  # in the file's metadata: some numbers of the matrices
 PARTS = {"lora_A": "down", "lora_B": "up", "miss_block": "miss", "disha": "miss"}
 # Settings that say nothing of the weights, or no more than these do themselves.
 NO_MATTER = {
-    *(
-        "peft_type",
-        "peft_version",
-        "task_type",
-        "auto_mapping",
-        "base_model_name_or_path",
-        "revision",
-        "inference_mode",
-    ),
+    *("peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision"),
     *("r", "rank_pattern", "lora_alpha", "alpha_pattern", "use_rslora", "lora_dropout", "miss_dropout", "mini_r"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "megatron_core", "runtime_config"),
-    *("init_lora_weights", "init_weights", "qalora_group_size", "ensure_weight_tying", "bias"),
+    *("init_lora_weights", "init_weights", "qalora_group_size", "ensure_weight_tying", "bias", "inference_mode"),
+    "eva_config",
 }
 PLAIN_BEGINNINGS = (True, False, None, "gaussian", "eva", "orthogonal")  # those that leave the base as it is
 
 
-def read_peft(path: Path) -> dict[str, Tensor] | None:
-    """The adapter under our names, scaled as it acts; None if there is none in this layout. ValueError otherwise."""
+def read_peft(path: Path, generation: type[RWKV]) -> dict[str, Tensor] | None:
+    """An adapter of a generation under our names, scaled as it acts; None if there is none in this layout.
+
+    Raises ValueError for one that is damaged or not supported.
+    """
     if path.is_dir():
         if not (path / CONFIG).is_file():
             return None
@@ -65,7 +61,7 @@ def read_peft(path: Path) -> dict[str, Tensor] | None:
             )
     else:
         return None
-    return _renamed(file, read_weights(file), config) | _samples(file)
+    return _renamed(file, read_weights(file), config, generation) | _samples(file)
 
 
 def trained_on(path: Path) -> str | None:
@@ -99,26 +95,24 @@ def _split(key: str) -> tuple[str, str] | None:
     return (match[1], match[2]) if match else None
 
 
-def _renamed(file: Path, content: dict[str, object], config: dict) -> dict[str, Tensor]:
+def _renamed(file: Path, content: dict[str, object], config: dict, generation: type[RWKV]) -> dict[str, Tensor]:
     split = {key: _split(key) for key in content}
     strange = [key for key in content if not split[key] or not isinstance(content[key], Tensor)]
     if strange:
         raise ValueError(f"{file}: {strange[0]!r:.80} is no part of a LoRA or MiSS; such an adapter is not supported")
-    hf = hf_generation([f"{layer}." for layer, _ in split.values()])
     layers: dict[str, dict[str, Tensor]] = {}
     for key, (theirs, part) in split.items():
         layers.setdefault(theirs, {})[PARTS[part]] = content[key].detach()
     found = {}
     for theirs, factors in layers.items():
-        name = from_hf_name(hf, f"{theirs}.weight") if hf else f"{theirs}.weight"
-        layer = name.removesuffix(".weight")
+        layer = from_hf_name(generation, f"{theirs}.weight").removesuffix(".weight")  # leaves BlinkDL's as they are
         whole = factors.keys() in ({"up", "down"}, {"miss"}) and all(t.ndim == 2 for t in factors.values())
         if not whole:
             shapes = ", ".join(f"{n} {list(t.shape)}" for n, t in factors.items())
             raise ValueError(f"{file}: {theirs} has {shapes}, expected lora_A and lora_B, or one matrix of MiSS")
         if "up" in factors:
             factors["up"] = factors["up"] * _scale(config, theirs, len(factors["down"]))
-            if hf and turned(layer):
+            if turned(layer):
                 factors = {"up": factors["down"].t(), "down": factors["up"].t()}
         found |= {f"{layer}.{part}": t.contiguous() for part, t in factors.items()}
     return found
@@ -149,7 +143,6 @@ def write_peft(
     """Write a folder that PEFT puts on the model of an exported folder.
 
     weights: those beside which it was trained; their shapes are read. base: the name of that model, if known.
-
     MiSS of several ranks, for which PEFT has no place, is written as the LoRA that it is as well. Raises ValueError for
     a state, and where something else lies in the folder.
     """

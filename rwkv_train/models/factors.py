@@ -24,13 +24,15 @@ def begin(kind: Kind, weight: Tensor, rank: int, rng: torch.Generator | None = N
     outer, inner = weight.shape
     most = {"lora": rank, "pissa": min(outer, inner), "miss": inner}[kind]
     if rank > most:
-        raise ValueError(f"rank {rank} of {kind} is more than a matrix [{outer}, {inner}] has room for, {most}")
+        raise ValueError(
+            f"rank {rank} of {kind} is more than a matrix [{outer}, {inner}] has room for, {most}; give a smaller one"
+        )
     if kind == "miss":
         return {"miss": weight.new_zeros(rank, outer)}
     if kind == "lora":
         down = torch.randn(rank, inner, generator=rng) / inner**0.5
         return {"up": weight.new_zeros(outer, rank), "down": down.to(weight)}
-    with torch.random.fork_rng(devices=[]):  # a random start of few iterations, the same each time
+    with torch.random.fork_rng([weight.device] if weight.is_cuda else []):  # its random start is the same each time
         torch.manual_seed(0)
         u, s, v = torch.svd_lowrank(weight.double(), min(rank + 8, most), niter=8)
     roots = s[:rank].sqrt()

@@ -40,6 +40,10 @@ def quantise_layer(layer: nn.Linear, kind: Quantised) -> None:
         quantize_(layer, Int8WeightOnlyConfig())
         return
     weight = layer.weight.detach()
+    if weight.numel() % 2:
+        raise ValueError(
+            f"nf4 keeps two numbers in a byte, and a matrix of {list(weight.shape)} has an odd one; use int8"
+        )
     block = gcd(weight.numel(), BLOCK)
     four_bits = to_nf4(weight, block, gcd(weight.numel() // block, SCALES))
     layer.weight = nn.Parameter(four_bits, requires_grad=False)

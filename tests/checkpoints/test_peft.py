@@ -1,6 +1,7 @@
 """Adapters as Hugging Face PEFT and RWKV-PEFT have them: in, out, refused; and whose base they are of."""
 
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from rwkv_train import load_model, save_model
 from rwkv_train.checkpoints.modelfile import save_adapter
 from rwkv_train.checkpoints.peft import read_peft
 from rwkv_train.models.adapters import is_adapter, relative, tune
+from rwkv_train.models.rwkv4 import RWKV4
 
 TOKENS = torch.arange(20)[None]
 LAYER, MATRIX = "blocks.1.ffn.key", (64, 16)
@@ -62,6 +64,27 @@ def test_peft_opens_what_a_run_trained_and_we_what_peft_saves(based, generation,
     assert_close_rel(opened(TOKENS, use_cache=False).logits, expected, 1e-4)
     opened.save_pretrained(based / "back")
     assert_close_rel(load_model(f"{based}/base.pth+{based}/back")(TOKENS)[0], expected, 1e-4)
+
+
+@torch.no_grad()
+def test_we_open_what_peft_makes_of_its_pissa(tmp_path):
+    peft, transformers = map(pytest.importorskip, ("peft", "transformers"))
+    for name in ("base.pth", "base"):
+        save_model(random_model(), tmp_path / name)
+    config = peft.LoraConfig(r=4, target_modules=["key", "value", "head"], init_lora_weights="pissa")
+    model = peft.get_peft_model(transformers.RwkvForCausalLM.from_pretrained(tmp_path / "base"), config).eval()
+    config.init_lora_weights = True  # as their page of it says
+    model.save_pretrained(tmp_path / "begun")
+    config.init_lora_weights = "pissa"
+    for p in model.parameters():
+        if p.requires_grad:
+            p += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+    model.save_pretrained(tmp_path / "as_it_is")
+    model.save_pretrained(tmp_path / "converted", path_initial_model_for_weight_conversion=str(tmp_path / "begun"))
+    with pytest.raises(ValueError, match="init_lora_weights is 'pissa', which changes the base model"):
+        load_model(f"{tmp_path}/base.pth+{tmp_path}/as_it_is")
+    ours = load_model(f"{tmp_path}/base.pth+{tmp_path}/converted")(TOKENS)[0]
+    assert_close_rel(ours, model(TOKENS, use_cache=False).logits, 1e-4)
 
 
 def written(folder, tensors, **config):
@@ -117,13 +140,30 @@ def test_miss_is_one_matrix_side_by_side(tmp_path, rank):
         assert_close_rel(found, random_model().get_parameter(f"{LAYER}.weight") + change, 1e-6)
 
 
+@pytest.mark.parametrize(
+    ("theirs", "generation", "message"),
+    [
+        ("model.layers.1.ffn.key", "rwkv7", None),
+        ("rwkv.blocks.1.feed_forward.key", "rwkv4", None),
+        ("rwkv.blocks.1.feed_forward.key", "rwkv7", "rwkv.blocks.1.feed_forward.key does not fit the model"),
+        ("model.layers.1.ffn.key", "rwkv4", "model.layers.1.ffn.key does not fit the model"),
+    ],
+)
+def test_names_are_those_of_the_generation(tmp_path, theirs, generation, message):
+    down, up = factors()
+    names = {f"base_model.model.{theirs}.lora_A.weight": down, f"base_model.model.{theirs}.lora_B.weight": up}
+    save_model(random_model(generation=generation), tmp_path / "base.pth")
+    with pytest.raises(ValueError, match=message) if message else nullcontext():
+        load_model(f"{tmp_path}/base.pth+{written(tmp_path / 'a', names)}")
+
+
 def test_a_single_file_has_to_say_how_it_is_scaled(tmp_path):
     down, up = factors()
     torch.save({f"{LAYER}.lora_A": down, f"{LAYER}.lora_B": up}, tmp_path / "rwkv-0.pth")
     with pytest.raises(ValueError, match=r'does not say how its factors are scaled; write \{"peft_type": "LORA"'):
-        read_peft(tmp_path / "rwkv-0.pth")
+        read_peft(tmp_path / "rwkv-0.pth", RWKV4)
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "lora_alpha": 6}')
-    assert_close_rel(read_peft(tmp_path / "rwkv-0.pth")[f"{LAYER}.up"], 2 * up, 1e-6)
+    assert_close_rel(read_peft(tmp_path / "rwkv-0.pth", RWKV4)[f"{LAYER}.up"], 2 * up, 1e-6)
 
 
 @pytest.mark.parametrize(
@@ -147,7 +187,7 @@ def test_what_is_not_supported_is_refused_by_name(tmp_path, config, message):
     down, up = factors()
     names = {f"base_model.model.{LAYER}.lora_A.weight": down, f"base_model.model.{LAYER}.lora_B.weight": up}
     with pytest.raises(ValueError, match=message):
-        read_peft(written(tmp_path / "adapter", names, **config))
+        read_peft(written(tmp_path / "adapter", names, **config), RWKV4)
 
 
 @pytest.mark.parametrize(

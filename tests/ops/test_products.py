@@ -4,7 +4,9 @@ import pytest
 import torch
 from helpers import assert_close_rel
 
+from rwkv_train.models.base import Linear
 from rwkv_train.models.loss import head_loss
+from rwkv_train.models.quantised import BITS, quantise_layer
 from rwkv_train.ops import products
 from rwkv_train.ops.linear import linear, times
 
@@ -67,3 +69,30 @@ def test_a_frozen_weight_leaves_no_copy_for_the_backward():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         linear(torch.randn(40, 33, requires_grad=True), weight)
     assert max(t.numel() * t.element_size() for t in saved) <= weight.numel() * 2
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", BITS)
+def test_a_weight_in_few_bits_multiplies_as_what_it_stands_for(kind, dtype, turned):
+    pytest.importorskip("torchao")
+    layer = Linear(48, 20).to(dtype)
+    torch.nn.init.normal_(layer.weight, generator=torch.Generator().manual_seed(0))
+    plain = layer.weight.detach().clone()
+    quantise_layer(layer, kind)
+    whole = products.dequantised(layer.weight)
+    assert_close_rel(whole.float(), plain.float(), {"int8": 0.02, "nf4": 0.15}[kind])
+    if kind == "nf4":
+        assert torch.equal(whole, layer.weight.get_original_weight())
+    x = torch.randn(3, 20 if turned else 48, dtype=dtype, requires_grad=True)
+    y = products.product(x, layer.weight, turned)
+    y.float().sum().backward()
+    exact = whole.double() if turned else whole.double().t()
+    assert_close_rel(y.double(), x.double() @ exact, 1e-2 if dtype == torch.bfloat16 else 1e-6)
+    assert_close_rel(x.grad.double(), exact.sum(1).expand(3, -1), 1e-2 if dtype == torch.bfloat16 else 1e-6)
+
+
+def test_an_odd_matrix_has_no_place_in_4_bits():
+    pytest.importorskip("torchao")
+    with pytest.raises(ValueError, match=r"a matrix of \[5, 3\] has an odd one; use int8"):
+        quantise_layer(Linear(3, 5), "nf4")
