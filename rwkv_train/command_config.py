@@ -60,6 +60,36 @@ class SamplingConfig:
     several times, or a list in YAML"""
 
 
+@dataclass(kw_only=True)
+class OpenedConfig:
+    """How a model is opened, and where what belongs to its user is kept: for all commands that talk with one."""
+
+    tokenizer: str | None = None
+    """world, bytes or a tokenizer JSON; known where tokenizer.json lies with the model"""
+
+    template: str | None = None
+    """how chats are written: world, g1, raven, or a YAML file; if not given, as template.yaml or the chat_template with
+    the model says, or else as its name suggests"""
+
+    thinking: Thinking | None = None
+    """how a model that was taught to think does so: off; fake, it replies after an empty thought; on; normal, short or
+    long, where it is asked for a thought of such a length. As the template says if not given"""
+
+    folder: str | None = None
+    """where corrections, and what was said and typed, are kept; the user's data folder if not given"""
+
+    device: str = "cpu"
+    """cpu, cuda or cuda:N"""
+
+    dtype: Literal["fp32", "fp16", "bf16", "int8", "nf4"] = "fp32"
+    """number format of the weights in memory; those that corrections train are fp32 in any case, and a profile belongs
+    to the one it was begun with. int8 and nf4, 8 and 4 bits a number of the blocks' matrices, need torchao"""
+
+    memory: float | None = None
+    """GB that a correction may take, the model counted (2^30 bytes); most of the device's if not given. A new profile
+    trains as much of the model as fits into that"""
+
+
 @dataclass
 class ValidateConfig:
     """Score a model on text."""
@@ -128,23 +158,12 @@ class GenerateConfig(SamplingConfig):
 
 
 @dataclass
-class ChatConfig(SamplingConfig):
+class ChatConfig(OpenedConfig, SamplingConfig):
     """Talk to a model in the terminal; /help there lists what else can be typed."""
 
     model: str | None = None
     """checkpoint, runs/NAME, hf:OWNER/REPO/FILE, or a folder with model.pth; the small one that comes along if
     not given"""
-
-    tokenizer: str | None = None
-    """world, bytes or a tokenizer JSON; known where tokenizer.json lies with the model"""
-
-    template: str | None = None
-    """how chats are written: world, g1, raven, or a YAML file; if not given, as template.yaml or the chat_template with
-    the model says, or else as its name suggests"""
-
-    thinking: Thinking | None = None
-    """how a model that was taught to think does so: off; fake, it replies after an empty thought; on; normal, short or
-    long, where it is asked for a thought of such a length. As the template says if not given"""
 
     system: str = ""
     """a system message to begin with"""
@@ -182,26 +201,12 @@ class ChatConfig(SamplingConfig):
     operators: str = ""
     """room: users who may give commands ("!/help"), separated by commas"""
 
-    folder: str | None = None
-    """where typed lines, saved dialogues and corrections are kept; the user's data folder if not given"""
-
     profile: str | None = None
     """corrections are kept in FOLDER/profiles/PROFILE; the model's name if not given"""
 
-    device: str = "cpu"
-    """cpu, cuda or cuda:N"""
-
-    dtype: Literal["fp32", "fp16", "bf16", "int8", "nf4"] = "fp32"
-    """number format of the weights in memory; those that corrections train are fp32 in any case. int8 and nf4, 8 and 4
-    bits a number of the blocks' matrices, need torchao"""
-
-    memory: float | None = None
-    """GB that a correction may take, the model counted (2^30 bytes); most of the device's if not given. A new profile
-    trains as much of the model as fits into that"""
-
 
 @dataclass
-class FeedbackFileConfig:
+class FeedbackFileConfig(OpenedConfig):
     """Learn a file of corrections, one after another, or all that a profile has together."""
 
     model: str
@@ -214,33 +219,8 @@ class FeedbackFileConfig:
     sleep: bool = False
     """then learn all corrections of the profile together, and keep that if it is better"""
 
-    tokenizer: str | None = None
-    """world, bytes or a tokenizer JSON; known where tokenizer.json lies with the model"""
-
-    template: str | None = None
-    """how chats are written: world, g1, raven, or a YAML file; if not given, as template.yaml or the chat_template with
-    the model says, or else as its name suggests"""
-
-    thinking: Thinking | None = None
-    """how a model that was taught to think does so: off; fake, it replies after an empty thought; on; normal, short or
-    long, where it is asked for a thought of such a length. As the template says if not given"""
-
-    folder: str | None = None
-    """where corrections are kept; the user's data folder if not given"""
-
     profile: str | None = None
     """corrections are kept in FOLDER/profiles/PROFILE; the model's name if not given"""
-
-    device: str = "cpu"
-    """cpu, cuda or cuda:N"""
-
-    dtype: Literal["fp32", "fp16", "bf16", "int8", "nf4"] = "fp32"
-    """number format of the weights in memory; those that corrections train are fp32 in any case. int8 and nf4, 8 and 4
-    bits a number of the blocks' matrices, need torchao"""
-
-    memory: float | None = None
-    """GB that a correction may take, the model counted (2^30 bytes); most of the device's if not given. A new profile
-    trains as much of the model as fits into that"""
 
 
 @dataclass

@@ -13,7 +13,7 @@ from rwkv_train.chat.opening import data_folder, open_profile
 from rwkv_train.chat.room import Room
 from rwkv_train.chat.session import Chat
 from rwkv_train.chat.terminal import in_plain, in_room, in_terminal
-from rwkv_train.checkpoints.opener import Opened, open_model
+from rwkv_train.checkpoints.opener import Opened, open_for
 from rwkv_train.command_config import ChatConfig
 from rwkv_train.data.functions import as_texts, read_tools
 from rwkv_train.feedback.settings import RENAMED
@@ -61,7 +61,7 @@ def open_chat(config: ChatConfig) -> Chat:
     if not config.model and not program.STARTER.exists():
         raise ValueError(f"the starter model is not there ({program.STARTER}); name a model with --model")
     name = config.model or program.STARTER
-    opened = open_model(name, config.tokenizer, config.template, config.dtype, config.device, thinking=config.thinking)
+    opened = open_for(config, name)
     dialogue = Dialogue(*opened, sampling, config.seed, config.tokens, stops)
     messages = [{"role": "system", "content": config.system}] if config.system else []
     if config.tools:

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from rwkv_train.chat.corrections_read import Taught, of_profile, taught_by
 from rwkv_train.chat.opening import data_folder, open_profile
 from rwkv_train.chat.sleeping import told_slept
-from rwkv_train.checkpoints.opener import open_model
+from rwkv_train.checkpoints.opener import open_for
 from rwkv_train.command_config import FeedbackFileConfig
 from rwkv_train.feedback import Correction, Learner, Reading
 from rwkv_train.feedback.background import in_a_line
@@ -26,9 +26,7 @@ def feedback(config: FeedbackFileConfig) -> int:
         raise ValueError("there is nothing to do; give --file to learn corrections, or --sleep to learn all together")
     file = Path(config.file).expanduser() if config.file else None
     taught = _read(file) if file else []
-    opened = open_model(
-        config.model, config.tokenizer, config.template, config.dtype, config.device, thinking=config.thinking
-    )
+    opened = open_for(config, config.model)
     folder = data_folder(config.folder)
     with open_profile(opened, folder, config.profile, config.model, config.memory) as learner:
         if file and file.resolve() in (learner.folder.resolve(), learner.journal.path.resolve()):

@@ -9,6 +9,7 @@ import torch
 
 from rwkv_train.checkpoints.modelfile import load_model
 from rwkv_train.checkpoints.names import parts_of
+from rwkv_train.command_config import OpenedConfig
 from rwkv_train.data.known_templates import named_template, template_of
 from rwkv_train.data.store import Store
 from rwkv_train.data.templates import Template
@@ -53,6 +54,12 @@ def open_model(
     found = _tokenizer(name, known.tokenizer, tokenizer, model.config.vocab_size)
     written = _template(name, known.template, template, for_chats)
     return Opened(model, found, written if thinking is None else replace(written, thinking=thinking))
+
+
+def open_for(config: OpenedConfig, name: str | Path) -> Opened:
+    """The same as the settings of a command say."""
+    given = config.tokenizer, config.template, config.dtype, config.device
+    return open_model(name, *given, thinking=config.thinking)
 
 
 def load_in(name: str | Path, dtype: torch.dtype | str | None, device: str | torch.device = "cpu") -> RWKV:

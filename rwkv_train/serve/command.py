@@ -13,7 +13,7 @@ import uvicorn
 
 from rwkv_train import program
 from rwkv_train.chat.opening import data_folder
-from rwkv_train.checkpoints.opener import open_model
+from rwkv_train.checkpoints.opener import open_for
 from rwkv_train.files import quoted
 from rwkv_train.generation.presets import PRESETS, stop_texts, with_given
 from rwkv_train.serve.app import create_app
@@ -90,7 +90,7 @@ def open_server(config: ServeConfig) -> Opened:
     if not config.model and not program.STARTER.exists():
         raise ValueError(f"the starter model is not there ({program.STARTER}); name a model with --model")
     name = config.model or program.STARTER
-    opened = open_model(name, config.tokenizer, config.template, config.dtype, config.device, thinking=config.thinking)
+    opened = open_for(config, name)
     opened.template.prompt([{"role": "user", "content": "-"}])  # has both roles, or says so now
     service = Service(opened, config, data_folder(config.folder), name)
     return Opened(create_app(service, tokens), service, config)

@@ -3,36 +3,18 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from rwkv_train.command_config import SamplingConfig
-from rwkv_train.config import Thinking
+from rwkv_train.command_config import OpenedConfig, SamplingConfig
 
 LOOPBACK, PORT = "127.0.0.1", 8080
 
 
 @dataclass
-class ServeConfig(SamplingConfig):
+class ServeConfig(OpenedConfig, SamplingConfig):
     """Serve a model: an OpenAI-like API, corrections while it talks, and a page to talk and correct on."""
 
     model: str | None = None
     """checkpoint, runs/NAME, hf:OWNER/REPO/FILE, or a folder with model.pth; the small one that comes along if
     not given"""
-
-    tokenizer: str | None = None
-    """world, bytes or a tokenizer JSON; known where tokenizer.json lies with the model"""
-
-    template: str | None = None
-    """how chats are written: world, g1, raven, or a YAML file; if not given, as template.yaml or the chat_template with
-    the model says, or else as its name suggests"""
-
-    thinking: Thinking | None = None
-    """how a model that was taught to think does so: off; fake, it replies after an empty thought; on; normal, short or
-    long, where it is asked for a thought of such a length. As the template says if not given"""
-
-    dtype: Literal["fp32", "fp16", "bf16", "int8", "nf4"] = "fp32"
-    """number format of the weights in memory; a profile of corrections belongs to the one it was begun with"""
-
-    device: str = "cpu"
-    """cpu, cuda or cuda:N"""
 
     host: str = LOOPBACK
     """address to listen on; other than this machine's own it needs tokens"""
@@ -46,14 +28,8 @@ class ServeConfig(SamplingConfig):
     allow_host: list[str] = field(default_factory=list)
     """other names by which browsers reach this server, as behind a proxy"""
 
-    folder: str | None = None
-    """where conversations and corrections are kept; the user's data folder if not given"""
-
     profiles: list[str] = field(default_factory=list)
     """profiles of corrections to serve, each a model of its own in the API; one of the model's name if not given"""
-
-    memory: float | None = None
-    """GB that corrections may take, the model counted; most of the machine's if not given"""
 
     reply_tokens: int = 500
     """tokens of a reply that does not ask for a number of them"""

@@ -43,7 +43,7 @@ def of_files() -> int:
 def test_a_pickle_of_before_is_freed_on_the_way(tmp_path):
     model = random_model(vocab_size=99)
     torch.save(model.state_dict(), tmp_path / "m.pth", _use_new_zipfile_serialization=False)
-    found = modelfile._read(tmp_path / "m.pth")
+    found = modelfile.read_model(tmp_path / "m.pth")
     shapes = {name: p.shape for name, p in model.state_dict().items()}
     assert not found.mapped and modelfile._load(found, shapes, torch.float32, "cpu").keys() == shapes.keys()
     assert not found.tensors
