@@ -1,4 +1,4 @@
-"""/v1/chat/completions and /v1/completions."""
+"""/v1/chat/completions, and what other routes for text share with it."""
 
 import json
 import secrets
@@ -11,10 +11,9 @@ from pydantic import BaseModel
 
 from rwkv_train.data import functions
 from rwkv_train.data.templates import REASONING
-from rwkv_train.serve.conversation import Asked
 from rwkv_train.serve.errors import ERRORS, ApiError
 from rwkv_train.serve.jobs import End, Event, Piece
-from rwkv_train.serve.schemas import EFFORTS, ChatRequest, CompletionRequest
+from rwkv_train.serve.schemas import EFFORTS, ChatRequest
 from rwkv_train.serve.service import Running, Service
 from rwkv_train.serve.streams import EventStream, sse, together, unless_gone
 from rwkv_train.serve.tokens import Rights, require
@@ -54,18 +53,6 @@ class Answer(BaseModel):
 class ChatAnswer(Answer):
     object: str = "chat.completion"
     choices: list[Choice]
-
-
-class TextChoice(BaseModel):
-    index: int
-    text: str
-    logprobs: dict[str, Any] | None
-    finish_reason: str
-
-
-class TextAnswer(Answer):
-    object: str = "text_completion"
-    choices: list[TextChoice]
 
 
 def service_of(request: Request) -> Service:
@@ -108,7 +95,7 @@ async def chat(request: Request, asked: ChatRequest, rights: Talker) -> Any:
 
 
 async def _chat_answer(service: Service, running: Running, scored: bool, called: bool) -> dict | None:
-    pieces, ends = await _all(service, [running])
+    pieces, ends = await everything(service, [running])
     choices = [
         {
             "index": n,
@@ -118,13 +105,13 @@ async def _chat_answer(service: Service, running: Running, scored: bool, called:
         }
         for (_, n), end in sorted(ends.items())
     ]
-    return _head(running, "chat.completion") | {"choices": choices, "usage": usage_of([running], ends.values())}
+    return head_of(running, "chat.completion") | {"choices": choices, "usage": usage_of([running], ends.values())}
 
 
 async def _chat_events(
     service: Service, running: Running, scored: bool, usage: bool, called: bool
 ) -> AsyncGenerator[str]:
-    head, ends = _head(running, "chat.completion.chunk"), []
+    head, ends = head_of(running, "chat.completion.chunk"), []
     held = dict.fromkeys(range(len(running.ids)), "") if called else {}  # what may become a call
 
     def sure(n: int, text: str) -> str:
@@ -149,7 +136,7 @@ async def _chat_events(
             if isinstance(event, End):
                 ends.append(event)
                 if event.reason == "error":
-                    yield sse({"error": _broken(event)})
+                    yield sse({"error": broken(event)})
                     continue
                 rest = held.get(event.choice, "") + event.text
                 if asked := _calls(event, called):
@@ -162,77 +149,7 @@ async def _chat_events(
     yield sse("[DONE]")
 
 
-@router.post("/v1/completions", response_model=TextAnswer, responses=SSE)
-async def completions(request: Request, asked: CompletionRequest, rights: Talker) -> Any:
-    """A text goes on. It begins a document, as in training; nothing of it is kept."""
-    service = service_of(request)
-    name, tokenizer = service.named(asked.model), service.tokenizer
-    prompts = [asked.prompt] if isinstance(asked.prompt, str) else asked.prompt
-    if len(prompts) * asked.n > service.config.lanes:
-        raise ApiError(400, f"n times the prompts is at most {service.config.lanes} here", param="n")
-    running: list[Running] = []
-    try:
-        for number, prompt in enumerate(prompts):
-            ids = [tokenizer.eod, *tokenizer.encode(prompt)]
-            seed = asked if asked.seed is None else asked.model_copy(update={"seed": asked.seed + number * asked.n})
-            find = lambda version, ids=ids: Asked(None, [], ids, ids, None)  # noqa: E731
-            more = {"stored": False, "likeliest": asked.logprobs}
-            most = service.most(asked.max_tokens)
-            running.append(await service.reply(name, find, seed, rights, "cmpl-", most, asked.n, **more))
-    except BaseException:  # the whole request is refused
-        for each in running:
-            service.batcher.cancel(each.job)
-        raise
-    if asked.stream:
-        usage = bool(asked.stream_options and asked.stream_options.include_usage)
-        return EventStream(_text_events(service, running, asked, prompts, usage))
-    return await unless_gone(request, _text_answer(service, running, asked, prompts))
-
-
-async def _text_answer(service: Service, running: list[Running], asked: CompletionRequest, prompts: list[str]) -> dict:
-    pieces, ends = await _all(service, running)
-    choices = []
-    for (job, n), end in sorted(ends.items()):
-        before = prompts[job] * asked.echo
-        scores = _legacy(service.tokenizer, pieces[job, n], len(before)) if asked.logprobs is not None else None
-        text = before + end.shown
-        index = job * asked.n + n
-        choices.append({"index": index, "text": text, "logprobs": scores, "finish_reason": finish(end)})
-    return _head(running[0], "text_completion") | {"choices": choices, "usage": usage_of(running, ends.values())}
-
-
-async def _text_events(
-    service: Service, running: list[Running], asked: CompletionRequest, prompts: list[str], usage: bool
-) -> AsyncGenerator[str]:
-    head, ends = _head(running[0], "text_completion"), []
-    at = {(job, n): len(prompt) * asked.echo for job, prompt in enumerate(prompts) for n in range(asked.n)}
-
-    def chunk(job: int, n: int, text: str, reason: str | None = None, scores: dict | None = None) -> str:
-        choice = {"index": job * asked.n + n, "text": text, "logprobs": scores, "finish_reason": reason}
-        return sse(head | {"choices": [choice]})
-
-    if asked.echo:
-        for job, prompt in enumerate(prompts):
-            for n in range(asked.n):
-                yield chunk(job, n, prompt)
-    async with aclosing(together([service.events(each) for each in running])) as events:
-        async for job, event in events:
-            if isinstance(event, Piece) and (event.text or event.scores):
-                scores = _legacy(service.tokenizer, [event], at[job, event.choice]) if event.scores else None
-                at[job, event.choice] += len(scores["tokens"][0]) if scores else 0
-                yield chunk(job, event.choice, event.text, scores=scores)
-            if isinstance(event, End):
-                ends.append(event)
-                if event.reason == "error":
-                    yield sse({"error": _broken(event)})
-                else:
-                    yield chunk(job, event.choice, event.text, finish(event))
-    if usage:
-        yield sse(head | {"choices": [], "usage": usage_of(running, ends)})
-    yield sse("[DONE]")
-
-
-async def _all(service: Service, running: list[Running]) -> tuple[dict, dict]:
+async def everything(service: Service, running: list[Running]) -> tuple[dict, dict]:
     """({(job, choice): its pieces}, {(job, choice): its end}) ApiError where one failed."""
     pieces: dict[tuple[int, int], list[Piece]] = {(j, n): [] for j, r in enumerate(running) for n in range(len(r.ids))}
     ends: dict[tuple[int, int], End] = {}
@@ -247,7 +164,7 @@ def _collect(job: int, event: Event, pieces: dict, ends: dict) -> None:
         pieces[job, event.choice].append(event)
         return
     if event.reason == "error":
-        raise ApiError(500, _broken(event)["message"], "model_error")
+        raise ApiError(500, broken(event)["message"], "model_error")
     ends[job, event.choice] = event
 
 
@@ -288,7 +205,7 @@ def usage_of(running: list[Running], ends) -> dict:
     }
 
 
-def _broken(end: End) -> dict:
+def broken(end: End) -> dict:
     return {
         "message": f"the reply broke off: {end.error}",
         "type": "server_error",
@@ -297,7 +214,7 @@ def _broken(end: End) -> dict:
     }
 
 
-def _head(running: Running, object: str) -> dict:
+def head_of(running: Running, object: str) -> dict:
     head = {"id": running.ids[0], "object": object, "created": running.created, "model": running.model}
     return head | {"system_fingerprint": running.version}
 
@@ -309,22 +226,3 @@ def _scored(tokenizer: Tokenizer, piece: Piece) -> dict:
 
     top = [shown(*pair) for pair in piece.scores.likeliest]
     return shown(piece.token, piece.scores.token) | {"top_logprobs": top}
-
-
-def _legacy(tokenizer: Tokenizer, pieces: list[Piece], begin: int = 0) -> dict:
-    """Scores as completions have them. begin: characters before the first of these tokens."""
-
-    def shown(token: int) -> str:
-        data = tokenizer.decode_bytes([token])
-        try:
-            return data.decode()
-        except UnicodeDecodeError:
-            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
-
-    tokens = [shown(p.token) for p in pieces]
-    return {
-        "tokens": tokens,
-        "token_logprobs": [p.scores.token for p in pieces],
-        "top_logprobs": [{shown(t): score for t, score in p.scores.likeliest} for p in pieces],
-        "text_offset": [begin + sum(map(len, tokens[:n])) for n in range(len(tokens))],
-    }

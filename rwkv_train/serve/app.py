@@ -12,7 +12,7 @@ from fastapi.responses import FileResponse, PlainTextResponse, Response
 from fastapi.staticfiles import StaticFiles
 from pydantic import BaseModel
 
-from rwkv_train.serve import api_chat, api_feedback, api_responses
+from rwkv_train.serve import api_chat, api_completions, api_feedback, api_responses
 from rwkv_train.serve.api_chat import service_of
 from rwkv_train.serve.errors import ERRORS, install_errors
 from rwkv_train.serve.guard import Guard
@@ -139,7 +139,7 @@ def create_app(service: Service, tokens: Tokens) -> Guard:
     app.state.tokens = tokens
     config = service.config
     install_errors(app)
-    for each in (router, api_chat.router, api_responses.router, api_feedback.router, pages):
+    for each in (router, api_chat.router, api_completions.router, api_responses.router, api_feedback.router, pages):
         app.include_router(each)
     room.attach(app)
     app.mount("/page", StaticFiles(directory=PAGE), name="page")
