@@ -94,7 +94,7 @@ class Profile:
         self.config, self.begun_with = FeedbackConfig(**chosen[-1]), FeedbackConfig(**first["config"])
         self._tell_memory(self.config)
         begun = Template(**first["template"]) if "template" in first else self.template  # old profiles do not say it
-        if other := compare_templates(self.folder, begun, "this chat", self.template):
+        if other := compare_templates(self.folder, begun, "this model, as it is opened,", self.template):
             told(f"{other}. Its corrections go on as they began; another profile has its own")
         self.template = begun
 
