@@ -6,8 +6,8 @@ from rwkv_train.data.templates import THINKING, Template
 
 HEAD = """\
 {%- set forms = FORMS -%}
-{%- if tools -%}
-    {{- raise_exception('tools are not written here; name functions in a system message, as docs/data.md says') -}}
+{%- if tools or messages | selectattr('tool_calls') | list -%}
+    {{- raise_exception('functions and calls are not written here; rwkv_train.data.functions makes them text') -}}
 {%- endif -%}
 {{- BEGIN -}}
 """
@@ -75,14 +75,15 @@ THOUGHTFUL = """\
         {%- endif -%}
         {%- set thought, text = parts[0].strip() or thought, parts[2].lstrip() -%}
     {%- endif -%}
-    {%- if '</think>' in thought -%}
-        {{- raise_exception('message ' ~ loop.index ~ ': its thought holds </think>') -}}
-    {%- elif text.strip() -%}
-        {%- set before, content, newest = forms[role][0], CONTENT, loop.last and not add_generation_prompt -%}
-        {%- if thinks and newest and (thought or way == 'fake') -%}
+    {%- if text.strip() -%}
+        {%- set before, content = forms[role][0], CONTENT -%}
+        {%- set newest = thinks and loop.last and not add_generation_prompt -%}
+        {%- if newest and '</think>' in thought -%}
+            {{- raise_exception('message ' ~ loop.index ~ ': its thought holds </think>') -}}
+        {%- elif newest and (thought or way == 'fake') -%}
             {{- before.rstrip() ~ ' <think>\\n' ~ ('' if way == 'fake' else THOUGHT ~ '\\n') ~ '</think>\\n' -}}
             {{- content.lstrip() -}}
-        {%- elif thinks and newest and ways[way][1] -%}
+        {%- elif newest and ways[way][1] and message['weight'] != 0 -%}
             {{- raise_exception('the last reply has no thought, and thinking is ' ~ way ~ '; use off or fake') -}}
         {%- else -%}
             {{- before ~ content -}}

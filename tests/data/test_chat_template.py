@@ -82,17 +82,15 @@ def test_thoughts_and_paragraphs_are_those_of_ours(opened, thinks, paragraphs, c
 
     @settings(max_examples=40, deadline=None)
     @given(
-        st.lists(st.tuples(CONTENT, REPLY, st.none() | REPLY), min_size=1, max_size=3),
+        st.lists(st.tuples(CONTENT, REPLY, st.none() | REPLY, st.sampled_from([None, 0, 1])), min_size=1, max_size=3),
         st.sampled_from(list(THINKING) if thinks else ["off"]),
     )
     def check(turns, mode):
         template = replace(form, thinking=mode)
         chat = []
-        for question, reply, thought in turns:
-            chat += [
-                {"role": "user", "content": question},
-                {"role": "assistant", "content": reply, "reasoning_content": thought},
-            ]
+        for question, reply, thought, weight in turns:
+            answer = {"role": "assistant", "content": reply, "reasoning_content": thought, "weight": weight}
+            chat += [{"role": "user", "content": question}, answer]
         for messages, asks in ((chat, False), (chat[:-1], True)):
             how = {"thinking": mode, "add_generation_prompt": asks, "return_dict": False}
             try:
@@ -154,10 +152,12 @@ def test_functions_are_not_passed_over(opened, template):
             word: A word.
         """
 
-    with pytest.raises(Exception, match="name functions in a system message"):
-        opened(load_tokenizer("bytes"), template).apply_chat_template(
-            [{"role": "user", "content": "x"}], tools=[look_up]
-        )
+    theirs, chat = opened(load_tokenizer("bytes"), template), [{"role": "user", "content": "x"}]
+    calls = [{"type": "function", "function": {"name": "look_up", "arguments": {"word": "x"}}}]
+    called = [*chat, {"role": "assistant", "content": "y", "tool_calls": calls}]
+    for messages, tools in ((chat, [look_up]), (called, None)):
+        with pytest.raises(Exception, match=r"functions and calls are not written here"):
+            theirs.apply_chat_template(messages, tools=tools)
 
 
 def test_a_thought_that_is_no_text_is_refused(opened):
