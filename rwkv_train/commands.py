@@ -200,9 +200,8 @@ def export(config: ExportConfig) -> None:
         found = found_paths(run, ("data.path", "data.val", "data.tokenizer")) if is_run_config(run) else {}
         adapter = save_adapter(config.model, config.out, found.get("model.init"))
         flag = f"--model BASE+{shlex.quote(config.out)}"
-        left_out = [] if folder else [_left_out(format_of(config.model))]
         said = f"{config.out}: what {config.model} trained; `{flag}` puts it on its model"
-        print(said, *told_of_beginning(adapter), *left_out, sep="\n")
+        print(said, *told_of_beginning(adapter), _left_out(format_of(config.model)), sep="\n")
         return
     model = corrected(config.model, config.profile, config.folder) if config.profile else load_model(config.model)
     if broken := broken_weight(model):
@@ -212,17 +211,17 @@ def export(config: ExportConfig) -> None:
     c, dtype = model.config, DTYPES[config.dtype] if config.dtype else None
     if folder:
         known = format_to_export(config.model, config.tokenizer, config.template, c.vocab_size)
-        save_model(model, config.out, dtype, *known)
-        said = "\n".join(_opened_by(model, known))
+        said = "\n".join(_opened_by(model, known, save_model(model, config.out, dtype, *known)))
     else:
         save_model(model, config.out, dtype)
-        said = _left_out(format_of(config.model))
+        said = _left_out(format_of(config.model)) + ", or export to a folder"
     print(f"{config.out}: {model.name}, {c.n_layer} layers x {c.n_embd} channels, vocabulary {c.vocab_size}")
     print(*told_of_beginning(to_time_states(model.state_dict())), said, sep="\n")
 
 
-def _opened_by(model: RWKV, known: TextFormat) -> Iterator[str]:
-    """What opens an exported folder, and what it finds there."""
+def _opened_by(model: RWKV, given: TextFormat, known: TextFormat) -> Iterator[str]:
+    """What opens an exported folder, and what it finds there. known: what was given with the model, or lay there."""
+    lay = ["" if one or not other else ", that which lay there" for one, other in zip(given, known, strict=True)]
     if not isinstance(model, RWKV7):
         yield "weights: AutoModelForCausalLM of transformers opens them"
     elif model.config.head_size == 64:
@@ -232,22 +231,22 @@ def _opened_by(model: RWKV, known: TextFormat) -> Iterator[str]:
     if known.tokenizer:
         adds = mentions(json.loads(known.tokenizer.library_json).get("post_processor"), "TemplateProcessing")
         others = ", and adds tokens to a text unless add_special_tokens is False" if adds else ""
-        yield f"tokenizer {known.tokenizer}: AutoTokenizer opens it" + others
+        yield f"tokenizer {known.tokenizer}{lay[0]}: AutoTokenizer opens it" + others
     else:
-        yield "tokenizer: unknown, so there is none in it; give --tokenizer"
+        yield "tokenizer: unknown, so none is written; give --tokenizer"
     if known.template and known.tokenizer:
         others = (
             "" if alike_in_one(known.tokenizer, known.template) else ", with other ids where a reply begins or ends"
         )
-        yield "chats: apply_chat_template writes them" + others
+        yield "chats: apply_chat_template writes them" + others + lay[1]
     elif known.template:
-        yield "chats: written as its template.yaml says"
+        yield f"chats: written as its template.yaml{lay[1]} says"
     else:
         yield "chats: unknown how they are written, so apply_chat_template cannot; give --template"
 
 
 def _left_out(known: TextFormat) -> str:
-    """What a single file of weights does not say."""
+    """What a single file of weights, or an adapter, does not say."""
     names = [f"tokenizer {known.tokenizer}"] * bool(known.tokenizer) + ["template of its chats"] * bool(known.template)
     without = " and the ".join(names) or "tokenizer, which is unknown"
-    return f"weights alone, without the {without}: give --tokenizer and --template with it, or export to a folder"
+    return f"weights alone, without the {without}: give --tokenizer and --template with it"

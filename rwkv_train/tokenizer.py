@@ -110,7 +110,8 @@ class Tokenizer:
         token there, as a chat has to begin with one, and plain text here.
         """
         folder, end = Path(folder), self.eod_name
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": end, "eos_token": end}
+        config = {"tokenizer_class": "PreTrainedTokenizerFast"}
+        config |= {"bos_token": end, "eos_token": end, "pad_token": end}
         config |= {"clean_up_tokenization_spaces": False, "model_max_length": 10**30}
         config |= {"model_input_names": ["input_ids", "attention_mask"], KEY: self.name}
         config |= {"chat_template": chat_template} if chat_template else {}

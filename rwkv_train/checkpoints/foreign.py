@@ -25,6 +25,8 @@ ORIGINAL = "load the .pth, the .safetensors or the Hugging Face folder that it w
 # A stretch of a key of what goes on a model: what that is, and how it is used.
 PARTS = {
     "lora_": ("a LoRA", "give it with its model, BASE+{}, or merge it into that"),
+    ".disha": ("a MiSS", "give it with its model, BASE+{}"),
+    ".miss_block": ("a MiSS", "give it with its model, BASE+{}"),
 }
 
 # A stretch of a key that no RWKV-4 and no RWKV-7 has, and what has it (RWKV-LM's rwkv_v7b_demo.py, rwkv_v8_rc00_demo.py

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rwkv_train.checkpoints.foreign import ORIGINAL, refuse_model
-from rwkv_train.checkpoints.hf import from_hf_name, hf_files, hf_generation, to_hf_name, turned
+from rwkv_train.checkpoints.hf import check_heads, from_hf_name, hf_files, hf_generation, to_hf_name, turned
 from rwkv_train.checkpoints.run_checkpoint import TRAINER, WEIGHTS, newest_sound
 from rwkv_train.checkpoints.states import TIME_STATE, from_time_states
 from rwkv_train.checkpoints.weightfile import map_weights
@@ -89,7 +89,10 @@ def read_model(path: Path) -> Found:
         values, maps = map_weights(file)
         content |= values
         mapped &= maps
-    return sort_keys(files[0] if len(files) == 1 else path, content, mapped)
+    found = sort_keys(files[0] if len(files) == 1 else path, content, mapped)
+    if found.hf is RWKV7 and (path / "config.json").is_file():
+        check_heads(path, *found.matrix("blocks.0.att.r_k"))
+    return found
 
 
 def _weight_files(path: Path) -> list[Path]:

@@ -13,12 +13,13 @@ from pathlib import Path
 from torch import Tensor
 
 from rwkv_train.checkpoints.weightfile import write_safetensors
-from rwkv_train.data.text_format import JINJA_FILE, TextFormat
+from rwkv_train.data.text_format import JINJA_FILE, TEMPLATE_FILE, TOKENIZER_CONFIG, TextFormat
 from rwkv_train.files import read_text, sync, temporary_beside
 from rwkv_train.generation.presets import PRESETS
 from rwkv_train.models.base import RWKV
 from rwkv_train.models.rwkv4 import RWKV4, RWKV4Config
 from rwkv_train.models.rwkv7 import HEAD_NORM_EPS, RWKV7, RWKV7Config
+from rwkv_train.program import told
 from rwkv_train.tokenizer import OWN_FILE, WORLD_FILE, UnknownEnd
 
 # BlinkDL's word for a part of an RWKV-4, and Hugging Face's.
@@ -61,7 +62,10 @@ HF_WEIGHTS = (
 )
 HF_STALE = (*HF_WEIGHTS[1:], "model-*-of-*.safetensors", "pytorch_model-*-of-*.bin")
 # What says how to read and write text there; all of it is replaced where a part is.
-HF_TOKENIZERS = ("special_tokens_map.json", "added_tokens.json", JINJA_FILE, OWN_FILE, WORLD_FILE)
+HF_TOKENIZERS = (
+    *("tokenizer.json", TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
+    *(JINJA_FILE, OWN_FILE, WORLD_FILE),
+)
 
 
 def hf_generation(keys: list[str]) -> type[RWKV] | None:
@@ -115,7 +119,14 @@ def hf_files(folder: Path) -> list[Path]:
     kind = config.get("model_type")
     if kind not in MODEL_TYPES:
         raise ValueError(f'{folder}/config.json: model_type is {kind!r}, expected "rwkv" (RWKV-4) or "rwkv7"')
-    expected = {"layer_norm_epsilon": 1e-5, "norm_eps": 1e-5, "norm_first": True, "norm_bias": True, "attn": None}
+    expected = {
+        "hidden_act": "sqrelu",
+        "layer_norm_epsilon": 1e-5,
+        "norm_eps": 1e-5,
+        "norm_first": True,
+        "norm_bias": True,
+        "attn": None,
+    }
     if kind == "rwkv7":
         expected["head_norm_eps"] = HEAD_NORM_EPS
         config.setdefault("head_norm_eps", (config.get("head_dim") or 64) * 1e-5)
@@ -138,6 +149,17 @@ def hf_files(folder: Path) -> list[Path]:
     raise ValueError(f"{folder} holds no weights: found none of {', '.join(HF_WEIGHTS)}; download it again")
 
 
+def check_heads(folder: Path, heads: int, channels: int) -> None:
+    """ValueError where an RWKV-7's config says that its weights have other heads."""
+    config = read_json(folder / "config.json")
+    for name, value in (("head_dim", channels), ("num_heads", heads)):
+        if (found := config.get(name)) is None:
+            continue
+        if found != value:
+            raise ValueError(f"{folder}/config.json: {name} is {found!r:.40}, and its weights have {value}; correct it")
+        return  # the library goes by the first that is there
+
+
 def read_json(path: Path) -> dict:
     try:
         found = json.loads(read_text(path))
@@ -148,11 +170,12 @@ def read_json(path: Path) -> dict:
     return found
 
 
-def save_hf(tensors: dict[str, Tensor], model: RWKV, target: Path, text_format: TextFormat) -> None:
+def save_hf(tensors: dict[str, Tensor], model: RWKV, target: Path, text_format: TextFormat) -> TextFormat:
     """What transformers loads: a new directory appears complete, in an old one file by file is replaced.
 
     tensors: the model's, by our names. text_format: what is known of it is written too, in place of what lay there.
-    Raises ValueError if target holds something else than an RWKV.
+    Returns what the directory then says: the rest of that is as it lay there, if its tokenizer has no more ids than the
+    model. Raises ValueError if target holds something else than an RWKV.
     """
     if model.initial_wkv is not None:
         raise ValueError(f"{target}: a Hugging Face directory has no place for the state a model begins in; use .pth")
@@ -164,7 +187,9 @@ def save_hf(tensors: dict[str, Tensor], model: RWKV, target: Path, text_format: 
     try:
         building.mkdir()
         write_safetensors(to_hf(type(model), tensors), building / "model.safetensors")
-        known = _with_old(text_format, target) if occupied else text_format
+        known, others = text_format, ()
+        if occupied and not all(text_format):
+            known, others = _with_old(text_format, target, model.config.vocab_size)
         about = known.export(building) if any(text_format) else []
         dtype = str(tensors["head.weight"].dtype).removeprefix("torch.")
         end = known.tokenizer.eod if known.tokenizer else 0
@@ -180,25 +205,31 @@ def save_hf(tensors: dict[str, Tensor], model: RWKV, target: Path, text_format: 
         else:
             for name in ("model.safetensors", *about, "generation_config.json", "config.json"):
                 os.replace(building / name, target / name)
-            others = HF_TOKENIZERS if about and known.tokenizer else ()
+            others = HF_TOKENIZERS if about and known.tokenizer else others
             for stale in (entry for pattern in (*HF_STALE, *others) for entry in target.glob(pattern)):
                 if stale.name not in about:
                     stale.unlink()
             sync(target)
         sync(target.parent)
+        return known
     finally:
         shutil.rmtree(building, ignore_errors=True)
 
 
-def _with_old(text_format: TextFormat, target: Path) -> TextFormat:
-    """What is known, and of what is not, what lies there."""
-    if all(text_format):
-        return text_format
+def _with_old(known: TextFormat, target: Path, vocab_size: int) -> tuple[TextFormat, tuple[str, ...]]:
+    """(What is known, and of what is not, what lies there; files there that do not fit the model)."""
     try:
-        old = TextFormat.read(target)
-    except UnknownEnd:
-        return text_format
-    return TextFormat(text_format.tokenizer or old.tokenizer, text_format.template or old.template)
+        old, end = TextFormat.read(target), None
+    except UnknownEnd as error:
+        old, end = TextFormat.read(target, eod=0), error
+    if old.tokenizer and old.tokenizer.vocab_size > vocab_size:
+        sizes = f"{old.tokenizer.vocab_size:,} tokens, the model {vocab_size:,}"
+        told(f"{target}: the tokenizer that lay there knows {sizes}; its files, and the chat template, are removed")
+        return known, (*HF_TOKENIZERS, TEMPLATE_FILE)
+    if end:
+        told(f"{end}; it stays as it lay there" * (not known.tokenizer))
+        return known, ()
+    return TextFormat(known.tokenizer or old.tokenizer, known.template or old.template), ()
 
 
 def _generation(known: TextFormat) -> dict:

@@ -19,12 +19,13 @@ from rwkv_train.program import told
 from rwkv_train.run_config import HUB
 
 SUFFIXES = (".pth", ".safetensors", ".st")
+OPENED = (*SUFFIXES, ".bin", ".pt", ".ckpt")  # where such a file is named
 # What goes with weights that lie in the same folder: never code.
 BESIDE = (
     *("config.json", "generation_config.json", "adapter_config.json", "*tokenizer*.json", "*vocab*", "merges.txt"),
     *("added_tokens.json", "special_tokens_map.json", "chat_template.json", "*.jinja", "template.yaml", "*.index.json"),
 )
-COMMIT = re.compile("[0-9a-f]{40}")
+MAIN = "main"  # the revision of a name that names none
 SHOWN = 20  # files that a message lists
 BLOCK = 2**18  # bytes that are fetched at once to look into a file
 PATIENCE = 10  # seconds until a hub that does not answer cannot be reached
@@ -45,7 +46,7 @@ class HubName(NamedTuple):
         match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:/(.*))?", path)
         if not match or (at and not revision):
             raise ValueError(f"{text} is no name on the Hugging Face hub; write hf:OWNER/REPO[/FILE][@REVISION]")
-        return cls(text, match[1], (match[2] or "").strip("/"), revision or "main")
+        return cls(text, match[1], (match[2] or "").strip("/"), revision or MAIN)
 
     @property
     def stem(self) -> str:
@@ -90,11 +91,11 @@ def fetched(text: str) -> Path:
 def pinned(text: str, before: list[str]) -> str:
     """The same name with the file it stands for, and the commit in place of a revision that may move.
 
-    before: names that had theirs already; if one is of the same model, it is taken.
+    before: names that had theirs already; for a name without a revision, one of the same model is taken.
     """
     name = HubName.of(text)
     for other in map(HubName.of, filter(is_hub, before)):
-        if other.repo == name.repo and name.file in ("", other.file) and not COMMIT.fullmatch(name.revision):
+        if other.repo == name.repo and name.file in ("", other.file) and name.revision == MAIN:
             return other.text
     choice = _chosen(text)
     return f"{HUB}{choice.repo}" + f"/{choice.opened}" * bool(choice.opened) + f"@{choice.commit}"
@@ -127,13 +128,14 @@ def _chosen(text: str) -> _Choice:
     return _choose(name, *_listed(name))
 
 
-def _listed(name: HubName) -> tuple[str, list[str]]:
-    """(commit, files) of a revision, as the hub says, or the cache where that cannot be reached."""
+def _listed(name: HubName) -> tuple[str, list[str], bool]:
+    """(commit, files, False) of a revision, as the hub says; (commit, those in the cache, True) where that cannot be
+    reached."""
     library = _library()
     try:
         with _in_words(name):
             info = library.HfApi().model_info(name.repo, revision=name.revision, timeout=PATIENCE)
-        return info.sha, [file.rfilename for file in info.siblings or ()]
+        return info.sha, [file.rfilename for file in info.siblings or ()], False
     except OSError as error:
         why = "HF_HUB_OFFLINE is set" if library.constants.HF_HUB_OFFLINE else _line(error)
         snapshot = _snapshot(name)
@@ -143,32 +145,43 @@ def _listed(name: HubName) -> tuple[str, list[str]]:
                 f"{library.constants.HF_HUB_CACHE} has nothing of it; download it where there is a network"
             ) from None
         told(f"{name.text}: the hub cannot be reached ({why}); taken from the cache, commit {snapshot.name[:12]}")
-        return snapshot.name, _files_below(snapshot)
+        return snapshot.name, _files_below(snapshot), True
 
 
-def _choose(name: HubName, commit: str, files: list[str]) -> _Choice:
-    """Which of a repository's files a name stands for."""
+def _lacking(name: HubName, cached: bool, why: str) -> ValueError:
+    """What to raise where files lack that a name asks for. cached: of those in the cache, which may be some of them."""
+    if cached:
+        why = f"not all of it is in the cache {_library().constants.HF_HUB_CACHE}; download it where there is a network"
+    return ValueError(f"{name.text}: {why}")
+
+
+def _choose(name: HubName, commit: str, files: list[str], cached: bool) -> _Choice:
+    """Which of a repository's files a name stands for. cached: as for `_lacking`."""
     weights = [file for file in files if file.endswith(SUFFIXES)]
     if name.file in files:
+        if not name.file.endswith(OPENED):
+            raise ValueError(f"{name.text} is no file of weights that is opened here; {_list(weights)}")
         return _with_beside(name, commit, files, [name.file], name.file)
     folder = f"{name.file}/" if name.file else ""
     inside = [file.removeprefix(folder) for file in files if file.startswith(folder)]
     if not inside:
-        raise ValueError(f"{name.text}: {name.repo} has no file {name.file} at {name.revision}; {_list(weights)}")
+        lacks = f"{name.repo} has no file {name.file} at {name.revision}" if name.file else f"{name.repo} is empty"
+        raise _lacking(name, cached, f"{lacks}; {_list(weights)}")
     adapter = [folder + file for file in inside if fnmatch(file, "adapter_model.*")]
     if "adapter_config.json" in inside and adapter:
         return _with_beside(name, commit, files, adapter, name.file)
     if "config.json" in inside and (index := next((file for file in HF_WEIGHTS if file in inside), None)):
         weights = [folder + file for file in _weights_of_folder(name, commit, folder, index)]
         if lacking := set(weights) - set(files):
-            raise ValueError(
-                f"{name.text}: {index} lists {min(lacking)}, which {name.repo} has not; name another model"
-            )
+            raise _lacking(name, cached, f"{index} lists {min(lacking)}, which {name.repo} has not; name another model")
         return _with_beside(name, commit, files, weights, name.file)
     weights = [file for file in weights if file.startswith(folder)]
-    if len(weights) != 1:
+    if not weights:
+        raise _lacking(name, cached, f"it names no file of weights; {_list(weights)}")
+    if len(weights) > 1:
         raise ValueError(f"{name.text} names no file of weights, and none is guessed; {_list(weights)}")
-    told(f"{name.text} holds one file of weights, {weights[0]}, which is taken")
+    others = " of those in the cache; the repository may have others" if cached else ""
+    told(f"{name.text} holds one file of weights, {weights[0]}, which is taken{others}")
     return _with_beside(name, commit, files, weights, weights[0])
 
 
@@ -262,5 +275,9 @@ def _in_words(name: HubName) -> Iterator[None]:
 
 def _line(error: BaseException) -> str:
     """An error in a line; those of a connection have nothing to say but their kind."""
-    text = str(error).strip().partition("\n")[0]
-    return text if text and "ConnectionPool" not in text else type(error).__name__
+    kind = type(error).__name__
+    while error.args and isinstance(error.args[0], BaseException):
+        error = error.args[0]
+    raw = len(error.args) > 1 and isinstance(error.args[0], str)  # of several arguments str makes a tuple's text
+    text = (error.args[0] if raw else str(error)).strip().partition("\n")[0]
+    return text if text and "ConnectionPool" not in text else kind

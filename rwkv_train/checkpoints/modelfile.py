@@ -162,7 +162,7 @@ def save_model(
     dtype: torch.dtype | None = None,
     tokenizer: Tokenizer | None = None,
     template: Template | None = None,
-) -> None:
+) -> TextFormat:
     """Write a model's weights: `.pth`, `.safetensors`, or a Hugging Face directory (no suffix, or "name/").
 
     dtype: None keeps the model's, weight by weight, and writes what is in few bits as it computes, in bf16. tokenizer,
@@ -170,7 +170,8 @@ def save_model(
     place for them. An RWKV-7's state to begin in is written as other programs have it, if it is all in wkv (see
     `states`).
     A crash leaves the old file or the new one, complete. In an existing Hugging Face directory of an RWKV,
-    weights and config are replaced and other files stay; any other directory with something in it is refused.
+    weights and config are replaced and other files stay, but for a tokenizer of more ids than the model has, which is
+    told; any other directory with something in it is refused. Returns what a directory then says of text.
     Raises ValueError for a path that cannot be meant, and for a dtype that does not hold a weight.
     """
     _check_dtype(dtype)
@@ -192,8 +193,8 @@ def save_model(
     if is_file:
         write = write_pth if target.suffix == ".pth" else write_safetensors
         replace_file(target, lambda temporary: write(tensors, temporary))
-    else:
-        save_hf(tensors, model, target, TextFormat(tokenizer, template))
+        return TextFormat()
+    return save_hf(tensors, model, target, TextFormat(tokenizer, template))
 
 
 class _NoInit(TorchFunctionMode):

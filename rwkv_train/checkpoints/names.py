@@ -14,8 +14,12 @@ def parts_of(path: str | Path) -> list[Path]:
 
 
 def names_in(path: str | Path) -> list[str]:
-    """BASE and each ADAPTER of it, as they are written."""
-    return [str(path)] if Path(path).expanduser().exists() else str(path).split("+")
+    """BASE and each ADAPTER of it, as they are written. ValueError where one is left out."""
+    text = str(path)
+    names = [text] if text and Path(text).expanduser().exists() else text.split("+")
+    if not all(map(str.strip, names)):
+        raise ValueError(f"{text!r} leaves the name of a model or an adapter out; write MODEL, or BASE+ADAPTER")
+    return names
 
 
 def pinned(path: str, before: str | None = None) -> str:

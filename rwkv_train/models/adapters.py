@@ -156,6 +156,8 @@ def put_on(model: RWKV, adapter: dict[str, Tensor], source: Path, bare: dict[str
     bare: samples of the model before any adapter was put on it; this one has to have been trained on that, or on what
     the model is by now. None: it comes with the model. Raises ValueError for a misfit.
     """
+    if broken := next((name for name, t in adapter.items() if not t.isfinite().all()), None):
+        raise ValueError(f"{source}: {broken} holds numbers that are not finite; train it again")
     weights, layers = dict(model.named_parameters()), {}
     state = model.zero_state(1)
     begins = [adapter.get(name, like) for name, like in zip(STATE, state, strict=True)]

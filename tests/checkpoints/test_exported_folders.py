@@ -47,6 +47,7 @@ def test_transformers_opens_the_tokenizer(transformers, tmp_path, kind):
     theirs.save_pretrained(tmp_path / "theirs")
     for opened in (theirs, transformers.AutoTokenizer.from_pretrained(tmp_path / "theirs")):
         ids = ours.encode(TEXT)
+        assert opened(["hi there", "x"], padding=True)["attention_mask"][1].count(0) and opened.pad_token_id == ours.eod
         assert opened(TEXT) == {"input_ids": ids, "attention_mask": [1] * len(ids)} and opened.decode(ids) == TEXT
         assert opened.eos_token_id == ours.eod and len(opened) == {"world": 65530}.get(kind, ours.vocab_size)
         assert (
@@ -148,3 +149,26 @@ def test_what_is_given_joins_what_lies_in_the_folder(transformers, tmp_path):
     save_model(random_model(vocab_size=260), folder)
     assert json.loads((folder / "config.json").read_text())["eos_token_id"] == end
     assert transformers.AutoTokenizer.from_pretrained(folder).chat_template
+
+
+def test_a_tokenizer_that_does_not_fit_goes_and_one_that_fits_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    small, large = (random_model(vocab_size=size) for size in (257, 65536))
+    save_model(small, "small.pth")
+    save_model(large, "hf", tokenizer=load_tokenizer("world"), template=Template())
+    spec = json.loads(Path("hf/tokenizer.json").read_text())
+    code, out, err = run("export", "--model=small.pth", "--out=hf", capsys=capsys)
+    assert code == 0 and "knows 65,536 tokens, the model 257; its files, and the chat template, are removed" in err
+    assert "tokenizer: unknown, so none is written" in out and "chats: unknown how" in out
+    assert {p.name for p in Path("hf").iterdir()} == {"config.json", "generation_config.json", "model.safetensors"}
+    spec["added_tokens"] = []  # nor does one that names no end
+    spec["model"]["vocab"] = {f"{token}.": index for token, index in spec["model"]["vocab"].items()}
+    Path("hf/tokenizer.json").write_text(json.dumps(spec))
+    code, out, err = run("export", "--model=small.pth", "--out=hf", capsys=capsys)
+    assert code == 0 and "are removed" in err and not Path("hf/tokenizer.json").exists()
+    save_model(small, "hf", tokenizer=load_tokenizer("bytes"), template=Template())
+    code, out, err = run("export", "--model=small.pth", "--out=hf", capsys=capsys)
+    assert code == 0 and not err and "end of document 0), that which lay there: AutoTokenizer opens it" in out
+    assert "apply_chat_template writes them, that which lay there" in out
+    code, out, err = run("export", "--model=small.pth", "--out=hf", "--tokenizer=bytes", capsys=capsys)
+    assert "0): AutoTokenizer" in out

@@ -79,6 +79,8 @@ def test_parts_of_a_model(tmp_path):
     for name, tensors, kind in (
         ("lora.pth", {"blocks.0.att.key.lora_A": MATRIX, "blocks.0.att.key.lora_B": MATRIX}, "a LoRA"),
         ("peft.pth", {"base_model.model.blocks.0.att.key.lora_A.weight": MATRIX}, "a LoRA"),
+        ("miss.pth", {"blocks.0.att.key.disha": MATRIX}, "a MiSS"),
+        ("peft-miss.pth", {"base_model.model.model.layers.0.attn.k_proj.miss_block": MATRIX}, "a MiSS"),
         ("state.pth", {"blocks.0.att.time_state": torch.zeros(1, 8, 8)}, "an adapter alone"),
         ("adapter.pth", {"blocks.0.att.key.up": MATRIX, "blocks.0.att.key.down": MATRIX}, "an adapter"),
     ):

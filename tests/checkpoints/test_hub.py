@@ -85,7 +85,7 @@ def test_a_download_that_broke_off_goes_on(stand_in, monkeypatch):
     stand_in.commit("A/b", {"small.pth": content})
     monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 2**10)
     stand_in.cut = True
-    with pytest.raises(ValueError, match=r"cannot be downloaded .*; the same command goes on with it"):
+    with pytest.raises(ValueError, match=r"cannot be downloaded \([^'\"]*\); the same command goes on with it"):
         load_model("hf:A/b/small.pth")
     stand_in.cut = False
     stand_in.requests.clear()
@@ -104,6 +104,8 @@ def test_what_is_not_named_is_not_guessed(stand_in, capsys):
         ("hf:A/two", "names no file of weights, and none is guessed; its files of weights: a.pth, b.safetensors"),
         ("hf:A/two/c.pth", "A/two has no file c.pth at main; its files of weights: a.pth, b.safetensors"),
         ("hf:A/none", "it has no .pth, .safetensors"),
+        ("hf:A/none/c.gguf", "is no file of weights that is opened here; it has no .pth"),
+        ("hf:A/two/c.gguf", "is no file of weights that is opened here; its files of weights: a.pth, b.safetensors"),
         ("hf:A/two/a.pth@v2", "A/two has no branch, tag or commit v2"),
         ("hf:A/three", "the hub has no repository A/three, or it is private; check the name, or log in"),
         ("hf:A", "write hf:OWNER/REPO"),
@@ -113,6 +115,25 @@ def test_what_is_not_named_is_not_guessed(stand_in, capsys):
         with pytest.raises(ValueError, match=re.escape(said)) as caught:
             load_model(name)
         assert "\n" not in str(caught.value) and name in str(caught.value)
+    assert not stand_in.fetched("c.gguf")
+
+
+def test_offline_what_is_not_in_the_cache_is_not_said_to_be_nowhere(stand_in, monkeypatch, capsys):
+    stand_in.commit("A/two", {"a.pth": pth(), "b.pth": pth(), "README.md": b"x"})
+    stand_in.commit("A/folder", shards())
+    load_model("hf:A/two/a.pth")
+    for file in ("config.json", "model.safetensors.index.json", "a.safetensors"):
+        huggingface_hub.hf_hub_download("A/folder", file)
+    huggingface_hub.snapshot_download("A/two", allow_patterns="README.md", revision="main")
+    with monkeypatch.context() as patch:
+        offline(patch)
+        for name in ("hf:A/folder", "hf:A/two/b.pth", "hf:A/two/c"):
+            with pytest.raises(ValueError, match=rf"^{name}: not all of it is in the cache .*cache; download it where"):
+                load_model(name)
+        capsys.readouterr()
+        assert same(load_model("hf:A/two"))
+        assert "a.pth, which is taken of those in the cache; the repository may have others" in capsys.readouterr().err
+    huggingface_hub.utils._http.reset_sessions()
 
 
 def test_private_and_gated_repositories(stand_in, monkeypatch):
@@ -138,7 +159,11 @@ def test_revisions_and_their_commits(stand_in):
     assert same(load_model("hf:A/b@refs/pr/1"), other) and same(load_model("hf:A/b"), other)
     assert same(load_model(f"hf:A/b@{first}"))
     assert pinned("x.pth+hf:A/b/small.pth") == f"x.pth+hf:A/b/small.pth@{second}"
-    assert pinned("hf:A/b", before=f"hf:A/b/small.pth@{first}") == f"hf:A/b/small.pth@{first}"
+    kept = f"hf:A/b/small.pth@{first}"
+    assert pinned("hf:A/b", before=kept) == pinned("hf:A/b@main", before=kept) == kept
+    assert pinned("hf:A/b@refs/pr/1", before=kept) == f"hf:A/b/small.pth@{second}"  # as written out
+    with pytest.raises(ValueError, match="no branch, tag or commit v2"):
+        pinned("hf:A/b@v2", before=kept)
     assert called("hf:A/b/small.pth@v2.1") == "small" and called("hf:A/b@v2.1+dir/x.pth") == "b+x"
 
 

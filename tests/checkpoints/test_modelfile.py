@@ -236,17 +236,18 @@ def test_hf_directory_is_replaced_file_by_file(tmp_path):
 def test_tokenizer_goes_into_the_directory(tmp_path):
     """In place of another one's, and what is not known leaves what lies there."""
     folder, learnt, template = tmp_path / "hf", train_bpe(["a b a b"], 260), Template(train_roles=["user"])
-    save_model(random_model(), folder, tokenizer=learnt, template=template)
+    model = random_model(vocab_size=65536)
+    save_model(model, folder, tokenizer=learnt, template=template)
     assert TextFormat.read(folder).tokenizer.fingerprint == learnt.fingerprint
     (folder / OWN_FILE).write_text('{"rwkv_train_tokenizer": "world"}')  # of an older export
     files = {*HF_FILES, "template.yaml", "tokenizer.json", "tokenizer_config.json"}
     for name in ("bytes", "world"):
-        save_model(random_model(), folder, tokenizer=load_tokenizer(name))
+        save_model(model, folder, tokenizer=load_tokenizer(name))
         assert TextFormat.read(folder).tokenizer.name == name and TextFormat.read(folder).template == template
-        save_model(random_model(), folder)
+        save_model(model, folder)
         assert {p.name for p in folder.iterdir()} == files
     with pytest.raises(ValueError, match="tokenizer"):
-        save_model(random_model(), tmp_path / "m.pth", tokenizer=learnt)
+        save_model(model, tmp_path / "m.pth", tokenizer=learnt)
 
 
 def test_save_refuses_what_it_would_spoil(tmp_path):
