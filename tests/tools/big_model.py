@@ -15,8 +15,8 @@ from torch import Tensor
 
 from rwkv_train.checkpoints.hf import to_hf
 from rwkv_train.checkpoints.modelfile import model_sizes
-from rwkv_train.checkpoints.opener import DTYPES, INT8, open_model
-from rwkv_train.models.adapters import quantise
+from rwkv_train.checkpoints.opener import load_in
+from rwkv_train.models.quantised import BITS, quantise
 from rwkv_train.models.rwkv7 import RWKV7, RWKV7Config
 from rwkv_train.program import peak_bytes
 
@@ -59,13 +59,13 @@ def write_sparse(weights: dict[str, Tensor], path: Path) -> None:
 def measure(source: str, dtype: str | None = None) -> None:
     """Print seconds, and the peak beside the larger of what is read and what it becomes."""
     model_sizes(source)  # what is imported on the way is the program's, not the model's
-    if dtype == INT8:
+    if dtype in BITS:
         quantise(RWKV7(RWKV7Config(65, 64, 1)))
     resident = int(Path("/proc/self/statm").read_text().split()[1]) * 4096
     began = time.perf_counter()
-    model = open_model(source, dtype=dtype, for_chats=False).model
+    model = load_in(source, dtype)
     seconds, peak = time.perf_counter() - began, peak_bytes() - resident
-    read = sum(p.numel() for p in model.parameters()) * DTYPES["fp32" if dtype == "fp32" else "bf16"].itemsize
+    read = sum(p.numel() for p in model.parameters()) * (4 if dtype == "fp32" else 2)
     print(f"{source} {dtype or 'as it is'}: {seconds:.2f} s, {peak / read:.3f} x the {read / 1e9:.2f} GB it holds")
 
 
