@@ -49,7 +49,12 @@ def test_a_folder_whose_config_says_other_heads(tmp_path):
     save_model(model, tmp_path / "hf")
     config = json.loads((tmp_path / "hf/config.json").read_text())
     others = {name: value for name, value in config.items() if name not in ("head_dim", "num_heads")}
-    for said, wrong in (({"head_dim": 4}, "head_dim is 4"), ({"num_heads": 4}, "num_heads is 4"), ({}, "")):
+    cases = (
+        ({"head_dim": 4}, "head_dim is 4"),
+        ({"head_dim": "8"}, "head_dim is '8'"),
+        ({"num_heads": 4}, "num_heads is 4"),
+    )
+    for said, wrong in (*cases, ({}, "")):
         (tmp_path / "hf/config.json").write_text(json.dumps(others | {"head_norm_eps": HEAD_NORM_EPS} | said))
         if wrong:
             fails_to_load(tmp_path / "hf", f"{wrong}, and its weights have")
