@@ -15,7 +15,7 @@ from rwkv_train.chat.session import Chat
 from rwkv_train.chat.terminal import in_plain, in_room, in_terminal
 from rwkv_train.checkpoints.opener import Opened, open_for
 from rwkv_train.command_config import ChatConfig
-from rwkv_train.data.functions import as_texts, read_tools
+from rwkv_train.data.functions import named, read_tools
 from rwkv_train.feedback.settings import RENAMED
 from rwkv_train.generation.presets import sampling_of, stop_texts
 
@@ -63,10 +63,8 @@ def open_chat(config: ChatConfig) -> Chat:
     name = config.model or program.STARTER
     opened = open_for(config, name)
     dialogue = Dialogue(*opened, sampling, config.seed, config.tokens, stops)
-    messages = [{"role": "system", "content": config.system}] if config.system else []
-    if config.tools:
-        messages = as_texts(messages, read_tools(config.tools))
-    dialogue.system(messages[0]["content"] if messages else "")
+    dialogue.functions = named(read_tools(config.tools)) if config.tools else ""
+    dialogue.system(config.system)
     try:
         return Chat(dialogue, data_folder(config.folder))
     except ValueError as error:

@@ -81,6 +81,7 @@ class Dialogue:
         self.limit(max_new_tokens)
         self.turns: list[Turn] = []
         self.pending: str | None = None  # a system message that goes before the next question
+        self.functions = ""  # named by the first one
         self._running: Iterator[str] | None = None
 
     @property
@@ -119,7 +120,11 @@ class Dialogue:
         self.turns = self.turns[:-count]
 
     def system(self, text: str) -> None:
-        """Put a system message before the next question; "" for none. ValueError if the template has no such role."""
+        """Put a system message before the next question; "" for none. ValueError if the template has no such role.
+
+        The first one of a dialogue names the functions, too.
+        """
+        text = "\n".join(filter(None, (text, self.functions * (not self.turns))))
         self.tokenizer.encode(self._system(text))
         self.pending = text or None
 

@@ -100,7 +100,8 @@ def _weight_files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     if not path.is_dir():
-        could_be_hub = len(path.parts) == 2 and not path.suffix and not path.is_absolute()
+        owner, is_name = path.parent, len(path.parts) == 2 and not path.suffix and not path.is_absolute()
+        could_be_hub = is_name and owner.name not in ("runs", "data") and not owner.exists()
         hint = f"a model on the Hugging Face hub is named hf:{path}" if could_be_hub else "check the name"
         raise FileNotFoundError(f"{path}: no such file or directory; {hint}")
     if (path / "config.json").is_file():

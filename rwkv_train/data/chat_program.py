@@ -4,9 +4,14 @@ import re
 
 from rwkv_train.data.templates import THINKING, Template
 
-PLAIN = """\
+HEAD = """\
 {%- set forms = FORMS -%}
+{%- if tools or messages | selectattr('tool_calls') | list -%}
+    {{- raise_exception('functions and calls are not written here; rwkv_train.data.functions makes them text') -}}
+{%- endif -%}
 {{- BEGIN -}}
+"""
+PLAIN = """\
 {%- for message in messages -%}
     {%- if message['role'] not in forms -%}
         {{- raise_exception('role ' ~ message['role'] ~ ' is unknown; the template knows ' ~ forms | join(', ')) -}}
@@ -35,50 +40,57 @@ CLEANED = """\
 # Of a template whose replies have paragraphs or thoughts. Its variable `thinking` says how a thought is asked for, as
 # THINKING has it.
 THOUGHTFUL = """\
-{%- set forms, ways, way = FORMS, WAYS, thinking | default(MODE) -%}
-{{- BEGIN -}}
+{%- set ways, way = WAYS, thinking | default(MODE) -%}
 {%- if way not in ways -%}
     {{- raise_exception('thinking is ' ~ way ~ ', expected ' ~ ways | join(', ')) -}}
 {%- endif -%}
 {%- macro cleaned(text, is_reply) -%}
     {%- set seen = namespace(blank=[]) -%}
     {%- for line in text.replace('\\r\\n', '\\n').strip().split('\\n') -%}
-        {%- if line -%}
+        {%- if LINE -%}
             {{- '' if loop.first else '\\n' -}}
             {{- seen.blank | join if is_reply and not line.startswith(NAMES) else '' -}}
             {{- line -}}
         {%- endif -%}
-        {%- set seen.blank = [] if line else seen.blank + ['\\n'] -%}
+        {%- set seen.blank = [] if LINE else seen.blank + ['\\n'] -%}
     {%- endfor -%}
 {%- endmacro -%}
 {%- for message in messages -%}
     {%- set role, text, thought = message['role'], message['content'], message['reasoning_content'] -%}
+    {%- set thinks = THINKS and role == 'assistant' -%}
     {%- if role not in forms -%}
         {{- raise_exception('role ' ~ role ~ ' is unknown; the template knows ' ~ forms | join(', ')) -}}
     {%- elif text is not string -%}
         {{- raise_exception('message ' ~ loop.index ~ ' has no text as its content') -}}
+    {%- elif thinks and not (thought is undefined or thought is none or thought is string) -%}
+        {{- raise_exception('message ' ~ loop.index ~ ': reasoning_content is no text') -}}
     {%- elif BEGIN and BEGIN in text ~ thought -%}
         {{- raise_exception('message ' ~ loop.index ~ ' holds ' ~ BEGIN ~ ', which ends a document') -}}
     {%- endif -%}
-    {%- set begins = text.lstrip().startswith('<think>') and role == 'assistant' and THINKS -%}
-    {%- set parts = text.lstrip()[7:].partition('</think>') if begins else (thought or '', '', text) -%}
-    {%- set thought, text = parts[0].strip(), parts[2] -%}
-    {%- set before = forms[role][0] -%}
-    {%- if not text.strip() and role != 'system' -%}
-        {{- raise_exception('message ' ~ loop.index ~ ' (' ~ role ~ ') is empty') -}}
-    {%- elif text.strip() -%}
-        {%- if role != 'assistant' or not loop.last or add_generation_prompt or not THINKS -%}
-            {{- before -}}
-        {%- elif way == 'fake' -%}
-            {{- before.rstrip() ~ ' <think>\\n</think>\\n' -}}
-        {%- elif thought -%}
-            {{- before.rstrip() ~ ' <think>\\n' ~ thought ~ '\\n</think>\\n' -}}
-        {%- elif ways[way][1] -%}
+    {%- set thought = (thought or '').strip() if thinks else '' -%}
+    {%- if thinks and text.lstrip().startswith('<think>') -%}
+        {%- set parts = text.lstrip()[7:].partition('</think>') -%}
+        {%- if thought and parts[0].strip() -%}
+            {{- raise_exception('message ' ~ loop.index ~ ': reasoning_content stands beside a thought in it') -}}
+        {%- endif -%}
+        {%- set thought, text = parts[0].strip() or thought, parts[2].lstrip() -%}
+    {%- endif -%}
+    {%- if text.strip() -%}
+        {%- set before, content = forms[role][0], CONTENT -%}
+        {%- set newest = thinks and loop.last and not add_generation_prompt -%}
+        {%- if newest and '</think>' in thought -%}
+            {{- raise_exception('message ' ~ loop.index ~ ': its thought holds </think>') -}}
+        {%- elif newest and (thought or way == 'fake') -%}
+            {{- before.rstrip() ~ ' <think>\\n' ~ ('' if way == 'fake' else THOUGHT ~ '\\n') ~ '</think>\\n' -}}
+            {{- content.lstrip() -}}
+        {%- elif newest and ways[way][1] and message['weight'] != 0 -%}
             {{- raise_exception('the last reply has no thought, and thinking is ' ~ way ~ '; use off or fake') -}}
         {%- else -%}
-            {{- before -}}
+            {{- before ~ content -}}
         {%- endif -%}
-        {{- CONTENT ~ (ways[way][0] if role == 'user' else '') ~ forms[role][1] -}}
+        {{- (ways[way][0] if role == 'user' else '') ~ forms[role][1] -}}
+    {%- elif role != 'system' -%}
+        {{- raise_exception('message ' ~ loop.index ~ ' (' ~ role ~ ') is empty') -}}
     {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}
@@ -97,20 +109,21 @@ def to_jinja(template: Template, begin: str = "bos_token") -> str:
     asks = "raise_exception('there is no role assistant')"
     if "assistant" in forms:
         asks = repr("".join(template.prompt([], opened=False)))
+    parts = {"BEGIN": begin, "FORMS": repr(forms), "PROMPT": asks}
+    clean = template.collapse_blank_lines
     if not (template.paragraphs or template.thinks):
-        content = CLEANED if template.collapse_blank_lines else "{{- message['content'] -}}"
-        return _filled(PLAIN, {"FORMS": repr(forms), "PROMPT": asks, "CONTENT": content, "BEGIN": begin})
+        return _filled(HEAD + PLAIN, parts | {"CONTENT": CLEANED if clean else "{{- message['content'] -}}"})
     ways = {name: tuple(way) for name, way in THINKING.items()} if template.thinks else {"off": ("", "")}
-    names = template.turn_end().before or ("",)  # every line begins with that
-    parts = {
-        "BEGIN": begin,
-        "FORMS": repr(forms),
+    parts |= {
         "WAYS": repr(ways),
         "MODE": repr(template.thinking),
-        "NAMES": repr(names),
+        "THINKS": str(template.thinks).lower(),
+        "NAMES": repr(template.turn_end().before or ("",)),  # every line begins with that
+        "LINE": "line" if template.paragraphs else "line.strip()",
+        "CONTENT": "cleaned(text, role == 'assistant')" if clean else "text",
+        "THOUGHT": "cleaned(thought, true)" if clean else "thought",
     }
-    content = "cleaned(text, role == 'assistant')" if template.collapse_blank_lines else "text"
-    return _filled(THOUGHTFUL, parts | {"PROMPT": asks, "CONTENT": content, "THINKS": str(template.thinks).lower()})
+    return _filled(HEAD + THOUGHTFUL, parts)
 
 
 def _filled(program: str, parts: dict[str, str]) -> str:

@@ -1,20 +1,29 @@
 """How chats are written, as Hugging Face folders say it: a program in Jinja, read as our `Template`.
 
-A foreign one is a stranger's program, run in Jinja's sandbox and not for long. What it does is told by what it writes.
-Our own are in chat_program.py.
+A foreign one is a stranger's program. It is run by Jinja's sandbox in a process of its own, which may take only so much
+time and memory, and what it does is told by what it writes. Our own are in chat_program.py.
 """
 
+import contextlib
+import itertools
+import json
+import os
 import re
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import datetime
 
 from rwkv_train.data.chat_program import to_jinja
 from rwkv_train.data.known_templates import NAMED
-from rwkv_train.data.templates import Template
+from rwkv_train.data.templates import THINKING, Template
 
-LARGEST = 1 << 16  # bytes of a foreign program
-LONGEST = 1_000_000  # lines of Python that it may run each time
+LARGEST = 1 << 16  # characters of a foreign program, and of a chat that it writes
+SECONDS = 10  # of one core; three times that by the clock
+MEMORY = 1 << 30  # bytes
+TOO_MUCH = "takes too much time or memory"
+BEGINS = ("bos_token", "''")  # what our own programs begin with
 ROLES = ("user", "assistant") * 3
 ODD = " \n a \r\n \n\n b \n"  # a message that shows what is done to white space
 Write = Callable[[list[dict], bool], str]  # messages, and whether to ask for a reply -> a chat
@@ -29,8 +38,43 @@ def from_jinja(
     which are plain text where we read text; end: that of the end of a document, with which chats begin here. Raises
     ValueError, to go on from "its chat template", if there is none.
     """
-    if known := next((template for template in NAMED.values() if to_jinja(template) == program), None):
+    if known := _known(program):
         return known, []
+    if len(program) > LARGEST:
+        raise ValueError(f"is longer than {LARGEST:,} characters")
+    asked = json.dumps({"program": program, "tokens": tokens, "special": list(special), "end": end})
+    command = (sys.executable, "-P", "-m", __name__, str(SECONDS))
+    path = {"PYTHONPATH": os.pathsep.join(sys.path)}
+    try:
+        done = subprocess.run(
+            command, input=asked, capture_output=True, text=True, timeout=3 * SECONDS, env=os.environ | path
+        )
+    except subprocess.TimeoutExpired:
+        raise ValueError(TOO_MUCH) from None
+    except OSError as error:
+        raise ValueError(f"cannot be run here ({error})") from None
+    if done.returncode < 0:  # ended by the system
+        raise ValueError(TOO_MUCH)
+    if done.returncode:
+        why = done.stderr.strip().rpartition("\n")[2]
+        raise ValueError(f"cannot be run here ({why:.200})")
+    said = json.loads(done.stdout)
+    if "refused" in said:
+        raise ValueError(said["refused"])
+    return Template(**said["template"]), said["notes"]
+
+
+def _known(program: str) -> Template | None:
+    """The template of NAMED, in any mode of thinking, of which a program is ours."""
+    for template, begin in itertools.product(NAMED.values(), BEGINS):
+        for thinking in THINKING if template.thinks else ("off",):
+            if to_jinja(found := replace(template, thinking=thinking), begin) == program:
+                return found
+    return None
+
+
+def told_by_running(program: str, tokens: dict, special: Sequence[str], end: str) -> tuple[Template, list[str]]:
+    """What `from_jinja` says, in this process and as long as it takes."""
     write, notes = _writer(program, tokens), []
     start, forms = _forms(write)
     if start in special and start != end:
@@ -102,19 +146,11 @@ def _text(template: Template, chat: list[dict]) -> str:
 def _writer(program: str, tokens: dict[str, str]) -> Write:
     """What runs the program as transformers would."""
     import jinja2
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Sandbox(ImmutableSandboxedEnvironment):
-        intercepted_binops = frozenset(["*", "**"])  # one of these would fill the memory
-
-        def call_binop(self, context, operator, left, right):
-            raise jinja2.TemplateError(f"{operator} is not run here")
+    from jinja2.sandbox import ImmutableSandboxedEnvironment as Sandbox
 
     def refuse(message: str) -> None:
         raise jinja2.TemplateError(message)
 
-    if len(program.encode()) > LARGEST:
-        raise ValueError(f"is larger than {LARGEST:,} bytes")
     sandbox = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
     sandbox.globals |= {"raise_exception": refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
     # transformers' mark around an assistant's words changes nothing of what is written
@@ -122,31 +158,48 @@ def _writer(program: str, tokens: dict[str, str]) -> Write:
     program = re.sub(r"(\{%-?\s*)endgeneration(\s*-?%\})", r"\1endif\2", program)
     try:
         compiled = sandbox.from_string(program)
-    except (jinja2.TemplateError, RecursionError) as error:
-        raise ValueError(f"is no Jinja program ({error})") from None
+    except MemoryError:
+        raise
+    except Exception as error:  # Python's own for what Jinja makes of it, too
+        raise ValueError(f"is no Jinja program ({type(error).__name__}: {error!s:.200})") from None
 
     def write(messages: list[dict], ask: bool) -> str:
         try:
-            with _Limited():
-                return compiled.render(messages=messages, add_generation_prompt=ask, **tokens)
+            text = compiled.render(messages=messages, add_generation_prompt=ask, **tokens)
+        except MemoryError:
+            raise
         except Exception as error:  # whatever a program can raise
-            raise ValueError(f"cannot be run here ({type(error).__name__}: {error})") from None
+            raise ValueError(f"cannot be run here ({type(error).__name__}: {error!s:.200})") from None
+        if len(text) > LARGEST:
+            raise ValueError(f"writes more than {LARGEST:,} characters")
+        return text
 
     return write
 
 
-class _Limited:
-    """Ends what runs within it after LONGEST lines."""
+def _limit_this_process(seconds: int) -> None:
+    """Time and memory, on platforms that have such limits; others have the clock of `from_jinja` alone."""
+    try:
+        import resource
+    except ImportError:
+        return
+    for kind, most in (("RLIMIT_CORE", 0), ("RLIMIT_CPU", seconds), ("RLIMIT_AS", MEMORY)):
+        with contextlib.suppress(ValueError, OSError):  # it has a lower one, or the platform has none
+            resource.setrlimit(getattr(resource, kind), (most, most))
 
-    def __enter__(self) -> None:
-        self._left, self._before = LONGEST, sys.gettrace()
-        sys.settrace(self._count)
 
-    def __exit__(self, *_: object) -> None:
-        sys.settrace(self._before)
+def main() -> None:
+    """The process that `from_jinja` starts: a request as JSON from standard input, what is told of it to the other."""
+    _limit_this_process(int(sys.argv[1]))
+    try:
+        template, notes = told_by_running(**json.load(sys.stdin))
+        said = {"template": template.as_dict(), "notes": notes}
+    except ValueError as error:
+        said = {"refused": str(error)}
+    except MemoryError:
+        said = {"refused": TOO_MUCH}
+    json.dump(said, sys.stdout)
 
-    def _count(self, *_: object) -> Callable:
-        self._left -= 1
-        if self._left < 0:
-            raise TimeoutError(f"more than {LONGEST:,} lines")
-        return self._count
+
+if __name__ == "__main__":
+    main()

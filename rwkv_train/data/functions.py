@@ -54,8 +54,10 @@ def as_texts(messages: Sequence, tools: Sequence[dict] = ()) -> list:
     written = [m | {"role": "user"} if isinstance(m, dict) and m.get("role") == "tool" else m for m in written]
     if not (said := named(tools)):
         return written
-    if written and isinstance(written[0], dict) and written[0].get("role") == "system":
-        return [written[0] | {"content": f"{_text(written[0], 1)}\n{said}".lstrip()}, *written[1:]]
+    first = written[0] if written and isinstance(written[0], dict) else {}
+    for role, content in (("role", "content"), ("from", "value")):
+        if first.get(role) == "system" and isinstance(first.get(content), str):
+            return [first | {content: f"{first[content]}\n{said}".lstrip()}, *written[1:]]
     return [{"role": "system", "content": said}, *written]
 
 
@@ -65,20 +67,20 @@ def may_call(reply: str) -> bool:
     return begun.startswith(FENCE) or FENCE.startswith(begun)
 
 
-def calls(reply: str) -> list[dict]:
-    """The calls that a reply begins with, each {"name": text, "arguments": object}; [] if it is no call."""
+def calls(reply: str) -> tuple[list[dict], str]:
+    """(the calls that a reply begins with, each {"name": text, "arguments": object or text}, what follows them)"""
     found: list[dict] = []
     rest = reply.lstrip()
     while block := BLOCK.match(rest):
         try:
             call = json.loads(block[1])
-        except ValueError:
+        except (ValueError, RecursionError):
             break
         if not (isinstance(call, dict) and isinstance(call.get("name"), str)):
             break
         found.append({"name": call["name"], "arguments": call.get("arguments", {})})
         rest = rest[block.end() :].lstrip()
-    return found
+    return found, rest
 
 
 def _with_calls(message: dict, number: int) -> dict:
@@ -86,8 +88,10 @@ def _with_calls(message: dict, number: int) -> dict:
     try:
         asked = [call.get("function", call) for call in message["tool_calls"]]
         given = [(call["name"], call.get("arguments", {})) for call in asked]
-        read = [{"name": name, "arguments": json.loads(a) if isinstance(a, str) else a} for name, a in given]
-    except (ValueError, KeyError, TypeError, AttributeError):
+        read = [{"name": name, "arguments": json.loads(a or "{}") if isinstance(a, str) else a} for name, a in given]
+        if not all(isinstance(name, str) for name, _ in given):
+            raise TypeError
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         what = f"expected a function's name and arguments in JSON, found {message['tool_calls']!r:.80}"
         raise ValueError(f"message {number}: {what}") from None
     blocks = [f"```json\n{_json(call)}\n```" for call in read]

@@ -16,7 +16,8 @@ TOOLS = "tools"  # the column beside a chat that names the functions which its m
 
 WEIGHT_0 = 'not trained: messages of "weight": 0'
 WEIGHT_1 = 'not trained: messages of "weight": 1 whose role is none of --train-roles'
-EARLIER = "left out: thoughts of replies that are not a chat's last one"
+EARLIER = "left out: thoughts of replies that are not a chat's last one, or not trained"
+EMPTY = "left out: empty thoughts; --thinking fake writes one before every last reply"
 FAKE = "left out: thoughts, as --thinking fake says"
 FUNCTIONS = f'read as a system message: "{TOOLS}"'
 UNTRAINED = "not trained: all of a chat"
@@ -112,21 +113,25 @@ def _chat(record: dict, left: dict, template: Template, columns: Columns) -> Par
         raise ValueError(f"{_missing(record, name)}; name yours with --messages-field")
     if not isinstance(raw, list) or not raw:
         raise ValueError(f'"{name}" must be a list of messages, found {raw!r:.60}')
-    tools = _tools(left)
-    raw = functions.as_texts(raw, tools)
+    tools, system = _tools(left), _system(left)
+    raw = functions.as_texts(raw)
     messages = [read_message(message, number, template.thinks) for number, message in enumerate(raw, 1)]
     remarks = (*_weights(messages, template), *_thoughts(messages, template), *[FUNCTIONS] * bool(tools))
     unused = {f"{name}.{field}": None for message in messages for field in message.unused}
-    segments = template.segments(raw)
-    if system := _system(left):
+    segments, given = template.segments(raw), raw
+    if system:
         own = [message.content.strip() for message in messages if template.role_of(message) == SYSTEM]
         if own and own != [system.strip()]:
             raise ValueError(f'both a "{SYSTEM}" column and a system message among "{name}"; keep one of them')
         if SYSTEM not in template.roles:
             raise ValueError(f'the "{SYSTEM}" column needs a role {SYSTEM!r} in the template')
         if not own:
-            segments = template.segments([{"role": SYSTEM, "content": system}, *raw])
+            given = [{"role": SYSTEM, "content": system}, *raw]
             remarks = (*remarks, SYSTEM_FIRST)
+    if tools:
+        given = functions.as_texts(given, tools)
+    if given is not raw:
+        segments = template.segments(given)
     if not segments:
         raise ValueError(f'"{name}" holds nothing but empty messages')
     return segments, tuple(unused), remarks if any(trained for _, trained in segments) else (*remarks, UNTRAINED)
@@ -150,8 +155,12 @@ def _tools(left: dict) -> list[dict]:
 
 
 def _thoughts(messages: list[Message], template: Template) -> tuple[str, ...]:
-    earlier = any(message.thought for message in messages[:-1])
-    return (EARLIER,) * earlier + (FAKE,) * (template.thinking == "fake" and messages[-1].thought != "")
+    trained = [template.role_of(message) in template.train_roles for message in messages]
+    last = len(messages) - 1
+    gone = any(m.thought and not (n == last and trained[n]) for n, m in enumerate(messages))
+    fake = template.thinking == "fake" and messages[-1].thought != "" and trained[-1]
+    empty = template.thinking != "fake" and any(m.emptied for m in messages)
+    return (EARLIER,) * gone + (FAKE,) * fake + (EMPTY,) * empty
 
 
 def _system(left: dict) -> str:

@@ -138,17 +138,22 @@ class Template:
             prompt = before.rstrip()
             text = before[len(prompt) :] + content + after
             if role == "assistant" and self.thinks and number == newest:
-                opening, text = self._with_thought(message.thought, text)
+                thought = self.clean(message.thought, role)
+                if THOUGHT in thought:
+                    raise ValueError(f"message {number}: its thought holds {THOUGHT}")
+                opening, text = self._with_thought(thought, text, message.weight != 0)
                 prompt += opening
             pieces += [(prompt, False, False), (text, True, message.weight != 0)]
         return _merge(pieces)
 
-    def _with_thought(self, thought: str, text: str) -> tuple[str, str]:
+    def _with_thought(self, thought: str, text: str, trained: bool) -> tuple[str, str]:
         """(what is written of a reply for the model, what it writes itself)"""
         if self.thinking == "fake":
             whole = f" {THINK}\n{THOUGHT}\n{text.lstrip()}"
         elif thought:
             whole = f" {THINK}\n{thought}\n{THOUGHT}\n{text.lstrip()}"
+        elif self.opening and not trained:
+            return "", text
         elif self.opening:
             raise ValueError(f"the last reply has no thought, and thinking is {self.thinking}; use off or fake")
         else:
@@ -166,8 +171,10 @@ class Template:
                 if at < 0 and end.before and rest.endswith(end.text):  # the last message
                     at = len(rest) - len(end.text)
                 if text.startswith(before) and at >= 0 and rest[:at].strip():
-                    suffix = THINKING[self.thinking].suffix if role == "user" else ""
-                    found.append({"role": role, "content": rest[:at].removesuffix(suffix)})
+                    content = rest[:at]
+                    for asked in THINKING.values() if role == "user" and self.thinks else ():
+                        content = content.removesuffix(asked.suffix)
+                    found.append({"role": role, "content": content})
                     text = rest[at + len(end.text) :]
                     break
             else:
@@ -243,13 +250,14 @@ class Template:
 
 class Message(NamedTuple):
     """One message. weight: 1 or 0 (not trained), None if it has none. unused: names of its other fields. thought: what
-    goes before a reply, "" if there is nothing."""
+    goes before a reply, "" if there is nothing; emptied: it had one of nothing."""
 
     role: str
     content: str
     weight: int | None
     unused: tuple[str, ...]
     thought: str = ""
+    emptied: bool = False
 
 
 def read_message(message: object, number: int, thinks: bool = False) -> Message:
@@ -269,7 +277,8 @@ def read_message(message: object, number: int, thinks: bool = False) -> Message:
             if not isinstance(beside, str) or (thought and beside.strip()):
                 what = "is no text" if not isinstance(beside, str) else "stands beside a thought in the content"
                 raise ValueError(f"message {number}: {REASONING} {what}")
-            return Message(found[0], text, weight, tuple(left), thought or beside.strip())
+            emptied = text != found[1] and not thought
+            return Message(found[0], text, weight, tuple(left), thought or beside.strip(), emptied)
     raise ValueError(f'message {number} must be {{"role": text, "content": text}}, found {message!r:.60}')
 
 

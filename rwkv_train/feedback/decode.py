@@ -47,7 +47,8 @@ class Form:
     def answer(self, text: str) -> list[int]:
         """A reply and its end. ValueError if the template trains none of it."""
         if text not in self._answers:  # every correction asks for those of all earlier ones
-            *_, (written, trained) = self.template.segments([{"role": "assistant", "content": text}])
+            said = split_thought(text)[1] if self.template.thinks else text
+            *_, (written, trained) = self.template.segments([{"role": "assistant", "content": said}])
             ids = self.tokenizer.encode(written)
             if not ids or not trained:
                 raise ValueError("the answer has no tokens that can be trained; see the template's train_roles")

@@ -72,11 +72,12 @@ class Learner:
         Raises ValueError for a folder that is in use, damaged, or of another model, and for a memory of nothing.
         """
         self.base = base.eval().requires_grad_(False)
-        self.form = Form(tokenizer, (template or Template()).for_answers())
         self.watch: Watch = on_standard_error
         self._rehearsal = rehearsal
         self._asleep: tuple[object, Sleep] | None = None  # one that was left, and what it is of
-        self._profile = Profile(Path(folder), self.base, config or FeedbackConfig(), memory)
+        given = (template or Template()).for_answers()
+        self._profile = Profile(Path(folder), self.base, config or FeedbackConfig(), memory, given)
+        self.form = Form(tokenizer, self._profile.template)
         self.folder, self.journal = self._profile.folder, self._profile.journal
         try:
             snapshots = Snapshots(self.folder / "snapshots", self.base)

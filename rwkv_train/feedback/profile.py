@@ -7,13 +7,15 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from rwkv_train.checkpoints.opener import dtype_of
+from rwkv_train.data.templates import Template
+from rwkv_train.data.text_format import compare_templates
 from rwkv_train.feedback.journal import Journal
 from rwkv_train.feedback.memory import fitting, memory_of, told_of
 from rwkv_train.feedback.settings import FeedbackConfig
 from rwkv_train.feedback.snapshots import weights_hash
 from rwkv_train.feedback.trainable import curved_names, localised_names
 from rwkv_train.models.base import RWKV
-from rwkv_train.program import command
+from rwkv_train.program import command, told
 
 
 class OtherModel(ValueError):
@@ -31,16 +33,20 @@ class OtherModel(ValueError):
 
 
 class Profile:
-    """One process at a time may use it. config: settings of the corrections to come; begun_with: of the first ones."""
+    """One process at a time may use it. config: settings of the corrections to come; begun_with: of the first ones.
 
-    def __init__(self, folder: Path, base: RWKV, config: FeedbackConfig, memory: int | None):
-        """config: of a profile that is new. memory: bytes that corrections may take, None for most of the device's.
+    template: as which all of them are written.
+    """
+
+    def __init__(self, folder: Path, base: RWKV, config: FeedbackConfig, memory: int | None, template: Template):
+        """config, template: of a profile that is new; that another template is not taken is told. memory: bytes that
+        corrections may take, None for most of the device's.
 
         Raises ValueError for a folder that is in use, damaged, or of another model, and for a memory of nothing.
         """
         if memory is not None and memory <= 0:
             raise ValueError(f"memory must be above 0 bytes, found {memory}; leave it out for most of the device's")
-        self.folder, self.base, self.config = folder, base, config
+        self.folder, self.base, self.config, self.template = folder, base, config, template
         self._memory = memory_of(base.device) if memory is None else memory
         folder.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(folder / "lock", thread_local=False)  # closed in whichever thread
@@ -79,14 +85,19 @@ class Profile:
         base, dtype = weights_hash(self.base.state_dict()), dtype_of(self.base)
         if not self.journal.records:
             self.config = fitting(self.base, self.config, self._memory)
-            self.journal.append("base", base=base, dtype=dtype, config=asdict(self.config))
+            written = self.template.as_dict()
+            self.journal.append("base", base=base, dtype=dtype, config=asdict(self.config), template=written)
         first = self.journal.records[0]
         if first.get("base") != base:
             raise OtherModel(self.folder, base, dtype, first.get("dtype", "fp32"))
         chosen = [r["config"] for r in self.journal.records if r["kind"] in ("base", "settings")]
         self.config, self.begun_with = FeedbackConfig(**chosen[-1]), FeedbackConfig(**first["config"])
         self._tell_memory(self.config)
+        begun = Template(**first["template"]) if "template" in first else self.template  # old profiles do not say it
+        if other := compare_templates(self.folder, begun, "this model, as it is opened,", self.template):
+            told(f"{other}. Its corrections go on as they began; another profile has its own")
+        self.template = begun
 
     def _tell_memory(self, config: FeedbackConfig) -> None:
-        if told := told_of(self.base, config, self._memory):
-            print(told, file=sys.stderr)
+        if memory := told_of(self.base, config, self._memory):
+            print(memory, file=sys.stderr)

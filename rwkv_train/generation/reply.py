@@ -30,6 +30,7 @@ class Reply:
         self._tokenizer, self._template, self._keeps_space = tokenizer, template, template is None
         self._opening, self._begin = template.opening if template else "", state
         self._end = template.turn_end() if template else TurnEnd("")
+        self._stops = stop
         self._ends = [*self._end.marks, *stop]
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._text, self._ids = "", []
@@ -45,7 +46,28 @@ class Reply:
     @property
     def apart(self) -> bool:
         """Whether the model has written, or read, something else than what the history has of the reply."""
-        return bool(self._opening or self.thought)
+        begun = self._text.strip()
+        return bool(self._opening) or (self._thinks and (begun.startswith(THINK) or self._may_think(begun)))
+
+    @property
+    def _thinks(self) -> bool:
+        return self._template is not None and self._template.thinks
+
+    def _may_think(self, begun: str) -> bool:
+        """Whether a thought may begin with this, of which nothing has been shown yet."""
+        return not self.shown and begun != "" and THINK.startswith(begun)
+
+    def _begins(self, text: str) -> int:
+        """Where in what the model has written its reply begins, after a thought; the end, as long as none has."""
+        whole = self._opening + text
+        before = len(whole) - len(whole.lstrip())
+        if not self._thinks or not (whole[before:].startswith(THINK) or THINK.startswith(whole[before:])):
+            return 0
+        closed = whole.find(THOUGHT, before)
+        if closed < 0:
+            return len(text)
+        rest = whole[closed + len(THOUGHT) :]
+        return len(whole) - len(rest.lstrip()) - len(self._opening)
 
     def push(self, token: int, state: Callable[[], State], following: int | None = None) -> str:
         """The piece of text that can be shown now that `token` is there.
@@ -55,7 +77,10 @@ class Reply:
         """
         self._ids.append(token)
         self._text += self._utf8.decode(self._tokenizer.decode_bytes([token]))
-        at, end = min(((self._text.find(end), end) for end in self._ends if end in self._text), default=(-1, ""))
+        begin = self._begins(self._text)
+        places = [(self._text.find(end), end) for end in self._end.marks]
+        places += [(self._text.find(end, begin), end) for end in self._stops]
+        at, end = min((place for place in places if place[0] >= 0), default=(-1, ""))
         self.ended = at >= 0 and end in self._end.marks
         self.stopped = at >= 0 and not self.ended
         shown = at if self.done else self._complete(self._text)
@@ -92,7 +117,10 @@ class Reply:
         data = self._tokenizer.decode_bytes([token])
         text = self._text + data.decode(errors="ignore")
         half = len(text.encode()) < len(self._text.encode()) + len(data)
-        return half or self._complete(text) < len(text) or any(end in text for end in self._ends)
+        ends = any(end in text for end in self._end.marks) or any(
+            text.find(e, self._begins(text)) >= 0 for e in self._stops
+        )
+        return half or self._complete(text) < len(text) or ends
 
     def _complete(self, text: str) -> int:
         """How many characters are sure to be text of the reply."""
@@ -105,7 +133,7 @@ class Reply:
     def _show(self, text: str, last: bool) -> str:
         """Take in all text that is sure to be of the reply; what of it is new to be shown. last: no more will come."""
         before, said = len(self.shown), text
-        if self._template and self._template.thinks:
+        if self._thinks:
             whole = (self._opening + text).lstrip()
             self.thought, said = split_thought(whole)
             if not last and THINK.startswith(whole):  # it may become one

@@ -55,6 +55,15 @@ class ChatAnswer(Answer):
     choices: list[Choice]
 
 
+def thinking_of(effort: str | None, format: object) -> str | None:
+    """How a thought is asked for; None leaves it to the server. A format is followed from the first letter on."""
+    if format is None or getattr(format, "type", "") == "text":
+        return EFFORTS.get(effort)
+    if effort not in (None, "none"):
+        raise ApiError(400, "a reply in a format has no thought; leave out the effort, or the format", param="effort")
+    return "off"
+
+
 def service_of(request: Request) -> Service:
     return request.app.state.service
 
@@ -75,7 +84,7 @@ async def chat(request: Request, asked: ChatRequest, rights: Talker) -> Any:
         format = {"type": "json_schema"} | format["json_schema"]
     tools = [] if asked.tool_choice == "none" else [tool.plain() for tool in asked.tools or ()]
     messages, who = functions.as_texts([m.plain() for m in asked.messages], tools), service.who(rights, name)
-    thinking = EFFORTS.get(asked.reasoning_effort)
+    thinking = thinking_of(asked.reasoning_effort, asked.response_format)
     running = await service.reply(
         name,
         lambda version: service.conversations.whole(messages, who, version, thinking),
@@ -112,6 +121,7 @@ async def _chat_events(
     service: Service, running: Running, scored: bool, usage: bool, called: bool
 ) -> AsyncGenerator[str]:
     head, ends = head_of(running, "chat.completion.chunk"), []
+    thought = [0] * len(running.ids)  # characters of it that were sent
     held = dict.fromkeys(range(len(running.ids)), "") if called else {}  # what may become a call
 
     def sure(n: int, text: str) -> str:
@@ -132,17 +142,20 @@ async def _chat_events(
             if isinstance(event, Piece) and (event.text or event.thought or scored):
                 scores = [_scored(service.tokenizer, event)] if scored else None
                 text = sure(event.choice, event.text)
+                thought[event.choice] += len(event.thought)
                 yield chunk(event.choice, {"content": text} | _reasoning(event.thought), scores=scores)
             if isinstance(event, End):
                 ends.append(event)
                 if event.reason == "error":
                     yield sse({"error": broken(event)})
                     continue
-                rest = held.get(event.choice, "") + event.text
-                if asked := _calls(event, called):
+                if more := event.thought[thought[event.choice] :]:
+                    yield chunk(event.choice, {"content": ""} | _reasoning(more))
+                (asked, rest), left = _calls(event, called), held.get(event.choice, "") + event.text
+                if asked:
                     yield chunk(event.choice, {"tool_calls": [{"index": i} | call for i, call in enumerate(asked)]})
-                elif rest:
-                    yield chunk(event.choice, {"content": rest})
+                if rest if asked else left:
+                    yield chunk(event.choice, {"content": rest if asked else left})
                 yield chunk(event.choice, {}, finish(event, called))
     if usage:
         yield sse(head | {"choices": [], "usage": usage_of([running], ends)})
@@ -174,28 +187,30 @@ def _reasoning(thought: str) -> dict[str, str]:
 
 def _said(end: End, called: bool) -> dict[str, Any]:
     """A reply as a message has it. called: functions were named that it may call."""
-    asked = _calls(end, called)
-    return {"content": None, "tool_calls": asked} if asked else {"content": end.shown}
+    asked, rest = _calls(end, called)
+    return {"content": rest or None, "tool_calls": asked} if asked else {"content": end.shown}
 
 
-def _calls(end: End, called: bool) -> list[dict[str, Any]]:
-    asked = functions.calls(end.shown) if called else []
-    texts = [json.dumps(call["arguments"], ensure_ascii=False) for call in asked]
+def _calls(end: End, called: bool) -> tuple[list[dict[str, Any]], str]:
+    """(the calls of a reply, what else it says)"""
+    asked, rest = functions.calls(end.shown) if called else ([], end.shown)
+    given = [call["arguments"] for call in asked]
+    texts = [a if isinstance(a, str) else json.dumps(a, ensure_ascii=False) for a in given]
     return [
         {"id": f"call_{secrets.token_hex(8)}", "type": "function", "function": call | {"arguments": text}}
         for call, text in zip(asked, texts, strict=True)
-    ]
+    ], rest
 
 
 def finish(end: End, called: bool = False) -> str:
-    if called and functions.calls(end.shown):
+    if called and functions.calls(end.shown)[0]:
         return "tool_calls"
     return "stop" if end.reason == "stop" else "length"
 
 
 def usage_of(running: list[Running], ends) -> dict:
     """Tokens; `cached_tokens` of the prompt were read before."""
-    prompt, written = sum(r.asked.length for r in running), sum(end.count for end in ends)
+    prompt, written = sum(r.asked.length + r.asked.opened for r in running), sum(end.count for end in ends)
     cached = prompt - sum(len(r.asked.read) for r in running)
     return {
         "prompt_tokens": prompt,

@@ -44,7 +44,7 @@ async def completions(request: Request, asked: CompletionRequest, rights: Talker
         for number, prompt in enumerate(prompts):
             ids = [tokenizer.eod, *tokenizer.encode(prompt)]
             seed = asked if asked.seed is None else asked.model_copy(update={"seed": asked.seed + number * asked.n})
-            find = lambda version, ids=ids: Asked(None, [], ids, ids, None)  # noqa: E731
+            find = lambda version, ids=ids: Asked(None, [], ids, ids, None, history=tuple(ids))  # noqa: E731
             more = {"stored": False, "likeliest": asked.logprobs}
             most = service.most(asked.max_tokens)
             running.append(await service.reply(name, find, seed, rights, "cmpl-", most, asked.n, **more))

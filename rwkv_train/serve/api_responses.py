@@ -9,10 +9,10 @@ from fastapi import APIRouter, Path, Request
 from pydantic import BaseModel, ConfigDict
 
 from rwkv_train.files import quoted
-from rwkv_train.serve.api_chat import SSE, Talker, service_of
+from rwkv_train.serve.api_chat import SSE, Talker, service_of, thinking_of
 from rwkv_train.serve.errors import ERRORS, ApiError
 from rwkv_train.serve.jobs import End, Piece
-from rwkv_train.serve.schemas import EFFORTS, ResponseRequest
+from rwkv_train.serve.schemas import ResponseRequest
 from rwkv_train.serve.service import Running, Service
 from rwkv_train.serve.sessions import Turn
 from rwkv_train.serve.streams import EventStream, sse, unless_gone
@@ -67,7 +67,10 @@ async def respond(request: Request, asked: ResponseRequest, rights: Talker) -> A
         previous = await _turn(service, asked.previous_response_id, rights)
         if asked.model is None:
             name = service.named(previous.model)
-    who, thinking = service.who(rights, name), EFFORTS.get(asked.reasoning and asked.reasoning.effort)
+    who, thinking = (
+        service.who(rights, name),
+        thinking_of(asked.reasoning and asked.reasoning.effort, asked.text and asked.text.format),
+    )
 
     def find(version: str):
         if previous:

@@ -35,6 +35,11 @@ class Asked:
         return key_of(self.key, self.messages[len(self.messages) - self.since :], reply)
 
     @property
+    def opened(self) -> int:
+        """Tokens that are written of the reply for the model."""
+        return len(self.read) - len(self.history)
+
+    @property
     def length(self) -> int:
         """Tokens of the conversation up to the reply, read now or before."""
         return (self.parent.length if self.parent else 0) + len(self.prompt)

@@ -248,7 +248,7 @@ class Service:
         turn = Turn(
             id, parent, running.owner, key, running.model, running.version, running.asked.messages,
             running.asked.prompt, end.shown, end.ids, end.ended, status, running.created, length,
-            running.answer | {"reason": end.reason, "count": end.count, "read": len(running.asked.read)},
+            running.answer | {"reason": end.reason, "count": end.count, "read": len(running.asked.history)},
         )  # fmt: skip
         if running.stored and end.reason != "error":
             try:

@@ -125,7 +125,9 @@ def test_settings_and_system_are_those_of_the_flags(say):
     with_template = "roles:\n  user: 'Q: {content}\n\n    '\n  assistant: 'A: {content}\n\n    '\n"
     with open("starter/template.yaml", "w") as f:
         f.write(with_template)
-    assert say("/system x\na\nb", "--temperature=0", exit_code=1)[0].startswith("role 'system' is unknown")
+    assert say("/system x\na\nb", "--temperature=0", "--profile=new", exit_code=1)[0].startswith(
+        "role 'system' is unknown"
+    )
 
 
 @pytest.mark.parametrize(

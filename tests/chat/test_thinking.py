@@ -14,6 +14,7 @@ from rwkv_train.chat.session import Chat
 from rwkv_train.cli import parse
 from rwkv_train.config import Thinking
 from rwkv_train.data.known_templates import NAMED, named_template, template_of
+from rwkv_train.data.render import EARLIER, EMPTY, FAKE, Columns, render
 from rwkv_train.data.templates import THINKING, split_thought
 from rwkv_train.feedback import Correction, Learner
 from rwkv_train.feedback.decode import Form, decode
@@ -148,6 +149,55 @@ def test_a_reply_goes_on_after_a_blank_line():
     ]
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("stop", ["\n", "END", ">"])
+def test_stops_are_of_the_reply_alone(mode, stop):
+    """Not of the thought, nor of what closes it."""
+    d = Dialogue(MODELS[BYTES], BYTES, replace(G1, thinking=mode), max_new_tokens=200, stops=(stop,))
+    thinks = THINKING[mode].opening.endswith("<think")
+    said = written(mode, f"One{stop}\nTwo.", f"Three.{stop}Four.")
+    assert talk(d, said, "Hi") == (f"One{stop}\nTwo." if thinks else "", "Three.")
+    assert BYTES.decode(d.ids).endswith("Assistant: Three.") and not d.last().ended
+
+
+@pytest.mark.parametrize("said", [" <think>\n</think>\nHi.\n\nUser:", " <think>\nabc", " <think"])
+def test_no_mark_of_a_thought_stays_in_the_history(said):
+    d = Dialogue(MODELS[BYTES], BYTES, G1, max_new_tokens=len(said.encode()))
+    d.sampling = iter(BYTES.encode(said))
+    for _ in d.say("Hello"):
+        pass
+    shown = "Hi." if "Hi" in said else d.last().reply
+    assert d.last().reply == shown and BYTES.decode(d.ids) == "User: Hello\n\nAssistant:" + (
+        " Hi.\n\n" if "Hi" in said else f" {shown}" * bool(shown)
+    )
+
+
+def test_a_trained_thought_is_one_that_a_chat_reads():
+    ask = {"role": "user", "content": "a"}
+
+    def trained(thought, template=G1):
+        return template.segments([ask, {"role": "assistant", "content": "b", "reasoning_content": thought}])[-1][0]
+
+    assert trained(" one\r\n\r\nUser: two ") == " <think>\none\nUser: two\n</think>\nb\n\n"
+    with pytest.raises(ValueError, match="message 2: its thought holds </think>"):
+        trained("a</think>b")
+    unasked = [ask, {"role": "assistant", "content": "b", "weight": 0}]
+    assert not any(is_trained for _, is_trained in replace(G1, thinking="on").segments(unasked))
+
+
+def test_what_prepare_leaves_out_of_thoughts_is_told():
+    ask, reply = {"role": "user", "content": "a"}, {"role": "assistant", "content": "<think>t</think>b"}
+    empty = {"role": "assistant", "content": "<think>\n</think>b"}
+    for messages, template, remark in (
+        ([ask, reply, ask, reply], G1, EARLIER),
+        ([ask, reply], replace(G1, train_roles=["user"]), EARLIER),
+        ([ask, reply], replace(G1, thinking="fake"), FAKE),
+        ([ask, empty], G1, EMPTY),
+    ):
+        assert remark in render({"messages": messages}, "auto", template, Columns()).remarks
+    assert not render({"messages": [ask, reply]}, "auto", G1, Columns()).remarks
+
+
 def test_a_thought_without_end_is_no_reply():
     d = Dialogue(MODELS[BYTES], BYTES, replace(G1, thinking="on"), max_new_tokens=6)
     assert talk(d, ">\nabcdefgh", "Hi") == ("abcd", "")
@@ -205,7 +255,7 @@ def test_thoughts_are_dimmed_on_a_terminal_and_left_out_elsewhere(monkeypatch, t
     assert capsys.readouterr().out.startswith("Hi.\n\nthinking short\n\nthinking is 'loud', expected off,")
 
 
-def test_what_is_taught_is_said_after_an_empty_thought(tmp_path, generation):
+def test_what_is_taught_is_said_after_an_empty_thought(tmp_path, generation, capsys):
     """Corrections of a model that is asked to think, undone and after a restart."""
     model, template = small_model(generation=generation), replace(G1, thinking="short")
 
@@ -220,7 +270,9 @@ def test_what_is_taught_is_said_after_an_empty_thought(tmp_path, generation):
         outcome = learner.learn(Correction("sun?", "hot\n\nand dry"))
         assert outcome.accepted, outcome.why
         assert outcome.answer_after == "hot\n\nand dry" == learner.answer("sun?")
+    template = G1  # opened in another way, its corrections go on as they began
     with opened() as learner:
+        assert "thinking 'off', not 'fake'" in capsys.readouterr().err and learner.form.template.thinking == "fake"
         d = Dialogue(learner.model, BYTES, replace(G1, thinking="fake"), Sampling(0))
         assert "".join(d.say("sun?")) == "hot\n\nand dry" and d.last().ended
         learner.undo()

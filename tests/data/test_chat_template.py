@@ -1,5 +1,6 @@
 """Chat templates of Hugging Face: what ours write there, and which of theirs are read."""
 
+import itertools
 import json
 import re
 from dataclasses import replace
@@ -8,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rwkv_train.data import chat_template
 from rwkv_train.data.chat_program import to_jinja
-from rwkv_train.data.chat_template import from_jinja
+from rwkv_train.data.chat_template import BEGINS, from_jinja, told_by_running
 from rwkv_train.data.known_templates import NAMED
 from rwkv_train.data.templates import THINKING, WORLD_CHAT, Template
 from rwkv_train.data.text_format import TextFormat, alike_in_one
@@ -69,40 +71,47 @@ REPLY = st.one_of(
 )
 
 
+@pytest.mark.parametrize("collapse", [True, False])
+@pytest.mark.parametrize("paragraphs", [True, False])
 @pytest.mark.parametrize("thinks", [True, False])
-def test_thoughts_and_paragraphs_are_those_of_ours(opened, thinks):
+def test_thoughts_and_paragraphs_are_those_of_ours(opened, thinks, paragraphs, collapse):
     """In every mode; what ours refuses is refused there."""
-    form = replace(NAMED["g1"], thinks=thinks)
+    form = Template(paragraphs=paragraphs, thinks=thinks, collapse_blank_lines=collapse)
     ours = load_tokenizer("bytes")
     theirs = opened(ours, form)
 
-    @settings(max_examples=80, deadline=None)
-    @given(st.lists(st.tuples(CONTENT, REPLY, CONTENT), min_size=1, max_size=3), st.sampled_from(list(THINKING)))
+    @settings(max_examples=40, deadline=None)
+    @given(
+        st.lists(st.tuples(CONTENT, REPLY, st.none() | REPLY, st.sampled_from([None, 0, 1])), min_size=1, max_size=3),
+        st.sampled_from(list(THINKING) if thinks else ["off"]),
+    )
     def check(turns, mode):
-        template = replace(form, thinking=mode if thinks else "off")
+        template = replace(form, thinking=mode)
         chat = []
-        for question, reply, thought in turns:
-            chat += [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
-            if not reply.lstrip().startswith("<think>"):
-                chat[-1]["reasoning_content"] = thought
+        for question, reply, thought, weight in turns:
+            answer = {"role": "assistant", "content": reply, "reasoning_content": thought, "weight": weight}
+            chat += [{"role": "user", "content": question}, answer]
         for messages, asks in ((chat, False), (chat[:-1], True)):
+            how = {"thinking": mode, "add_generation_prompt": asks, "return_dict": False}
             try:
                 pieces = template.prompt(messages) if asks else [text for text, _ in template.segments(messages)]
             except ValueError:
-                with pytest.raises(Exception, match=r"empty|has no thought"):
-                    theirs.apply_chat_template(messages, thinking=template.thinking, add_generation_prompt=asks)
+                with pytest.raises(Exception, match=r"is empty|has no thought|stands beside|holds </think>"):
+                    theirs.apply_chat_template(messages, **how)
                 continue
-            found = theirs.apply_chat_template(
-                messages, thinking=template.thinking, add_generation_prompt=asks, return_dict=False
-            )
+            found = theirs.apply_chat_template(messages, **how)
             assert found == [ours.eod, *(i for piece in pieces for i in ours.encode(piece))]
 
     check()
 
 
-def test_named_templates_are_read_again():
-    for template in NAMED.values():
-        assert from_jinja(to_jinja(template), {}, []) == (template, [])
+def test_named_templates_are_read_again(monkeypatch):
+    """In every mode, and without running them."""
+    monkeypatch.setattr(chat_template, "sys", None)
+    for name, begin in itertools.product(NAMED, BEGINS):
+        for thinking in THINKING if NAMED[name].thinks else ("off",):
+            template = replace(NAMED[name], thinking=thinking)
+            assert from_jinja(to_jinja(template, begin), {}, []) == (template, [])
 
 
 def test_pieces_that_a_bpe_joins_are_told(opened):
@@ -134,6 +143,31 @@ def test_what_ours_refuses_is_refused_there(opened, message, said):
         Template().segments([message])
 
 
+@pytest.mark.parametrize("template", [Template(), NAMED["g1"]])
+def test_functions_are_not_passed_over(opened, template):
+    def look_up(word: str):
+        """Look a word up.
+
+        Args:
+            word: A word.
+        """
+
+    theirs, chat = opened(load_tokenizer("bytes"), template), [{"role": "user", "content": "x"}]
+    calls = [{"type": "function", "function": {"name": "look_up", "arguments": {"word": "x"}}}]
+    called = [*chat, {"role": "assistant", "content": "y", "tool_calls": calls}]
+    for messages, tools in ((chat, [look_up]), (called, None)):
+        with pytest.raises(Exception, match=r"functions and calls are not written here"):
+            theirs.apply_chat_template(messages, tools=tools)
+
+
+def test_a_thought_that_is_no_text_is_refused(opened):
+    chat = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y", "reasoning_content": 0}]
+    with pytest.raises(Exception, match="message 2: reasoning_content is no text"):
+        opened(load_tokenizer("bytes"), NAMED["g1"]).apply_chat_template(chat)
+    with pytest.raises(ValueError, match="message 2: reasoning_content is no text"):
+        NAMED["g1"].segments(chat)
+
+
 def test_the_end_of_a_document_is_no_text_of_a_message(opened):
     """It is the token there, as a chat has to begin with it; here it is plain text."""
     for template in (Template(), NAMED["g1"]):
@@ -152,7 +186,7 @@ FORM = st.tuples(st.text("User: <|{}%'\"\\\n\u4f60", max_size=8), st.text("User:
 @given(st.fixed_dictionaries({"user": FORM, "assistant": FORM}, optional={"system": FORM}), st.booleans())
 def test_ours_is_read_again(roles, collapse):
     template = Template(roles, collapse_blank_lines=collapse)
-    found, notes = from_jinja(to_jinja(template), {}, [])
+    found, notes = told_by_running(to_jinja(template), {}, [], "")
     assert found == template
     assert notes == ["does not write system messages as messages of their own"] * ("system" not in roles)
 
@@ -188,9 +222,6 @@ def test_foreign_programs(program, roles, said):
         assert words in note
 
 
-NESTED = "{% for a in range(99999) %}" * 3 + "{% endfor %}" * 3
-
-
 @pytest.mark.parametrize(
     "program, said",
     [
@@ -204,14 +235,46 @@ NESTED = "{% for a in range(99999) %}" * 3 + "{% endfor %}" * 3
         ("{% for %}", "is no Jinja program"),
         ("{{ messages[99].content }}", "cannot be run here"),
         ("{{ ''.__class__.__mro__ }}", "unsafe"),
-        ("{{ 'a' * 99999999999 }}", r"\* is not run here"),
-        (NESTED, "more than 1,000,000 lines"),
-        ("a" * 70_000, "is larger than 65,536 bytes"),
+        ("{% for a in b %}" * 25 + "{% endfor %}" * 25, "is no Jinja program .*too many"),
+        ("{{ 'a'.center(70000) }}", "writes more than 65,536 characters"),
     ],
 )
 def test_foreign_programs_that_no_template_says(program, said):
     with pytest.raises(ValueError, match=said):
-        from_jinja(program, {}, ["<s>"])
+        told_by_running(program, {}, ["<s>"], "")
+
+
+def repeated(times: int, what: str) -> str:
+    return "{% for i in range(" + str(times) + ") %}" + what + "{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    "program, said",
+    [
+        ("{% for %}", "is no Jinja program"),
+        ("a" * 70_000, "is longer than 65,536 characters"),
+        ("{% set a = 'a' | center(3000000) %}" + repeated(20_000, "{{ 'zz' in a }}"), "takes too much"),
+        ("{{ 'abc' | slice(90000000) | list | length }}", "takes too much"),
+        ("{{ 'a' | center(2000000000) }}", "takes too much"),
+        ("{% set n = namespace(a='a') %}" + repeated(40, "{% set n.a = n.a ~ n.a %}"), "takes too much"),
+        ("{{ '%03000000000d' % 1 }}", "takes too much"),
+        (repeated(99_999, repeated(99_999, "")), "takes too much"),
+    ],
+)
+def test_foreign_programs_may_take_only_so_much(monkeypatch, program, said):
+    monkeypatch.setattr(chat_template, "SECONDS", 1)
+    with pytest.raises(ValueError, match=said):
+        from_jinja(program, {}, [])
+
+
+def test_a_process_that_does_not_begin_is_told(monkeypatch):
+    monkeypatch.setattr(chat_template.sys, "executable", "/no/python")
+    with pytest.raises(ValueError, match=r"cannot be run here .*no/python"):
+        from_jinja(PLAIN, {}, [])
+    monkeypatch.undo()
+    monkeypatch.setattr(chat_template, "__name__", "no_such_module")
+    with pytest.raises(ValueError, match=r"cannot be run here .*no_such_module"):
+        from_jinja(PLAIN, {}, [])
 
 
 def test_a_foreign_folder(tmp_path, capsys):

@@ -21,6 +21,7 @@ CHAT = [
     {"role": "tool", "tool_call_id": "1", "content": "21"},
     {"role": "assistant", "content": "20 or 21."},
 ]
+DEEP = {"function": {"name": "f", "arguments": "[" * 100_000}}
 BLOCK = '```json\n{"name":"weather","arguments":{"city":"Köln"}}\n```'
 
 
@@ -40,6 +41,15 @@ def test_a_chat_with_functions(tools):
     assert "tools" not in found.unused and "messages.tool_calls" not in found.unused
 
 
+def test_functions_join_a_system_column_and_sharegpts_system_message():
+    listed = f"Tools:\n{json.dumps([WEATHER], separators=(',', ':'))}\nReturn only a JSON function call."
+    asked = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    sharegpt = [{"from": "system", "value": "Be kind."}, {"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    for record in ({"system": "Be kind.", "messages": asked}, {"conversations": sharegpt}):
+        text, _ = render(record | {"tools": TOOLS}, "auto", NAMED["g1"], Columns()).segments[0]
+        assert text == f"System: Be kind.\n{listed}\n\nUser: a\n\nAssistant:"
+
+
 def test_functions_make_a_system_message():
     assert as_texts(CHAT[1:2], TOOLS)[0]["role"] == "system" and as_texts(CHAT[1:2]) == CHAT[1:2]
 
@@ -49,7 +59,9 @@ def test_a_column_of_something_else_is_not_used(tools):
     assert "tools" in render({"messages": CHAT, "tools": tools}, "auto", NAMED["g1"], Columns()).unused
 
 
-@pytest.mark.parametrize("call", ["x", {}, {"function": {"name": "f", "arguments": "{"}}, {"function": None}])
+@pytest.mark.parametrize(
+    "call", ["x", {}, {"function": {"name": "f", "arguments": "{"}}, {"function": None}, {"name": None}, DEEP]
+)
 def test_what_is_no_call_is_refused(call):
     with pytest.raises(ValueError, match="message 1: expected a function's name"):
         as_texts([{"role": "assistant", "content": "", "tool_calls": [call]}])
@@ -66,11 +78,12 @@ VALUES = st.recursive(
 def test_calls_are_read_as_they_are_written(asked):
     wanted = [{"name": name, "arguments": arguments} for name, arguments in asked]
     (message,) = as_texts([{"role": "assistant", "content": "", "tool_calls": wanted}])
-    assert calls(message["content"]) == wanted and calls(f"  {message['content']}\nand so on") == wanted
+    assert calls(message["content"]) == (wanted, "")
+    assert calls(f"  {message['content']}\nand so on") == (wanted, "and so on")
 
 
 @pytest.mark.parametrize(
     "reply", ["", "20 degrees.", "```json\n{\n```", "```json\n[1]\n```", 'Say ```json\n{"name":"f"}\n```']
 )
 def test_other_replies_call_nothing(reply):
-    assert calls(reply) == []
+    assert calls(reply) == ([], reply.lstrip())

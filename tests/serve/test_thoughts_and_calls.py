@@ -44,6 +44,7 @@ def ask(server, monkeypatch):
     def asked(writes, messages=ASKED, **more):
         monkeypatch.setattr(server.service, "_constraint", lambda format: lambda: Script(writes))
         whole = client.chat.completions.create(model="small", messages=messages, **more)
+        assert 0 <= whole.usage.prompt_tokens_details.cached_tokens <= whole.usage.prompt_tokens
         told = {"content": "", "reasoning_content": "", "tool_calls": []}
         for chunk in client.chat.completions.create(model="small", messages=messages, stream=True, **more):
             delta = chunk.choices[0].delta.model_dump()
@@ -110,3 +111,31 @@ def test_other_replies_stay_text(ask, writes):
 def test_without_functions_a_block_is_text(ask):
     for more in ({}, {"tools": TOOLS, "tool_choice": "none"}):
         assert ask(f" {CALL}\n\nUser:", **more)[1].message.content == CALL
+
+
+def test_what_follows_a_call_is_told(ask):
+    _, choice = ask(f" {CALL}\nI have asked.\n\nUser:", tools=TOOLS)
+    assert choice.message.content == "I have asked." and choice.message.tool_calls[0].function.name == "weather"
+
+
+def test_a_thought_that_is_cut_off_is_told_whole(ask):
+    for writes, most in ((">\nHm a<", 7), (">\nHm a\n\nUse", 11)):
+        _, choice = ask(writes, reasoning_effort="low", max_tokens=most)
+        assert choice.message.reasoning_content == writes.removeprefix(">\n") and not choice.message.content
+
+
+def test_a_format_is_followed_without_a_thought(server):
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+    asked = {"model": "small", "messages": ASKED, "max_tokens": 60, "response_format": {"type": "json_object"}}
+    for effort in ("low", "minimal"):
+        with pytest.raises(openai.BadRequestError, match="a reply in a format has no thought"):
+            client.chat.completions.create(**asked, reasoning_effort=effort)
+    assert client.chat.completions.create(**asked).choices[0].message.content.lstrip().startswith("{")
+
+
+def test_calls_that_are_no_json_are_refused(server):
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "[" * 100_000}}
+    messages = [*ASKED, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    with pytest.raises(openai.BadRequestError, match="expected a function's name and arguments in JSON"):
+        client.chat.completions.create(model="small", messages=messages)
