@@ -129,7 +129,8 @@ def hf_files(folder: Path) -> list[Path]:
     }
     if kind == "rwkv7":
         expected["head_norm_eps"] = HEAD_NORM_EPS
-        config.setdefault("head_norm_eps", (config.get("head_dim") or 64) * 1e-5)
+        channels = config.get("head_dim")
+        config.setdefault("head_norm_eps", (channels if isinstance(channels, int) else 64) * 1e-5)
     for name, value in expected.items():
         if (found := config.get(name, value)) != value:
             raise ValueError(f"{folder}/config.json: {name} is {found}, expected {value}; it is not supported")
@@ -205,7 +206,7 @@ def save_hf(tensors: dict[str, Tensor], model: RWKV, target: Path, text_format: 
         else:
             for name in ("model.safetensors", *about, "generation_config.json", "config.json"):
                 os.replace(building / name, target / name)
-            others = HF_TOKENIZERS if about and known.tokenizer else others
+            others += HF_TOKENIZERS if about and known.tokenizer else ()
             for stale in (entry for pattern in (*HF_STALE, *others) for entry in target.glob(pattern)):
                 if stale.name not in about:
                     stale.unlink()

@@ -161,6 +161,9 @@ def test_a_tokenizer_that_does_not_fit_goes_and_one_that_fits_is_named(tmp_path,
     assert code == 0 and "knows 65,536 tokens, the model 257; its files, and the chat template, are removed" in err
     assert "tokenizer: unknown, so none is written" in out and "chats: unknown how" in out
     assert {p.name for p in Path("hf").iterdir()} == {"config.json", "generation_config.json", "model.safetensors"}
+    save_model(large, "hf", tokenizer=load_tokenizer("world"), template=Template())
+    code, out, err = run("export", "--model=small.pth", "--out=hf", "--tokenizer=bytes", capsys=capsys)
+    assert code == 0 and "are removed" in err and "chats: unknown how" in out and format_of("hf").template is None
     spec["added_tokens"] = []  # nor does one that names no end
     spec["model"]["vocab"] = {f"{token}.": index for token, index in spec["model"]["vocab"].items()}
     Path("hf/tokenizer.json").write_text(json.dumps(spec))

@@ -1,5 +1,6 @@
 """What is no model gives one clear line: what, where, and what to do."""
 
+import json
 import os
 import pickle
 from pathlib import Path
@@ -14,6 +15,7 @@ from safetensors.torch import save_file
 from rwkv_train import load_model, save_model
 from rwkv_train.checkpoints.hf import to_hf
 from rwkv_train.models.rwkv4 import RWKV4
+from rwkv_train.models.rwkv7 import HEAD_NORM_EPS
 
 
 def written(path, **changes):
@@ -36,6 +38,28 @@ def test_nothing_there(tmp_path):
     fails_to_load(tmp_path, "layer_norm_epsilon", "1e-06")
     (tmp_path / "config.json").write_text('{"model_type": "rwkv7", "attn": {"layers": [1]}}')
     fails_to_load(tmp_path, "attn", "not supported")
+    (tmp_path / "config.json").write_text('{"model_type": "rwkv7", "hidden_act": "gelu"}')
+    fails_to_load(tmp_path, "hidden_act is gelu", "not supported")
+    for name in ("", "+", "a.pth+", "+a.pth", "a.pth++a.pth", " "):
+        fails_to_load(name, "leaves the name of a model or an adapter out")
+
+
+def test_a_folder_whose_config_says_other_heads(tmp_path):
+    model = random_model(generation="rwkv7")  # 2 heads of 8
+    save_model(model, tmp_path / "hf")
+    config = json.loads((tmp_path / "hf/config.json").read_text())
+    others = {name: value for name, value in config.items() if name not in ("head_dim", "num_heads")}
+    cases = (
+        ({"head_dim": 4}, "head_dim is 4"),
+        ({"head_dim": "8"}, "head_dim is '8'"),
+        ({"num_heads": 4}, "num_heads is 4"),
+    )
+    for said, wrong in (*cases, ({}, "")):
+        (tmp_path / "hf/config.json").write_text(json.dumps(others | {"head_norm_eps": HEAD_NORM_EPS} | said))
+        if wrong:
+            fails_to_load(tmp_path / "hf", f"{wrong}, and its weights have")
+        else:
+            load_model(tmp_path / "hf")
 
 
 class Code:

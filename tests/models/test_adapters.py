@@ -200,6 +200,12 @@ def test_misfits_are_named(tmp_path, generation):
     torch.save(random_model(generation=generation).state_dict(), tmp_path / "base.pth")
     torch.save(random_model(n_embd=8, generation=generation).state_dict(), tmp_path / "small.pth")
     load_model(f"{tmp_path}/base.pth+{tmp_path}/lora.pth")
+    for what, name in (("lora", "blocks.0.att.key.down"), ("state", "initial_wkv")):
+        adapter = {k: v for k, v in tuned(generation, what).state_dict().items() if is_adapter(k)}
+        adapter[name].view(-1)[1] = float("nan")
+        torch.save(adapter, tmp_path / "nan.pth")
+        with pytest.raises(ValueError, match=rf"nan.pth: {name} holds numbers that are not finite"):
+            load_model(f"{tmp_path}/base.pth+{tmp_path}/nan.pth")
     with pytest.raises(ValueError, match=r"lora.pth: blocks.0.att.key does not fit"):
         load_model(f"{tmp_path}/small.pth+{tmp_path}/lora.pth")
     with pytest.raises(ValueError, match=r"base.pth holds no adapter"):

@@ -82,6 +82,7 @@ def test_what_has_no_form_elsewhere_says_so(tmp_path, capsys, generation):
         code, said, _ = run("export", f"--model={tmp_path}/run", f"--out={tmp_path / out}", *flags, capsys=capsys)
         why = "an RWKV-4 has no other form" if generation == "rwkv4" else "token shifts are not zero"
         assert code == 0 and "this program alone reads" in said and why in said
+        assert "--template with it" in said and ("export to a folder" in said) == (not flags)
         assert {"initial_shift", "initial_wkv"} <= torch.load(tmp_path / out, weights_only=True).keys()
     assert_close_rel(load_model(tmp_path / "whole.pth")(TOKENS)[0], model(TOKENS)[0], 1e-5)
     if generation == "rwkv7":
