@@ -15,10 +15,10 @@ from torch.overrides import TorchFunctionMode
 from rwkv_train.checkpoints import hub
 from rwkv_train.checkpoints.foreign import kind_by_name
 from rwkv_train.checkpoints.found import DTYPES, Found, read_model, sizes, sort_keys
+from rwkv_train.checkpoints.free_memory import check_fits
 from rwkv_train.checkpoints.hf import save_hf
 from rwkv_train.checkpoints.names import names_in, parts_of
 from rwkv_train.checkpoints.peft import read_peft, trained_on, write_peft
-from rwkv_train.checkpoints.room import check_room
 from rwkv_train.checkpoints.states import to_time_states
 from rwkv_train.checkpoints.weightfile import (
     drop_pages,
@@ -69,7 +69,7 @@ def load_model(path: str | Path, dtype: torch.dtype | None = None, device: str |
             "alone"
         )
     dtype = dtype or widest
-    check_room(found.source, sum(math.prod(shape) for shape in shapes.values()), dtype, device)
+    check_fits(found.source, sum(math.prod(shape) for shape in shapes.values()), dtype, device)
     try:
         model.load_state_dict(_load(found, shapes, dtype, device), assign=True)
     except RuntimeError as e:

@@ -9,7 +9,7 @@ import torch
 GB = 2**30
 
 
-def check_room(source: Path, numbers: int, dtype: torch.dtype, device: str | torch.device) -> None:
+def check_fits(source: Path, numbers: int, dtype: torch.dtype, device: str | torch.device) -> None:
     """ValueError where so many weights of a dtype are more than is free on a device, as far as that is known."""
     device = torch.device(device)
     needed, free = numbers * dtype.itemsize, free_on_gpu(device) if device.type == "cuda" else free_memory()

@@ -8,7 +8,7 @@ import torch
 from helpers import random_model
 
 from rwkv_train import load_model, save_model
-from rwkv_train.checkpoints import modelfile, room
+from rwkv_train.checkpoints import free_memory, modelfile
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells how much of files is in memory")
@@ -52,12 +52,12 @@ def test_a_pickle_of_before_is_freed_on_the_way(tmp_path):
 def test_what_does_not_fit_is_not_read(tmp_path, monkeypatch):
     save_model(random_model(), tmp_path / "m.pth", dtype=torch.bfloat16)
     numbers = sum(p.numel() for p in random_model().parameters())
-    monkeypatch.setattr(room, "free_memory", lambda: 3 * numbers)
+    monkeypatch.setattr(free_memory, "free_memory", lambda: 3 * numbers)
     monkeypatch.setattr(modelfile, "_load", lambda *_: pytest.fail("it was read"))
     with pytest.raises(ValueError, match=r"m\.pth does not fit: as float32 it needs .* GB, and .* GB .*--dtype bf16"):
         load_model(tmp_path / "m.pth", torch.float32)
     monkeypatch.undo()
-    monkeypatch.setattr(room, "free_memory", lambda: None)  # where nobody says
+    monkeypatch.setattr(free_memory, "free_memory", lambda: None)  # where nobody says
     load_model(tmp_path / "m.pth")
 
 
@@ -71,19 +71,19 @@ def system(root, meminfo="MemTotal: 9000 kB\nMemAvailable: 1000 kB\nSwapFree: 24
 
 
 def test_free_memory_is_the_machines_within_its_limits(tmp_path):
-    assert room.free_memory(system(tmp_path)) == 1024 * 1024
+    assert free_memory.free_memory(system(tmp_path)) == 1024 * 1024
     group = "sys__fs__cgroup__box__inner__memory."
     stat = {f"{group}stat": "anon 5\ninactive_file 1000\nactive_file 24\n"}
     inner = {f"{group}max": "max\n", f"{group}current": "99\n"} | stat
     outer = {"sys__fs__cgroup__box__memory.max": "6500\n", "sys__fs__cgroup__box__memory.current": "5000\n"}
     system(tmp_path, proc__self__cgroup="0::/box/inner\n", **inner, **outer)
-    assert room.free_memory(tmp_path) == 1500
+    assert free_memory.free_memory(tmp_path) == 1500
     system(tmp_path, **{f"{group}max": "300\n"})
-    assert room.free_memory(tmp_path) == 300 - 99 + 1024
-    assert room.free_memory(tmp_path / "nowhere") is None
+    assert free_memory.free_memory(tmp_path) == 300 - 99 + 1024
+    assert free_memory.free_memory(tmp_path / "nowhere") is None
 
 
 def test_free_memory_in_a_group_of_the_first_version(tmp_path):
     limit = {f"sys__fs__cgroup__memory__memory.{k}_in_bytes": v for k, v in (("limit", "8000"), ("usage", "7000"))}
     system(tmp_path, proc__self__cgroup="9:cpu:/\n4:memory:/gone/in/here\n", **limit)
-    assert room.free_memory(tmp_path) == 1000
+    assert free_memory.free_memory(tmp_path) == 1000
