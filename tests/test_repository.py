@@ -87,6 +87,12 @@ def test_importing_is_light():
         assert not loaded & banned
 
 
+def test_test_files_have_names_of_their_own():
+    """Folders of tests are no packages: of two files of one name, only one is run."""
+    names = [path.name for path in (ROOT / "tests").rglob("*.py") if path.name != "conftest.py"]
+    assert len(names) == len(set(names)), sorted(name for name in names if names.count(name) > 1)
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
 def test_configs_parse_and_say_what_they_do(path, capsys):
     config, extra = cli.parse("fit", ["--config", str(path), "--resume"])
