@@ -8,7 +8,6 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from rwkv_train.chat.opening import corrected
 from rwkv_train.checkpoints.modelfile import load_model, save_adapter, save_model
 from rwkv_train.checkpoints.opener import (
     DTYPES,
@@ -203,7 +202,12 @@ def export(config: ExportConfig) -> None:
         said = f"{config.out}: what {config.model} trained; `{flag}` puts it on its model"
         print(said, *told_of_beginning(adapter), _left_out(format_of(config.model)), sep="\n")
         return
-    model = corrected(config.model, config.profile, config.folder) if config.profile else load_model(config.model)
+    if config.profile:
+        from rwkv_train.chat.opening import corrected  # corrections take a moment to import, and few exports want them
+
+        model = corrected(config.model, config.profile, config.folder)
+    else:
+        model = load_model(config.model)
     if broken := broken_weight(model):
         raise ValueError(f"{config.model} gives no finite number: {broken}")
     if config.profile and config.dtype in ("fp16", "bf16"):

@@ -107,7 +107,7 @@ def _weight_files(path: Path) -> list[Path]:
     if (path / "config.json").is_file():
         return hf_files(path)
     if (path / "adapter_config.json").is_file():
-        raise ValueError(f"{path} holds an adapter alone; name its model, too: BASE+{path}")
+        raise ValueError(f"{path} holds an adapter alone; give it with its model, BASE+{path}")
     if newest := newest_sound(path):
         return _weight_files(newest)
     for name in (WEIGHTS, TRAINER, "model.pth"):  # of one checkpoint; of a folder as data/starter is

@@ -85,7 +85,7 @@ def load_model(path: str | Path, dtype: torch.dtype | None = None, device: str |
     return model.eval()
 
 
-def _load(found: "Found", shapes: dict[str, torch.Size], dtype: torch.dtype, device) -> dict[str, Tensor]:
+def _load(found: Found, shapes: dict[str, torch.Size], dtype: torch.dtype, device) -> dict[str, Tensor]:
     """Weights of these shapes, each in memory of its own; of the file no more than a piece is in memory beside them."""
     weights = {}
     for name, shape in shapes.items():

@@ -19,7 +19,9 @@ from rwkv_train.data.summary import KINDS, Tally, print_summary
 from rwkv_train.data.templates import Template
 from rwkv_train.tokenizer import Tokenizer, load_tokenizer, train_bpe
 
-READING = 2  # grows when the same sources are read in another way
+# What each way to read sources did not know yet; one is added when the same sources are read in another way.
+UNKNOWN = {1: "messages of weight 0, system columns and null columns", 2: "tools and calls of functions"}
+READING = len(UNKNOWN) + 1
 # Settings that only records of one kind know.
 FLAGS = {
     "text": ("text_field",),
@@ -208,7 +210,7 @@ def _up_to_date(out: Path, request: dict, tokenizer: Tokenizer | None) -> Store 
     except ValueError as error:
         raise ValueError(f"{error} Replace it with --overwrite.") from None
     made_by = {"reading": 1} | (store.manifest.get("request") or {})
-    older = made_by["reading"] < READING
+    unknown = [what for reading, what in UNKNOWN.items() if reading >= made_by["reading"]]
     made_by["reading"] = READING
     different = [key for key in request if made_by.get(key) != request[key]]
     if tokenizer and tokenizer.eod != store.eod:
@@ -217,9 +219,9 @@ def _up_to_date(out: Path, request: dict, tokenizer: Tokenizer | None) -> Store 
         hint = "Choose another --out, or replace it with --overwrite."
         raise ValueError(f"{out} was made from something else (different: {', '.join(different)}). {hint}")
     print(f"{out} is up to date: {len(store):,} documents, {len(store.tokens):,} tokens.")
-    if older:
-        changed = "messages of weight 0, system columns and null columns"
-        print(f"It was made by an earlier version, which knew no {changed}; --overwrite reads the sources anew.")
+    if unknown:
+        known = ", and no ".join(unknown)
+        print(f"It was made by an earlier version, which knew no {known}; --overwrite reads the sources anew.")
     return store
 
 

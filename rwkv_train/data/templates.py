@@ -18,6 +18,7 @@ WORLD_CHAT = {
     "user": "User: {content}\n\n",
     "assistant": "Assistant: {content}\n\n",
 }
+NEW = {"paragraphs": False, "thinks": False, "thinking": "off"}  # what templates have not always said, as it was
 THINK, THOUGHT = "<think>", "</think>"  # before and after a thought
 REASONING = "reasoning_content"  # where a message has its thought apart from its content, as in other programs' APIs
 
@@ -223,8 +224,11 @@ class Template:
 
     def as_dict(self) -> dict:
         """Its fields; those that templates have not always had, only where they are not as usual."""
-        usual = {"paragraphs": False, "thinks": False, "thinking": "off"}
-        return {name: value for name, value in asdict(self).items() if usual.get(name, ...) != value}
+        return {name: value for name, value in asdict(self).items() if NEW.get(name, ...) != value}
+
+    def as_before(self) -> "Template":
+        """What was meant where a template with these roles was not written down: before it could say more."""
+        return replace(self, **NEW)
 
     def save(self, path: str | Path) -> None:
         """Write a YAML file that `load` reads back."""

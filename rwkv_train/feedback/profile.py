@@ -93,7 +93,7 @@ class Profile:
         chosen = [r["config"] for r in self.journal.records if r["kind"] in ("base", "settings")]
         self.config, self.begun_with = FeedbackConfig(**chosen[-1]), FeedbackConfig(**first["config"])
         self._tell_memory(self.config)
-        begun = Template(**first["template"]) if "template" in first else self.template  # old profiles do not say it
+        begun = Template(**first["template"]) if "template" in first else self.template.as_before()
         if other := compare_templates(self.folder, begun, "this model, as it is opened,", self.template):
             told(f"{other}. Its corrections go on as they began; another profile has its own")
         self.template = begun

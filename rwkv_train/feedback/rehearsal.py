@@ -137,7 +137,7 @@ class RehearsalSet:
         content = json.loads(bytes(tensors.pop("text").tolist())) if "text" in tensors else {}
         if content.get("version") != VERSION:
             raise ValueError("it holds no rehearsal set of this version")
-        if content.get("template") not in (None, form.template.as_dict()):
+        if content.get("template", form.template.as_before().as_dict()) != form.template.as_dict():
             raise ValueError("its chats are written with another template")
         curvature = Curvature({name: tensor.to(base.device) for name, tensor in tensors.items()})
         return cls(base, form, content["rows"], content["asked"], content["talks"], curvature)

@@ -69,6 +69,13 @@ class Reply:
         rest = whole[closed + len(THOUGHT) :]
         return len(whole) - len(rest.lstrip()) - len(self._opening)
 
+    def _ending(self, text: str) -> tuple[int, str]:
+        """(where in what the model has written its reply ends, by which text); -1 where it does not."""
+        begin = self._begins(text)
+        places = [(text.find(end), end) for end in self._end.marks]
+        places += [(text.find(stop, begin), stop) for stop in self._stops]
+        return min((place for place in places if place[0] >= 0), default=(-1, ""))
+
     def push(self, token: int, state: Callable[[], State], following: int | None = None) -> str:
         """The piece of text that can be shown now that `token` is there.
 
@@ -77,10 +84,7 @@ class Reply:
         """
         self._ids.append(token)
         self._text += self._utf8.decode(self._tokenizer.decode_bytes([token]))
-        begin = self._begins(self._text)
-        places = [(self._text.find(end), end) for end in self._end.marks]
-        places += [(self._text.find(end, begin), end) for end in self._stops]
-        at, end = min((place for place in places if place[0] >= 0), default=(-1, ""))
+        at, end = self._ending(self._text)
         self.ended = at >= 0 and end in self._end.marks
         self.stopped = at >= 0 and not self.ended
         shown = at if self.done else self._complete(self._text)
@@ -117,10 +121,7 @@ class Reply:
         data = self._tokenizer.decode_bytes([token])
         text = self._text + data.decode(errors="ignore")
         half = len(text.encode()) < len(self._text.encode()) + len(data)
-        ends = any(end in text for end in self._end.marks) or any(
-            text.find(e, self._begins(text)) >= 0 for e in self._stops
-        )
-        return half or self._complete(text) < len(text) or ends
+        return half or self._complete(text) < len(text) or self._ending(text)[0] >= 0
 
     def _complete(self, text: str) -> int:
         """How many characters are sure to be text of the reply."""
@@ -136,7 +137,7 @@ class Reply:
         if self._thinks:
             whole = (self._opening + text).lstrip()
             self.thought, said = split_thought(whole)
-            if not last and THINK.startswith(whole):  # it may become one
+            if whole == THINK[:-1] or (not last and THINK.startswith(whole)):  # it may become one
                 said = ""
             elif not (said or last or THOUGHT in whole):
                 held = next(n for n in range(len(THOUGHT) - 1, -1, -1) if self.thought.endswith(THOUGHT[:n]))

@@ -1,6 +1,6 @@
 """Thoughts: shown and dropped, the same ids in training and in a chat, and the state as if nothing had been thought."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -18,6 +18,9 @@ from rwkv_train.data.render import EARLIER, EMPTY, FAKE, Columns, render
 from rwkv_train.data.templates import THINKING, split_thought
 from rwkv_train.feedback import Correction, Learner
 from rwkv_train.feedback.decode import Form, decode
+from rwkv_train.feedback.journal import Journal
+from rwkv_train.feedback.rehearsal import RehearsalSet
+from rwkv_train.feedback.snapshots import weights_hash
 from rwkv_train.generate import Sampling, prefill
 from rwkv_train.generation.reply import Reply
 from rwkv_train.tokenizer import load_tokenizer, train_bpe
@@ -129,7 +132,8 @@ def test_whatever_is_written_pieces_only_grow(mode, text, bpe, ends):
         assert reply.thought.startswith(thought) and reply.shown == shown
         thought = reply.thought
     shown += reply.finish()
-    opened, (before, said) = reply.apart, split_thought((template.opening + text).lstrip())
+    whole = (template.opening + text).lstrip()
+    opened, (before, said) = reply.apart, ("", "") if whole == "<think" else split_thought(whole)
     assert reply.ended is ends and shown == reply.shown == said.strip()
     assert reply.thought == before
     if opened:
@@ -160,16 +164,14 @@ def test_stops_are_of_the_reply_alone(mode, stop):
     assert BYTES.decode(d.ids).endswith("Assistant: Three.") and not d.last().ended
 
 
-@pytest.mark.parametrize("said", [" <think>\n</think>\nHi.\n\nUser:", " <think>\nabc", " <think"])
-def test_no_mark_of_a_thought_stays_in_the_history(said):
+@pytest.mark.parametrize(
+    ("said", "kept"),
+    [(" <think>\n</think>\nHi.\n\nUser:", " Hi.\n\n"), (" <think>\nabc", ""), (" <think", ""), (" <thin", " <thin")],
+)
+def test_no_mark_of_a_thought_stays_in_the_history(said, kept):
     d = Dialogue(MODELS[BYTES], BYTES, G1, max_new_tokens=len(said.encode()))
-    d.sampling = iter(BYTES.encode(said))
-    for _ in d.say("Hello"):
-        pass
-    shown = "Hi." if "Hi" in said else d.last().reply
-    assert d.last().reply == shown and BYTES.decode(d.ids) == "User: Hello\n\nAssistant:" + (
-        " Hi.\n\n" if "Hi" in said else f" {shown}" * bool(shown)
-    )
+    talk(d, said, "Hello")
+    assert d.last().reply == kept.strip() and BYTES.decode(d.ids) == f"User: Hello\n\nAssistant:{kept}"
 
 
 def test_a_trained_thought_is_one_that_a_chat_reads():
@@ -253,6 +255,20 @@ def test_thoughts_are_dimmed_on_a_terminal_and_left_out_elsewhere(monkeypatch, t
     chat.show("/settings thinking short")
     chat.show("/settings thinking loud")
     assert capsys.readouterr().out.startswith("Hi.\n\nthinking short\n\nthinking is 'loud', expected off,")
+
+
+def test_a_profile_of_before_templates_said_more_goes_on_as_it_began(tmp_path, capsys):
+    """Its corrections were written without paragraphs and thoughts, whatever the model's name means by now."""
+    model = small_model()
+    journal = Journal(tmp_path / "journal.jsonl")
+    journal.append("base", base=weights_hash(model.state_dict()), dtype="fp32", config=asdict(CONFIG))
+    journal.close()
+    rehearsal_set(model).save(tmp_path / "rehearsal.safetensors")
+    with Learner(model, BYTES, tmp_path, G1) as learner:
+        assert learner.form.template == replace(G1, paragraphs=False, thinks=False)
+        assert "thinks True, not False" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="another template"):
+        RehearsalSet.load(tmp_path / "rehearsal.safetensors", model, Form(BYTES, G1))
 
 
 def test_what_is_taught_is_said_after_an_empty_thought(tmp_path, generation, capsys):

@@ -161,6 +161,14 @@ def test_a_store_of_an_earlier_reading_is_kept_and_that_is_told(tmp_path, capsys
     make(tmp_path, source)
     out = capsys.readouterr().out
     assert "is up to date" in out and "earlier version" in out and "--overwrite" in out
+    assert all(what in out for what in prepare_module.UNKNOWN.values())
+    monkeypatch.setattr(prepare_module, "_request", lambda *a: request(*a) | {"reading": 2})
+    make(tmp_path, source, out="second")
+    monkeypatch.setattr(prepare_module, "_request", request)
+    capsys.readouterr()
+    make(tmp_path, source, out="second")
+    out = capsys.readouterr().out
+    assert prepare_module.UNKNOWN[2] in out and prepare_module.UNKNOWN[1] not in out
 
 
 def test_hub_names(tmp_path, monkeypatch):
