@@ -13,7 +13,7 @@ from rwkv_train.data import functions
 from rwkv_train.data.templates import REASONING
 from rwkv_train.serve.errors import ERRORS, ApiError
 from rwkv_train.serve.jobs import End, Event, Piece
-from rwkv_train.serve.schemas import EFFORTS, ChatRequest
+from rwkv_train.serve.schemas import EFFORTS, ChatRequest, FlatSchemaFormat, Format, SchemaFormat
 from rwkv_train.serve.service import Running, Service
 from rwkv_train.serve.streams import EventStream, sse, together, unless_gone
 from rwkv_train.serve.tokens import Rights, require
@@ -55,9 +55,9 @@ class ChatAnswer(Answer):
     choices: list[Choice]
 
 
-def thinking_of(effort: str | None, format: object) -> str | None:
+def thinking_of(effort: str | None, format: Format | SchemaFormat | FlatSchemaFormat | None) -> str | None:
     """How a thought is asked for; None leaves it to the server. A format is followed from the first letter on."""
-    if format is None or getattr(format, "type", "") == "text":
+    if format is None or format.type == "text":
         return EFFORTS.get(effort)
     if effort not in (None, "none"):
         raise ApiError(400, "a reply in a format has no thought; leave out the effort, or the format", param="effort")
