@@ -191,7 +191,7 @@ def _state(chat: Chat, rest: str) -> Iterable[str]:
 
 def _system(chat: Chat, rest: str) -> Iterable[str]:
     chat.dialogue.system(rest)
-    return ["goes before your next message" if rest else "no system message before your next message"]
+    return ["goes before your next message" if chat.dialogue.pending else "no system message before your next message"]
 
 
 def _set(chat: Chat, rest: str) -> Iterable[str]:

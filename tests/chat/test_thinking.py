@@ -293,3 +293,16 @@ def test_what_is_taught_is_said_after_an_empty_thought(tmp_path, generation, cap
         assert "".join(d.say("sun?")) == "hot\n\nand dry" and d.last().ended
         learner.undo()
         assert learner.weights == before
+
+
+def test_functions_stay_in_the_first_system_message(tmp_path, capsys):
+    d = Dialogue(MODELS[BYTES], BYTES, G1, Sampling(0), max_new_tokens=3)
+    d.functions, chat = "Tools:\n[]", Chat(d, tmp_path)
+    chat.show("/system Be brief.")
+    chat.show("/system")
+    assert capsys.readouterr().out == "goes before your next message\n\n" * 2
+    chat.show("/system Be brief.")
+    list(d.say("a"))
+    d.system("Be long.")
+    list(d.say("b"))
+    assert [turn.system for turn in d.turns] == ["Be brief.\nTools:\n[]", "Be long."]
