@@ -248,6 +248,6 @@ def test_only_adapters_go_into_a_folder_of_theirs(tmp_path):
     save_adapter(tmp_path / "lora.pth", tmp_path / "alone.pth")
     with pytest.raises(ValueError, match="is an adapter without its model"):
         save_adapter(tmp_path / "alone.pth", tmp_path / "folder")
-    with pytest.raises(ValueError, match=r"holds an adapter alone; name its model, too: BASE\+"):
+    with pytest.raises(ValueError, match=r"holds an adapter alone; give it with its model, BASE\+"):
         save_adapter(tmp_path / "lora.pth", tmp_path / "folder")
         load_model(tmp_path / "folder")
